@@ -1,0 +1,217 @@
+"""The decoder: named sizes, weights stored as banks, and the one map from banks to projections.
+
+    model = Transformer(SIZES["88m"], vocab_size=49152); loss = model(tokens_BT, targets_BT)
+
+Pre-RMSNorm, rotary positions on the time axis, optional QK-norm, grouped-query attention, tied embedding, no biases.
+Shape letters: B batch, T time, D model width, H heads, K key/value heads, E width of a head, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from errors import BadInput
+
+INIT_STD = 0.02
+ROPE_BASE = 10_000.0
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # gate: swiglu only
+# Stored (d_ff, d) like `up`, so that both are one batch for Muon; the map is the transpose.
+STORED_TRANSPOSED = ("down",)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a model; every field is a count except `ffn` (activation) and `dropout` (probability)."""
+
+    d_model: int
+    layers: int
+    heads: int
+    kv_heads: int
+    d_ff: int
+    seq_len: int
+    ffn: str = "silu"
+    qk_norm: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for count in ("d_model", "layers", "heads", "kv_heads", "d_ff", "seq_len"):
+            if getattr(self, count) < 1:
+                raise BadInput(f"{count} {getattr(self, count)}: must be at least 1")
+        if self.d_model % self.heads or (self.d_model // self.heads) % 2:
+            raise BadInput(f"d_model {self.d_model} does not split into {self.heads} heads of even width")
+        if self.heads % self.kv_heads:
+            raise BadInput(f"{self.heads} heads do not share {self.kv_heads} key/value heads evenly")
+        if self.ffn not in ACTIVATIONS:
+            raise BadInput(f"unknown ffn {self.ffn!r}; choose from {', '.join(ACTIVATIONS)}")
+        if not 0 <= self.dropout < 1:
+            raise BadInput(f"dropout {self.dropout}: must lie in [0, 1)")
+
+    @property
+    def head_width(self) -> int:
+        return self.d_model // self.heads
+
+
+ACTIVATIONS = {
+    "relu2": lambda x: F.relu(x).square(),
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "swiglu": F.silu,  # of the gate, which then multiplies `up`
+}
+
+SIZES = {
+    "nano": ModelConfig(128, 4, 4, 2, 512, seq_len=256, ffn="relu2", qk_norm=True),
+    "11m": ModelConfig(192, 4, 6, 6, 768, seq_len=512),
+    "16m": ModelConfig(256, 4, 8, 8, 1024, seq_len=256),
+    "29m": ModelConfig(384, 6, 8, 8, 1536, seq_len=512),
+    "50m": ModelConfig(512, 8, 8, 8, 2048, seq_len=512),
+    "88m": ModelConfig(512, 22, 8, 4, 2048, seq_len=2048, ffn="relu2", qk_norm=True),
+    "108m": ModelConfig(768, 10, 16, 16, 3072, seq_len=512),
+}
+
+
+class Projection(NamedTuple):
+    """One weight matrix as the map it is: `weight` is an (out, in) view of its bank."""
+
+    layer: int
+    name: str
+    expert: int | None
+    weight: Tensor
+
+
+class Bank(NamedTuple):
+    """All projections of one stored shape: `parameter` (members x layers, rows, cols), member by member."""
+
+    parameter: nn.Parameter
+    members: tuple[str, ...]
+    layers: int
+
+    @property
+    def transposed(self) -> tuple[bool, ...]:
+        """For each matrix of the bank, whether its map is the transpose of what is stored."""
+        return tuple(name in STORED_TRANSPOSED for name in self.members for _ in range(self.layers))
+
+
+def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:]) * gain.to(x.dtype)
+
+
+def rotary_table(seq_len: int, head_width: int) -> tuple[Tensor, Tensor]:
+    """cos and sin (seq_len, head_width / 2) of position x frequency, positions along the time axis."""
+    frequencies = ROPE_BASE ** -(torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
+    angles = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequencies)
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x_BTHE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    """Rotate the pairs (x_i, x_{i + E/2}) of every head by the angle of their time step."""
+    cos, sin = cos_TE[:, None].to(x_BTHE.dtype), sin_TE[:, None].to(x_BTHE.dtype)
+    first, second = x_BTHE.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+
+
+class Transformer(nn.Module):
+    """A decoder of `config`'s shape. Weights are fp32; activations have `compute_dtype` (fp32 unless set)."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config, self.vocab_size, self.compute_dtype = config, vocab_size, torch.float32
+        D, L, E = config.d_model, config.layers, config.head_width
+        self.embedding = nn.Parameter(torch.empty(vocab_size, D))
+        stored = {"q": (D, D), "k": (config.kv_heads * E, D), "v": (config.kv_heads * E, D), "o": (D, D)}
+        if config.ffn == "swiglu":
+            stored["gate"] = (config.d_ff, D)
+        stored |= {"up": (config.d_ff, D), "down": (config.d_ff, D)}
+        members: dict[tuple[int, int], list[str]] = {}
+        for name, shape in stored.items():
+            members.setdefault(shape, []).append(name)
+        self.weights = nn.ParameterDict(
+            {"_".join(names): torch.empty(len(names) * L, *shape) for shape, names in members.items()}
+        )
+        self.attention_gain = nn.Parameter(torch.ones(L, D))
+        self.ffn_gain = nn.Parameter(torch.ones(L, D))
+        self.final_gain = nn.Parameter(torch.ones(D))
+        if config.qk_norm:
+            self.q_gain = nn.Parameter(torch.ones(L, E))
+            self.k_gain = nn.Parameter(torch.ones(L, E))
+        cos, sin = rotary_table(config.seq_len, E)
+        self.register_buffer("cos_TE", cos, persistent=False)
+        self.register_buffer("sin_TE", sin, persistent=False)
+        for matrix in (self.embedding, *self.weights.values()):
+            nn.init.normal_(matrix, std=INIT_STD)
+
+    def banks(self) -> list[Bank]:
+        """Every block matrix, grouped by stored shape; the embedding and the gains are in none."""
+        return [Bank(p, tuple(name.split("_")), self.config.layers) for name, p in self.weights.items()]
+
+    def projections(self, tensors: Sequence[Tensor] | None = None) -> Iterator[Projection]:
+        """Each block matrix as its (out, in) map, layer by layer; views, so they follow the weights.
+
+        `tensors`, one shaped like each of `banks()`, are mapped in place of the weights: gradients, or a copy.
+        """
+        banks = self.banks()
+        tensors = [bank.parameter for bank in banks] if tensors is None else tensors
+        for layer in range(self.config.layers):
+            for name in PROJECTIONS:
+                for bank, tensor in zip(banks, tensors, strict=True):
+                    if name in bank.members:
+                        matrix = tensor[bank.members.index(name) * bank.layers + layer]
+                        yield Projection(layer, name, None, matrix.mT if name in STORED_TRANSPOSED else matrix)
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V), or with targets the mean cross-entropy in nats, a 0-D fp32 tensor."""
+        c, dtype = self.config, self.compute_dtype
+        B, T = tokens_BT.shape
+        per_layer: dict[str, tuple[Tensor, ...]] = {}
+        for bank in self.banks():
+            matrices = bank.parameter.to(dtype).unbind(0)  # one cast, and one stack for the gradient
+            for i, name in enumerate(bank.members):
+                per_layer[name] = matrices[i * c.layers : (i + 1) * c.layers]
+
+        x = F.embedding(tokens_BT, self.embedding).to(dtype) * c.d_model**0.5
+        x = self._drop(x)
+        for layer in range(c.layers):
+            w = {name: matrices[layer] for name, matrices in per_layer.items()}
+            x = x + self._drop(self._attention(rms_norm(x, self.attention_gain[layer]), w, layer, B, T))
+            x = x + self._drop(self._ffn(rms_norm(x, self.ffn_gain[layer]), w))
+        logits = F.linear(rms_norm(x, self.final_gain), self.embedding.to(dtype))
+        if targets_BT is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets_BT.flatten())
+
+    def _attention(self, x: Tensor, w: dict[str, Tensor], layer: int, B: int, T: int) -> Tensor:
+        E = self.config.head_width
+        q = F.linear(x, w["q"]).view(B, T, -1, E)
+        k = F.linear(x, w["k"]).view(B, T, -1, E)
+        v = F.linear(x, w["v"]).view(B, T, -1, E)
+        if self.config.qk_norm:
+            q, k = rms_norm(q, self.q_gain[layer]), rms_norm(k, self.k_gain[layer])
+        q, k = rotate(q, self.cos_TE[:T], self.sin_TE[:T]), rotate(k, self.cos_TE[:T], self.sin_TE[:T])
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=q.shape[2] != k.shape[2]
+        )
+        return F.linear(y.transpose(1, 2).reshape(B, T, -1), w["o"])
+
+    def _ffn(self, x: Tensor, w: dict[str, Tensor]) -> Tensor:
+        activation = ACTIVATIONS[self.config.ffn]
+        up = F.linear(x, w["up"])
+        hidden = activation(F.linear(x, w["gate"])) * up if "gate" in w else activation(up)
+        return hidden @ w["down"]
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def matmul_parameter_count(self) -> int:
+        """Parameters that multiply activations: the block matrices and the tied head."""
+        return self.embedding.numel() + sum(p.numel() for p in self.weights.values())
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Forward and backward, attention counted in full (PaLM, appendix B): 6 N + 12 L d T."""
+        return 6 * self.matmul_parameter_count() + 12 * self.config.layers * self.config.d_model * seq_len

@@ -1,0 +1,224 @@
+"""Every setting of a run as a flag, from one dataclass: checked, and filled in where it depends on others.
+
+    python train.py --help
+
+`Settings` is what a user may say, `resolve` what the run then does; a value out of range is one sentence, exit code 2.
+"""
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+import runfiles
+from data import Count, Shards, open_shards
+from errors import BadInput
+from kernels.newton_schulz import COEFFICIENTS, METHODS
+from model import SIZES, ModelConfig
+from optim import LR_SCALES, SCHEDULES
+
+# Peak learning rates found by the sweeps of bench/LOG.md: (block matrices, embedding and gains).
+DEFAULT_LR = {"muon": (0.02, 0.005), "adamw": (0.005, 0.005)}
+MICRO_BATCH_TOKENS = 16_384  # per forward pass under --micro-batch auto
+EVENTS_PER_RUN = 20  # validation and spectra, unless their flags say otherwise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Train one language model with Muon or AdamW and log the spectra of its weights."""
+
+    model: str = "88m"
+    """Named size: nano, 11m, 16m, 29m, 50m, 88m or 108m."""
+    layers: int | None = None
+    """Blocks, instead of the size's."""
+    d_model: int | None = None
+    """Width of the residual stream, instead of the size's."""
+    heads: int | None = None
+    """Query heads, instead of the size's."""
+    kv_heads: int | None = None
+    """Key/value heads, instead of the size's."""
+    d_ff: int | None = None
+    """Width of the feed-forward layer, instead of the size's."""
+    ffn: str | None = None
+    """Feed-forward activation (relu2, silu, relu, gelu, swiglu), instead of the size's."""
+    dropout: float = 0.0
+    """Probability of dropping an element of the embedding and of each block's outputs."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """Optimizer of the block matrices; embedding and gains always use AdamW."""
+    data: Path | None = None
+    """Folder of token shards (default: the embedded shards that make speedrun builds)."""
+    tokens: Count = 2_015_232
+    """Training tokens in all, rounded up to whole updates; 2e6 works too."""
+    batch_tokens: Count = 16_384
+    """Tokens per update over all ranks."""
+    micro_batch: Literal["auto"] | int = "auto"
+    """Sequences per forward pass and rank; auto fits about 16k tokens."""
+    seq_len: int | None = None
+    """Tokens per sequence, instead of the size's."""
+    seed: int = 0
+    """Sets initialisation, data order and dropout."""
+    lr: float | None = None
+    """Peak learning rate of the block matrices (default: muon 0.02, adamw 0.005)."""
+    adamw_lr: float | None = None
+    """Peak learning rate of embedding and gains, under either optimizer (default 0.005)."""
+    momentum: float = 0.95
+    """Muon's momentum."""
+    nesterov: bool = True
+    """Nesterov momentum in Muon."""
+    ns_steps: int = 5
+    """Newton-Schulz iterations."""
+    ns_coefficients: str = "polar_express"
+    """Newton-Schulz polynomials: polar_express or quintic."""
+    ns_method: str = "auto"
+    """How Newton-Schulz is computed: auto or standard."""
+    lr_scale: str = "spectral"
+    """Scale of Muon's update by shape: spectral, rms or none."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the block matrices, times the learning rate per update."""
+    beta1: float = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: float = 0.95
+    """AdamW's decay of the second moment."""
+    adam_eps: float = 1e-8
+    """AdamW's epsilon."""
+    schedule: str = "linear"
+    """Learning rate over updates: constant, cosine, linear, step or wsd."""
+    warmup: float = 0.05
+    """Share of the updates over which the rate rises from zero, 0 to 1."""
+    min_lr: float = 0.1
+    """Final rate of cosine, linear and wsd as a share of the peak, 0 to 1."""
+    grad_clip: float = 1.0
+    """Largest gradient norm over all parameters; 0 = off."""
+    eval_every: int | None = None
+    """Updates between validations (default: a twentieth of the run)."""
+    eval_tokens: Count = 131_072
+    """Validation tokens, always the same first ones."""
+    spectra_every: int | None = None
+    """Updates between spectra events (default: a twentieth of the run); 0 = never."""
+    checkpoint_every: int = 1000
+    """Updates between checkpoints; the end always writes one."""
+    log_every: int = 10
+    """Updates between printed step lines; metrics.jsonl has every update."""
+    resume: bool = False
+    """Continue the run of this --name from its last checkpoint."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile the model; auto = on CUDA only."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to train; auto = CUDA if there is one."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Type of activations; auto = bf16 on CUDA sm_80 and newer, else fp32. Weights are always fp32."""
+    runs_dir: Path = Path("runs")
+    """Where run folders are made."""
+    name: str | None = None
+    """Name of the run's folder (default: model-optimizer-seed-UTC time)."""
+
+
+# Settings that do not change what is learned; two runs that differ only here have the same config_hash.
+NOT_IN_HASH = {
+    *("data", "micro_batch", "eval_every", "eval_tokens", "spectra_every", "checkpoint_every", "log_every"),
+    *("resume", "compile", "device", "runs_dir", "name"),
+}
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process among its peers, as torchrun numbers them."""
+
+    index: int = 0
+    count: int = 1
+    local: int = 0
+    """Its number on this machine, which is also its GPU's."""
+
+
+def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]:
+    """Every setting checked and filled in, the model's shape, and the opened shards; BadInput names the flag."""
+    for flag, choices in (
+        *(("model", SIZES), ("schedule", SCHEDULES), ("ns_coefficients", COEFFICIENTS)),
+        *(("ns_method", METHODS), ("lr_scale", LR_SCALES)),
+    ):
+        if getattr(given, flag) not in choices:
+            raise BadInput(f"--{flag.replace('_', '-')} {getattr(given, flag)}: choose from {', '.join(choices)}")
+    if given.resume and given.name is None:
+        raise BadInput("--resume needs the --name of the run to continue")
+    lr, adamw_lr = DEFAULT_LR[given.optimizer]
+    cuda = given.device == "cuda" or (given.device == "auto" and torch.cuda.is_available())
+    if cuda and not torch.cuda.is_available():
+        raise BadInput("--device cuda: this PyTorch sees no CUDA device")
+    bf16 = cuda and torch.cuda.get_device_capability()[0] >= 8
+    size, utc_time = SIZES[given.model], time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    filled: dict[str, Any] = {
+        "lr": lr if given.lr is None else given.lr,
+        "adamw_lr": adamw_lr if given.adamw_lr is None else given.adamw_lr,
+        "device": "cuda" if cuda else "cpu",
+        "compile": given.compile if given.compile != "auto" else ("on" if cuda else "off"),
+        "precision": given.precision if given.precision != "auto" else ("bf16" if bf16 else "fp32"),
+        "data": given.data or default_data(given.model),
+        "name": given.name or f"{given.model}-{given.optimizer}-{given.seed}-{utc_time}",
+    }
+    for field in ("layers", "d_model", "heads", "kv_heads", "d_ff", "ffn", "seq_len"):
+        override = getattr(given, field)
+        filled[field] = getattr(size, field) if override is None else override
+    s = dataclasses.replace(given, **filled)
+    check_ranges(s)
+    shape = {field.name: getattr(s, field.name) for field in dataclasses.fields(ModelConfig) if field.name != "qk_norm"}
+    config = ModelConfig(**shape, qk_norm=size.qk_norm)
+
+    sequences, remainder = divmod(s.batch_tokens, s.seq_len * rank.count)
+    unit = f"--seq-len {s.seq_len} x {rank.count} rank{'s' * (rank.count > 1)}"
+    if remainder or not sequences:
+        raise BadInput(f"--batch-tokens {s.batch_tokens}: not divisible by {unit}")
+    if s.micro_batch == "auto":
+        fitting = max(1, MICRO_BATCH_TOKENS // s.seq_len)
+        micro_batch = next(m for m in range(min(fitting, sequences), 0, -1) if sequences % m == 0)
+    else:
+        micro_batch = s.micro_batch
+        if micro_batch < 1 or sequences % micro_batch:
+            raise BadInput(f"--batch-tokens {s.batch_tokens}: not divisible by --micro-batch {micro_batch} x {unit}")
+    updates = math.ceil(s.tokens / s.batch_tokens)
+    cadence = max(1, updates // EVENTS_PER_RUN)
+    s = dataclasses.replace(
+        s,
+        micro_batch=micro_batch,
+        eval_every=cadence if s.eval_every is None else s.eval_every,
+        spectra_every=cadence if s.spectra_every is None else s.spectra_every,
+    )
+    shards = open_shards(s.data)
+    if shards.tokens("val") <= s.seq_len:
+        raise BadInput(f"{s.data}: {shards.tokens('val'):,} validation tokens are too few for --seq-len {s.seq_len}")
+    return s, config, shards
+
+
+def default_data(model: str) -> Path:
+    """The embedded shards whose vocabulary suits the model, or the other ones where only those were built."""
+    small, large = Path("shards/embedded-4096"), Path("shards/embedded-49152")
+    first, second = (small, large) if model == "nano" else (large, small)
+    return second if second.exists() and not first.exists() else first
+
+
+def check_ranges(s: Settings) -> None:
+    """BadInput for the first setting outside its range."""
+
+    def check(flag: str, ok: bool, range_text: str) -> None:
+        if not ok:
+            raise BadInput(f"--{flag.replace('_', '-')} {getattr(s, flag)}: must be {range_text}")
+
+    for flag in ("tokens", "batch_tokens", "seq_len", "ns_steps", "eval_tokens", "checkpoint_every", "log_every"):
+        check(flag, getattr(s, flag) >= 1, "at least 1")
+    if s.eval_every is not None:
+        check("eval_every", s.eval_every >= 1, "at least 1")
+    if s.spectra_every is not None:
+        check("spectra_every", s.spectra_every >= 0, "0 (never) or more")
+    check("seed", 0 <= s.seed < 2**63, "0 or more")
+    for flag in ("lr", "adamw_lr", "adam_eps"):
+        check(flag, 0 < getattr(s, flag) < math.inf, "a positive number")
+    for flag in ("weight_decay", "grad_clip"):
+        check(flag, 0 <= getattr(s, flag) < math.inf, "0 or a positive number")
+    for flag in ("momentum", "beta1", "beta2", "dropout"):
+        check(flag, 0 <= getattr(s, flag) < 1, "at least 0 and below 1")
+    for flag in ("warmup", "min_lr"):
+        check(flag, 0 <= getattr(s, flag) <= 1, "between 0 and 1")
+    check("name", runfiles.is_safe_name(s.name), "letters, digits, '.', '_' and '-', not starting with a dot")
