@@ -23,7 +23,9 @@ from optim import LR_SCALES, SCHEDULES
 
 # Peak learning rates found by the sweeps of bench/LOG.md: (block matrices, embedding and gains).
 DEFAULT_LR = {"muon": (0.02, 0.005), "adamw": (0.005, 0.005)}
-MICRO_BATCH_TOKENS = 16_384  # per forward pass under --micro-batch auto
+MICRO_BATCH_TOKENS = {"cuda": 16_384, "cpu": 1024}  # per forward pass under --micro-batch auto; on a CPU, what fits L2
+BATCH_TOKENS, EVAL_TOKENS = 16_384, 131_072
+NANO_BATCH_TOKENS, NANO_EVAL_TOKENS = 8192, 32_768  # for a first look on a CPU
 EVENTS_PER_RUN = 20  # validation and spectra, unless their flags say otherwise
 
 
@@ -53,10 +55,10 @@ class Settings:
     """Folder of token shards (default: the embedded shards that make speedrun builds)."""
     tokens: Count = 2_015_232
     """Training tokens in all, rounded up to whole updates; 2e6 works too."""
-    batch_tokens: Count = 16_384
-    """Tokens per update over all ranks."""
+    batch_tokens: Count | None = None
+    """Tokens per update over all ranks (default: 16,384; nano 8,192)."""
     micro_batch: Literal["auto"] | int = "auto"
-    """Sequences per forward pass and rank; auto fits about 16k tokens."""
+    """Sequences per forward pass and rank; auto fits about 16k tokens on a GPU, 1k on a CPU."""
     seq_len: int | None = None
     """Tokens per sequence, instead of the size's."""
     seed: int = 0
@@ -95,8 +97,8 @@ class Settings:
     """Largest gradient norm over all parameters; 0 = off."""
     eval_every: int | None = None
     """Updates between validations (default: a twentieth of the run)."""
-    eval_tokens: Count = 131_072
-    """Validation tokens, always the same first ones."""
+    eval_tokens: Count | None = None
+    """Validation tokens, always the same first ones (default: 131,072; nano 32,768)."""
     spectra_every: int | None = None
     """Updates between spectra events (default: a twentieth of the run); 0 = never."""
     checkpoint_every: int = 1000
@@ -159,6 +161,11 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
         "data": given.data or default_data(given.model),
         "name": given.name or f"{given.model}-{given.optimizer}-{given.seed}-{utc_time}",
     }
+    nano = given.model == "nano"
+    if given.batch_tokens is None:
+        filled["batch_tokens"] = NANO_BATCH_TOKENS if nano else BATCH_TOKENS
+    if given.eval_tokens is None:
+        filled["eval_tokens"] = NANO_EVAL_TOKENS if nano else EVAL_TOKENS
     for field in ("layers", "d_model", "heads", "kv_heads", "d_ff", "ffn", "seq_len"):
         override = getattr(given, field)
         filled[field] = getattr(size, field) if override is None else override
@@ -172,7 +179,7 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
     if remainder or not sequences:
         raise BadInput(f"--batch-tokens {s.batch_tokens}: not divisible by {unit}")
     if s.micro_batch == "auto":
-        fitting = max(1, MICRO_BATCH_TOKENS // s.seq_len)
+        fitting = max(1, MICRO_BATCH_TOKENS[s.device] // s.seq_len)
         micro_batch = next(m for m in range(min(fitting, sequences), 0, -1) if sequences % m == 0)
     else:
         micro_batch = s.micro_batch

@@ -1,0 +1,63 @@
+"""Small shards, a small model, and a way to run the commands inside the test process."""
+
+import random
+import signal
+import sys
+
+import pytest
+
+import data
+import train
+
+SMALL_MODEL = (
+    *("--model", "nano", "--layers", "2", "--d-model", "32", "--heads", "2", "--kv-heads", "1", "--d-ff", "64"),
+    *("--seq-len", "32", "--batch-tokens", "256", "--micro-batch", "4", "--eval-tokens", "512", "--device", "cpu"),
+)
+
+
+def random_documents(count: int, seed: int = 0) -> list[str]:
+    """Distinct documents of words that repeat, so that there is something to learn."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(200)]
+    return [f"{i} " + " ".join(rng.choices(words, k=rng.randint(20, 200))) for i in range(count)]
+
+
+@pytest.fixture(scope="session")
+def shards_folder(tmp_path_factory):
+    """Shards of 400 random documents, vocabulary 320."""
+    folder = tmp_path_factory.mktemp("shards") / "small"
+    documents = random_documents(400)
+    data.build_shards(lambda: iter(documents), folder, source="test", vocab_size=320, val_fraction=0.1)
+    return folder
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """Call a command's main() with arguments; returns (exit code, stdout, stderr)."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def call(main, *arguments):
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            code = main()
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    yield call
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def train_small(run_main, shards_folder, tmp_path):
+    """Train the small model into tmp_path/NAME; returns (exit code, folder, stdout, stderr)."""
+
+    def call(name, *arguments, data_folder=shards_folder):
+        where = ("--data", data_folder, "--runs-dir", tmp_path, "--name", name)
+        code, out, err = run_main(train.main, *SMALL_MODEL, *where, *arguments)
+        return code, tmp_path / name, out, err
+
+    return call

@@ -1,0 +1,325 @@
+import gzip
+import itertools
+import json
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import zstandard
+from tokenizers import Tokenizer
+
+import data
+import documents
+from data import Loader, TokenStream, build_shards, open_shards, shuffle_index, validation_batches
+from errors import BadInput
+from tests.conftest import random_documents
+
+
+def build(texts, out, **options):
+    return build_shards(
+        lambda: iter(texts), out, **({"source": "test", "vocab_size": 300, "val_fraction": 0.2} | options)
+    )
+
+
+def decoded_documents(folder, split):
+    """The documents of a split, read with struct and tokenizers alone."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = []
+    for path in sorted(folder.glob(f"{split}_*.bin")):
+        raw = path.read_bytes()
+        header = struct.unpack("<256i", raw[:1024])
+        assert header[:2] == (20240520, 1)
+        assert header[2] * 2 == len(raw) - 1024
+        assert header[5] & 0xFFFFFFFF == zlib.crc32(raw[1024:])
+        ids += struct.unpack(f"<{header[2]}H", raw[1024:])
+    eot = json.loads((folder / "meta.json").read_text())["eot_id"]
+    assert ids[0] == eot
+    starts = [i for i, token in enumerate(ids) if token == eot] + [len(ids)]
+    pieces = [ids[a + 1 : b] for a, b in itertools.pairwise(starts)]
+    return [tokenizer.decode(piece, skip_special_tokens=False) for piece in pieces]
+
+
+def test_every_document_comes_back_once_on_one_side(tmp_path):
+    texts = [*random_documents(60), "emoji 🙂 and\x00NUL\r\n", "<|endoftext|> spelled out", ""]
+    meta = build(texts + texts[:10], tmp_path / "s")
+    train, val = (decoded_documents(tmp_path / "s", split) for split in ("train", "val"))
+    assert sorted(train + val) == sorted(texts)
+    assert not set(train) & set(val)
+    assert meta["documents"] == {"train": len(train), "val": len(val), "duplicates": 10}
+
+
+def test_the_side_of_a_document_does_not_depend_on_its_neighbours(tmp_path):
+    texts = random_documents(80)
+    build(texts, tmp_path / "all")
+    build(texts[::-2], tmp_path / "some")
+    assert set(decoded_documents(tmp_path / "some", "val")) <= set(decoded_documents(tmp_path / "all", "val"))
+
+
+def test_no_token_window_is_shared_by_train_and_val(shards_folder):
+    shards = open_shards(shards_folder)
+    train, val = (TokenStream(shards, split) for split in ("train", "val"))
+    loader = Loader(train, 4, 32, seed=0)
+    seen = {row.tobytes() for i in range(-(-loader.windows // 4)) for row in loader.batch(i)}
+    assert len(seen) == loader.windows
+    for batch in validation_batches(val, 10**9, 32, 4):
+        assert not {row.tobytes() for row in batch} & seen
+    every_train_window = np.lib.stride_tricks.sliding_window_view(train.read(0, len(train)), 33)
+    everything = {row.tobytes() for row in every_train_window}
+    for batch in validation_batches(val, 10**9, 32, 4):
+        assert not {row.tobytes() for row in batch} & everything
+
+
+def test_meta_describes_the_shards(shards_folder):
+    meta = json.loads((shards_folder / "meta.json").read_text())
+    expected = {"tokenizer", "vocab_size", "eot_id", "source", "train_tokens", "val_tokens", "documents", "split"}
+    assert meta.keys() == expected | {"sha256", "fingerprint"}
+    shards = open_shards(shards_folder)
+    assert (shards.tokens("train"), shards.tokens("val")) == (meta["train_tokens"], meta["val_tokens"])
+
+
+def test_same_text_same_fingerprint_other_text_another(tmp_path):
+    texts = random_documents(50)
+    first, again, other = (build(t, tmp_path / n) for t, n in ((texts, "a"), (texts, "b"), (texts[1:], "c")))
+    assert first["fingerprint"] == again["fingerprint"] != other["fingerprint"]
+
+
+def test_max_tokens_is_exact(tmp_path):
+    meta = build(random_documents(100), tmp_path / "s", max_tokens=5000)
+    assert meta["train_tokens"] + meta["val_tokens"] == 5000
+
+
+def test_a_broken_build_leaves_nothing(tmp_path):
+    def texts():
+        yield from random_documents(50)
+        raise RuntimeError("power loss")
+
+    with pytest.raises(RuntimeError):
+        build_shards(texts, tmp_path / "s", source="test", vocab_size=300)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_text_files_of_every_kind_give_the_same_documents(tmp_path):
+    import pandas
+
+    texts = random_documents(30)
+    rows = "".join(json.dumps({"text": t, "other": 1}) + "\n" for t in texts).encode()
+    (tmp_path / "a.jsonl").write_bytes(rows)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(rows))
+    (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(rows))
+    pandas.DataFrame({"text": texts}).to_parquet(tmp_path / "d.parquet")
+    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet"):
+        assert list(documents.text_documents([tmp_path / name], "text")) == texts, name
+    with pytest.raises(BadInput, match="--text-column"):
+        list(documents.text_documents([tmp_path / "a.jsonl"], "body"))
+
+
+def test_a_local_dataset_streams_through_the_hub_path(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in "abc"))
+    assert list(documents.hub_documents(str(tmp_path), None, "train", "text")) == ["a", "b", "c"]
+
+
+def test_a_long_txt_is_cut_at_newlines_and_loses_nothing(tmp_path):
+    lines = [f"line {i} é {'x' * (i % 300)}\r\n" for i in range(2000)]
+    text = "".join(lines)
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(text.encode()))
+    pieces = list(documents.text_documents(documents.text_files([tmp_path]), "text"))
+    half = len(pieces) // 2
+    assert "".join(pieces[:half]) == "".join(pieces[half:]) == text
+    assert half > 1
+    for piece in pieces[: half - 1]:
+        assert piece.endswith("\n")
+        assert 64 * 1024 <= len(piece.encode()) < 64 * 1024 + 400
+
+
+def test_hashes_are_seen_once():
+    rng = np.random.default_rng(0)
+    seen, reference = documents.SeenHashes(), set()
+    for _ in range(50):
+        hashes = rng.integers(0, 2000, 100, dtype=np.uint64)
+        fresh = seen.add(hashes)
+        for value, is_fresh in zip(hashes.tolist(), fresh.tolist(), strict=True):
+            assert is_fresh == (value not in reference)
+            reference.add(value)
+    assert sum(map(len, seen.runs)) == len(reference)
+    assert len(seen.runs) <= 12
+
+
+# ---- loader ----
+
+
+@pytest.fixture
+def split_shards(tmp_path, monkeypatch):
+    """The same kind of shards, at most 1,000 tokens each."""
+    monkeypatch.setattr(data, "SHARD_TOKENS", 1000)
+    build(random_documents(60), tmp_path / "s")
+    shards = open_shards(tmp_path / "s")
+    assert len(shards.files["train"]) > 3
+    return shards
+
+
+def test_windows_cross_shard_borders(split_shards):
+    stream = TokenStream(split_shards, "train")
+    whole = np.concatenate([np.fromfile(p, "<u2", offset=1024) for p in split_shards.files["train"]])
+    assert len(stream) == len(whole)
+    for start, count in ((0, 5), (990, 25), (999, 1), (1000, 1), (1500, 2200), (len(whole) - 3, 3)):
+        np.testing.assert_array_equal(stream.read(start, count), whole[start : start + count])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 1000, 4097])
+def test_shuffling_is_a_bijection_that_depends_on_seed_and_epoch(n):
+    index = np.arange(n)
+    a, b, c = (shuffle_index(index, n, seed, epoch) for seed, epoch in ((0, 0), (1, 0), (0, 1)))
+    for order in (a, b, c):
+        np.testing.assert_array_equal(np.sort(order), index)
+    if n >= 64:
+        assert (a != b).mean() > 0.9 < (a != c).mean()
+        assert abs(np.corrcoef(a, index)[0, 1]) < 4 / np.sqrt(n)
+
+
+def test_an_epoch_holds_every_window_once_and_epochs_differ(split_shards):
+    stream = TokenStream(split_shards, "train")
+    loader = Loader(stream, 7, 32, seed=3)
+    rows = np.concatenate([loader.batch(i) for i in range(2 * loader.windows // 7 + 1)])
+    windows = np.stack([stream.read(w * 32, 33) for w in range(loader.windows)])
+    first, second = rows[: loader.windows], rows[loader.windows : 2 * loader.windows]
+    assert sorted(map(bytes, first)) == sorted(map(bytes, second)) == sorted(map(bytes, windows))
+    assert not np.array_equal(first, second)
+
+
+def test_the_global_batch_is_the_same_for_every_world_size(split_shards):
+    stream = TokenStream(split_shards, "train")
+    whole = Loader(stream, 12, 16, seed=1)
+    for world_size in (2, 3, 4):
+        ranks = [Loader(stream, 12, 16, seed=1, rank=r, world_size=world_size) for r in range(world_size)]
+        for i in (0, 5):
+            np.testing.assert_array_equal(np.concatenate([loader.batch(i) for loader in ranks]), whole.batch(i))
+
+
+def test_different_seeds_give_a_different_order(split_shards):
+    stream = TokenStream(split_shards, "train")
+    assert not np.array_equal(Loader(stream, 8, 16, seed=0).batch(0), Loader(stream, 8, 16, seed=1).batch(0))
+
+
+def test_iteration_gives_the_pure_batches_and_resumes_anywhere(split_shards):
+    said = []
+    loader = Loader(TokenStream(split_shards, "train"), 8, 64, seed=0, say=said.append)
+    steps = 2 * loader.windows // 8 + 3
+    for i in range(steps):
+        np.testing.assert_array_equal(next(loader).numpy(), loader.batch(i))
+        state = loader.state_dict()
+        assert state == {"epoch": (i + 1) * 8 // loader.windows, "position": (i + 1) * 8 % loader.windows}
+        if i % 5 == 0:
+            other = Loader(TokenStream(split_shards, "train"), 8, 64, seed=0)
+            other.load_state_dict(state)
+            np.testing.assert_array_equal(next(other).numpy(), loader.batch(i + 1))
+            other.close()
+    loader.close()
+    assert len(said) == 1
+    assert "going round again" in said[0]
+
+
+def test_validation_is_always_the_first_tokens(split_shards):
+    stream = TokenStream(split_shards, "val")
+    for rows in (1, 3, 100):
+        batches = np.concatenate(list(validation_batches(stream, 320, 32, rows)))
+        np.testing.assert_array_equal(batches[:, :-1].ravel(), stream.read(0, 320))
+        np.testing.assert_array_equal(batches[:, 1:].ravel(), stream.read(1, 320))
+
+
+def test_llmc_shards_without_our_extras_can_be_read(tmp_path):
+    for name, ids in (("fineweb_val_000000.bin", range(100)), ("fineweb_train_000001.bin", range(50_000, 50_200))):
+        header = struct.pack("<256i", 20240520, 1, len(ids), *[0] * 253)
+        (tmp_path / name).write_bytes(header + struct.pack(f"<{len(ids)}H", *ids))
+    shards = open_shards(tmp_path)
+    assert shards.vocab_size == 50_257
+    assert Loader(TokenStream(shards, "train"), 2, 16, seed=0).batch(0).shape == (2, 17)
+
+
+def damage(path, how):
+    raw = bytearray(path.read_bytes())
+    if how == "flipped byte":
+        raw[-7] ^= 1
+    elif how == "truncated":
+        del raw[-10:]
+    elif how == "magic":
+        raw[0] ^= 1
+    elif how == "header only":
+        del raw[100:]
+    elif how == "vocabulary":
+        raw[12:16] = struct.pack("<I", 70_000)
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("flipped byte", "checksum"),
+        ("truncated", "promises"),
+        ("magic", "not a token shard"),
+        ("header only", "too few"),
+        ("vocabulary", "70,000"),
+    ],
+)
+def test_a_damaged_shard_is_named(tmp_path, how, words):
+    build(random_documents(50), tmp_path / "s")
+    damage(tmp_path / "s" / "train_000000.bin", how)
+    with pytest.raises(BadInput, match=words) as refusal:
+        next(Loader(TokenStream(open_shards(tmp_path / "s"), "train"), 2, 16, seed=0))
+    assert "train_000000.bin" in str(refusal.value)
+
+
+def test_a_token_outside_the_vocabulary_is_noticed(tmp_path):
+    build(random_documents(50), tmp_path / "s")
+    meta = json.loads((tmp_path / "s" / "meta.json").read_text())
+    (tmp_path / "s" / "meta.json").write_text(json.dumps(meta | {"vocab_size": 100}))
+    with pytest.raises(BadInput, match="token id"):
+        next(Loader(TokenStream(open_shards(tmp_path / "s"), "train"), 64, 16, seed=0))
+
+
+def test_a_missing_shard_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHARD_TOKENS", 1000)
+    build(random_documents(60), tmp_path / "s")
+    (tmp_path / "s" / "train_000001.bin").unlink()
+    with pytest.raises(BadInput, match=r"train_000001\.bin"):
+        open_shards(tmp_path / "s")
+
+
+def test_building_from_the_command_line(run_main, tmp_path):
+    for i, text in enumerate(random_documents(100)):
+        (tmp_path / f"{i}.txt").write_text(text)
+    out = tmp_path / "shards" / "mine"
+    options = ("--vocab-size", 300, "--val-fraction", 0.5, "--max-tokens", "2e4")
+    code, printed, _ = run_main(data.main, "text", tmp_path, "--out", out, *options)
+    assert code == 0
+    meta = json.loads((out / "meta.json").read_text())
+    assert meta["train_tokens"] + meta["val_tokens"] == 20_000
+    assert meta["fingerprint"] in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("text", "nowhere.txt", "--out", "{}/s"), "nowhere.txt"),
+        (("text", "{}/file.doc", "--out", "{}/s"), "no .txt"),
+        (("text", "{}/latin1.txt", "--out", "{}/s", "--vocab-size", "300"), "latin1.txt"),
+        (("text", "{}/broken.jsonl", "--out", "{}/s", "--vocab-size", "300"), "broken.jsonl"),
+        (("text", "{}/file.txt", "--out", "{}"), "exists"),
+        (("text", "{}/file.txt", "--out", "{}/s", "--vocab-size", "65537"), "--vocab-size"),
+        (("text", "{}/file.txt", "--out", "{}/s", "--tokenizer", "{}/file.txt"), "--tokenizer"),
+        (("text", "{}/file.txt", "--out", "{}/s", "--max-tokens", "-5"), "--max-tokens"),
+        (("text", "{}/file.txt", "--out", "{}/s", "--val-fraction", "nan"), "--val-fraction"),
+        (("hf", "{}/nothing", "--out", "{}/s"), "nothing"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(run_main, tmp_path, arguments, words):
+    for name, content in (("file.doc", b"x"), ("latin1.txt", b"\xff\xfe caf\xe9"), ("file.txt", b"hello " * 100)):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = run_main(data.main, *(a.format(tmp_path) for a in arguments))
+    assert code == 2
+    assert words in err
+    assert len(err.strip().splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before

@@ -1,0 +1,198 @@
+import math
+
+import pytest
+import torch
+
+from kernels.newton_schulz import coefficient_schedule, orthogonalize
+from model import SIZES, ModelConfig, Transformer
+from optim import Muon, build_optimizers, lr_factor, set_lr, update_scale
+
+SMALL = ModelConfig(32, 2, 4, 2, 64, seq_len=16)
+
+
+def small_model():
+    torch.manual_seed(0)
+    return Transformer(SMALL, vocab_size=40)
+
+
+def take_gradients(model, seed=1):
+    tokens = torch.randint(40, (2, 17), generator=torch.Generator().manual_seed(seed))
+    model(tokens[:, :-1], tokens[:, 1:]).backward()
+
+
+def rates(schedule, updates=100, warmup=0.1, min_lr=0.1):
+    return [lr_factor(t, updates, schedule, warmup, min_lr) for t in range(updates)]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear", "step", "wsd"])
+@pytest.mark.parametrize("updates", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.5, 1.0])
+def test_first_rate_is_not_zero_and_none_exceeds_the_peak(schedule, updates, warmup):
+    factors = rates(schedule, updates, warmup)
+    assert factors[0] > 0
+    assert all(0 <= f <= 1 for f in factors)
+
+
+def test_warmup_rises_in_updates_and_ends_at_the_peak():
+    assert rates("constant")[:11] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.0])
+    for schedule in ("cosine", "linear", "wsd"):
+        assert rates(schedule)[9] == rates(schedule)[10] == 1.0
+
+
+def test_decay_ends_at_min_lr_on_the_last_update():
+    for schedule in ("cosine", "linear", "wsd"):
+        assert rates(schedule)[-1] == pytest.approx(0.1)
+    middle = 10 + 89 / 2
+    assert rates("linear")[54] == pytest.approx(1 - 0.9 * 44 / 89)
+    assert rates("cosine")[54] == pytest.approx(0.55 + 0.45 * math.cos(math.pi * 44 / 89))
+    assert rates("cosine")[54] > 0.55 > rates("cosine")[math.ceil(middle)]
+
+
+def test_step_halves_twice_and_wsd_falls_over_the_last_fifth():
+    assert [rates("step", warmup=0)[t] for t in (0, 39, 40, 79, 80, 99)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
+    assert rates("wsd")[79] == 1.0
+    assert rates("wsd")[80] == pytest.approx(1 - 0.9 / 20)
+
+
+def test_update_scale_follows_out_and_in():
+    assert update_scale(2048, 512, "spectral") == 2.0
+    assert update_scale(512, 2048, "spectral") == 1.0
+    assert update_scale(512, 2048, "rms") == pytest.approx(0.2 * 2048**0.5)
+    assert update_scale(512, 2048, "none") == 1.0
+
+
+@pytest.mark.parametrize("shape", [(48, 96), (96, 48), (64, 64)])
+def test_agrees_with_torchs_muon(shape):
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    options = {"lr": 0.05, "momentum": 0.95, "nesterov": True, "weight_decay": 0.1}
+    mine = Muon([ours], ns_coefficients="quintic", **options)
+    reference = torch.optim.Muon([theirs], **options)
+    for _ in range(5):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        before = ours.detach().clone()
+        mine.step()
+        theirs.data.copy_(before)  # compare single updates, momentum carried along
+        reference.step()
+        update = (theirs - before).norm()
+        assert (ours - theirs).norm() / update < 0.02
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("coefficients", ["quintic", "polar_express"])
+def test_agrees_with_a_plain_fp32_loop(nesterov, coefficients):
+    torch.manual_seed(0)
+    bank = torch.nn.Parameter(torch.randn(3, 40, 24))
+    expected = bank.detach().clone()
+    momenta = torch.zeros(3, 40, 24)
+    optimizer = Muon(
+        [{"params": [bank], "transposed": (False, True, False)}],
+        lr=0.02,
+        momentum=0.9,
+        nesterov=nesterov,
+        weight_decay=0.5,
+        ns_coefficients=coefficients,
+    )
+    for _ in range(4):
+        bank.grad = torch.randn(3, 40, 24)
+        optimizer.step()
+        for i in range(3):
+            g = bank.grad[i]
+            momenta[i] = 0.9 * momenta[i] + 0.1 * g
+            u = 0.1 * g + 0.9 * momenta[i] if nesterov else momenta[i]
+            x = u.T / u.norm() / (1.01 * 1.05 if coefficients == "polar_express" else 1.0)
+            for a, b, c in coefficient_schedule(coefficients, 5):
+                xx = x @ x.T
+                x = a * x + (b * xx + c * xx @ xx) @ x
+            scale = 1.0 if i == 1 else (40 / 24) ** 0.5
+            expected[i] = (1 - 0.02 * 0.5) * expected[i] - 0.02 * scale * x.T
+    assert (bank - expected).norm() / expected.norm() < 1e-5
+
+
+def test_the_update_of_every_projection_is_orthogonal():
+    model = small_model()
+    optimizers = build_optimizers(model, "muon", lr=0.1, adamw_lr=0.01)
+    before = {(p.layer, p.name): p.weight.detach().clone() for p in model.projections()}
+    take_gradients(model)
+    for optimizer in optimizers:
+        optimizer.step()
+    for p in model.projections():
+        update = (p.weight.detach() - before[p.layer, p.name]) / 0.1
+        rows, cols = update.shape
+        s = torch.linalg.svdvals(update) / max(1, rows / cols) ** 0.5
+        assert s[0] < 1.15, p.name
+        assert s[len(s) // 2] > 0.8, p.name  # small gradients of a fresh model may have rank below r
+
+
+def test_a_fused_bank_is_split_by_rows_or_merged_on_request():
+    torch.manual_seed(0)
+    gradient = torch.randn(2, 64, 32)
+    split, merged = torch.nn.Parameter(torch.zeros(2, 64, 32)), torch.nn.Parameter(torch.zeros(2, 64, 32))
+    split.grad, merged.grad = gradient.clone(), gradient.clone()
+    options = {"lr": 1.0, "momentum": 0.0, "lr_scale": "none"}
+    Muon([{"params": [split], "row_splits": (32, 16, 16)}], **options).step()
+    Muon([merged], **options).step()
+    q, k, v = (orthogonalize(-gradient[:, rows]) for rows in (slice(0, 32), slice(32, 48), slice(48, 64)))
+    torch.testing.assert_close(split.detach(), torch.cat((q, k, v), dim=1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(merged.detach(), orthogonalize(-gradient), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_every_parameter_is_in_exactly_one_group_with_the_rate_of_its_kind(optimizer):
+    model = Transformer(SIZES["nano"], vocab_size=64)
+    optimizers = build_optimizers(model, optimizer, lr=0.03, adamw_lr=0.004, weight_decay=0.2)
+    groups = [(o, group) for o in optimizers for group in o.param_groups]
+    found = {}
+    for o, group in groups:
+        for p in group["params"]:
+            assert id(p) not in found
+            found[id(p)] = (type(o).__name__, group["lr"], group["weight_decay"])
+    for name, p in model.named_parameters():
+        if name.startswith("weights."):
+            assert found[id(p)] == ("Muon" if optimizer == "muon" else "AdamW", 0.03, 0.2), name
+        else:
+            assert found[id(p)] == ("AdamW", 0.004, 0.0), name
+
+
+def test_a_forgotten_parameter_is_noticed():
+    model = small_model()
+    model.banks = lambda: [*Transformer.banks(model), Transformer.banks(model)[0]]
+    with pytest.raises((AssertionError, ValueError), match=r"exactly one group|more than one"):
+        build_optimizers(model, "muon", lr=0.03, adamw_lr=0.004)
+
+
+def test_the_embedding_moves_at_its_own_rate():
+    moved = {}
+    for adamw_lr in (0.001, 0.002):
+        model = small_model()
+        optimizers = build_optimizers(model, "muon", lr=0.02, adamw_lr=adamw_lr)
+        set_lr(optimizers, 0.5)
+        before = [p.detach().clone() for p in (model.embedding, model.banks()[0].parameter)]
+        take_gradients(model)
+        for o in optimizers:
+            o.step()
+        after = (model.embedding, model.banks()[0].parameter)
+        moved[adamw_lr] = [(a - b).abs().max().item() for a, b in zip(after, before, strict=True)]
+    assert moved[0.001][0] == pytest.approx(0.0005, rel=0.01)  # AdamW's first step is its rate
+    assert moved[0.002][0] == pytest.approx(0.001, rel=0.01)
+    assert moved[0.001][1] == moved[0.002][1]
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [({"momentum": 1.0}, "momentum"), ({"lr": -1.0}, "lr"), ({"ns_coefficients": "sextic"}, "sextic")],
+)
+def test_muon_refuses_settings_out_of_range(options, word):
+    with pytest.raises(ValueError, match=word):
+        Muon([torch.nn.Parameter(torch.zeros(2, 2))], **options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [((3,), {}), ((4, 6), {"row_splits": (2, 3)}), ((2, 4, 6), {"transposed": (True,)}), ((1, 1, 1, 1, 1), {})],
+)
+def test_muon_refuses_parameters_that_are_no_matrices(shape, options):
+    with pytest.raises(ValueError, match=r"matri|row_splits"):
+        Muon([{"params": [torch.nn.Parameter(torch.zeros(shape))], **options}])
