@@ -5,9 +5,13 @@ import signal
 import sys
 
 import pytest
+from hypothesis import settings
 
 import data
 import train
+
+settings.register_profile("repeatable", derandomize=True, deadline=None)  # the same examples on every machine
+settings.load_profile("repeatable")
 
 SMALL_MODEL = (
     *("--model", "nano", "--layers", "2", "--d-model", "32", "--heads", "2", "--kv-heads", "1", "--d-ff", "64"),

@@ -89,7 +89,20 @@ def test_a_run_learns_and_its_folder_is_complete(train_small, optimizer):
 
 
 def test_the_schedule_counts_updates_not_micro_steps(train_small):
-    arguments = ("--tokens", 20 * 256, "--warmup", 0.25, "--schedule", "linear", "--min-lr", 0.1, "--lr", 0.01)
+    arguments = (
+        "--tokens",
+        20 * 256,
+        "--warmup",
+        0.25,
+        "--schedule",
+        "linear",
+        "--min-lr",
+        0.1,
+        "--lr",
+        0.01,
+        "--adamw-lr",
+        0.005,
+    )
     _, folder, _, _ = train_small("run", *arguments, "--micro-batch", 1)
     rates = [record["lr"] for record in lines(folder, kind="train")]
     assert rates[:6] == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.01, 0.01])

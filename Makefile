@@ -1,0 +1,52 @@
+# make speedrun: set up, build shards from the Python sources on this machine, train Muon and AdamW, write the report.
+# make test: set up and run the whole suite.  MODEL= TOKENS= DATA= SEED= override what speedrun does.
+
+PYTHON ?= python3
+PY := .venv/bin/python
+SEED ?= 0
+
+.PHONY: speedrun test setup lint bench clean
+.DEFAULT_GOAL := speedrun
+
+setup: .venv/.installed
+
+.venv/.installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is too old: Python 3.11 or newer is needed, say which with make PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+# On a GPU the 88M model on every Python source here, without one the nano model on the standard library.
+speedrun: setup
+	@set -e; \
+	gpus=$$($(PY) -c 'import torch; print(torch.cuda.device_count())'); \
+	if [ $$gpus -gt 0 ]; then model=88m scope=all vocab=49152 tokens=2015232; \
+	else model=nano scope=stdlib vocab=4096 tokens=1e6; fi; \
+	if [ $$gpus -gt 1 ]; then run="$(PY) -m torch.distributed.run --standalone --nproc_per_node=$$gpus"; \
+	else run=$(PY); fi; \
+	data="$(DATA)"; \
+	if [ -z "$$data" ]; then data=shards/embedded-$$vocab; \
+	  [ -d $$data ] || $(PY) data.py embedded --scope $$scope --vocab-size $$vocab --out $$data; fi; \
+	name=speedrun-$$(date -u +%Y%m%dT%H%M%SZ); \
+	for optimizer in muon adamw; do \
+	  echo "== $$optimizer"; \
+	  $$run train.py --model $(or $(MODEL),$$model) --optimizer $$optimizer --data "$$data" \
+	    --tokens $(or $(TOKENS),$$tokens) --seed $(SEED) --name $$name-$$optimizer; \
+	done; \
+	echo "== report"; \
+	$(PY) report.py runs/$$name-muon runs/$$name-adamw --out runs/$$name
+
+test: setup
+	$(PY) -m pytest
+
+lint: setup
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+
+bench: setup
+	$(PY) -m pytest bench --benchmark-only
+
+clean:
+	rm -rf .venv .cache .pytest_cache .ruff_cache .benchmarks .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

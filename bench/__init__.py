@@ -1,0 +1,1 @@
+"""Microbenchmarks (make bench) and their ledger, LOG.md."""
