@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from stats import Run
 
@@ -155,8 +156,8 @@ def metric_over_time(runs: Sequence[Run], key: str) -> Figure:
             ax.plot(steps, np.nanmean(values, axis=0), linewidth=1.8, **look)
             reference = np.nanmean(run.grid(name, f"{key}_chance")[1]) if is_alignment else np.nanmean(values[:, 0])
             ax.axhline(reference, color=REFERENCE_COLOR, linestyle=":", linewidth=1.2)
-        if is_alignment:
-            ax.set_ylim(bottom=0)
+    if is_alignment:
+        figure.axes[0].set_ylim(bottom=0)  # shared by all panels
     for ax in figure.axes[3:]:
         ax.set_xlabel("updates")
     for ax in figure.axes[::3]:
@@ -200,7 +201,7 @@ def metric_heatmap(runs: Sequence[Run], key: str) -> Figure:
         axes[-1, column].set_xlabel("updates")
         bar = figure.colorbar(mesh, ax=axes[:, column], location="bottom", aspect=12, shrink=0.95)
         bar.ax.tick_params(labelsize=8)
-        bar.locator = matplotlib.ticker.MaxNLocator(3)
+        bar.locator = MaxNLocator(3)
         bar.update_ticks()
         for mark in marks:
             bar.ax.axvline(mark, color="white", linewidth=3.0)
@@ -223,6 +224,9 @@ def singular_value_spectrum(runs: Sequence[Run], layer: int | None = None) -> Fi
             ax.plot(index, values[-1], linewidth=1.8, **look)
             ax.plot(index, values[0], color=REFERENCE_COLOR, linestyle=":", linewidth=1.2)
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if np.ptp(np.log10(ax.get_ylim())) < 2 else (1.0,)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
     for ax in figure.axes[3:]:
         ax.set_xlabel("index of the singular value")
     for ax in figure.axes[::3]:

@@ -27,7 +27,7 @@ NANO_LR = {"muon": (0.04, 0.02), "adamw": (0.005, 0.02)}
 DEFAULT_LR = {"muon": (0.024, 0.006), "adamw": (0.002, 0.006)}
 MICRO_BATCH_TOKENS = {"cuda": 16_384, "cpu": 1024}  # per forward pass under --micro-batch auto; on a CPU, what fits L2
 BATCH_TOKENS, EVAL_TOKENS = 16_384, 131_072
-NANO_BATCH_TOKENS, NANO_EVAL_TOKENS = 8192, 32_768  # for a first look on a CPU
+NANO_BATCH_TOKENS, NANO_EVAL_TOKENS = 8192, 16_384  # for a first look on a CPU
 EVENTS_PER_RUN = 20  # validation and spectra, unless their flags say otherwise
 
 
@@ -100,7 +100,7 @@ class Settings:
     eval_every: int | None = None
     """Updates between validations (default: a twentieth of the run)."""
     eval_tokens: Count | None = None
-    """Validation tokens, always the same first ones (default: 131,072; nano 32,768)."""
+    """Validation tokens, always the same first ones (default: 131,072; nano 16,384)."""
     spectra_every: int | None = None
     """Updates between spectra events (default: a twentieth of the run); 0 = never."""
     checkpoint_every: int = 1000

@@ -480,8 +480,21 @@ def run_training(run: Run) -> int:
     finally:
         run.loader.close()
     run.summarize(status, None if status == "finished" else f"signal after step {run.step}")
+    if status == "finished" and run.rank.index == 0:
+        draw_plots(run.folder)
     run.out.say(f"{run.folder}: {status} after {run.step} updates, final validation loss {run.last_val['val_loss']}")
     return 0
+
+
+def draw_plots(folder: Path) -> None:
+    """runs/<name>/plots/*.png, where Matplotlib is installed: a training box may do without."""
+    try:
+        from report import draw
+        from stats import load_run
+    except ModuleNotFoundError as missing:
+        print(f"no plots: {missing.name} is not installed; python report.py draws them elsewhere")
+        return
+    draw([load_run(folder)], folder / "plots")
 
 
 if __name__ == "__main__":

@@ -56,10 +56,12 @@ def run_main(monkeypatch, capsys):
 
 
 @pytest.fixture
-def train_small(run_main, shards_folder, tmp_path):
+def train_small(run_main, shards_folder, tmp_path, monkeypatch):
     """Train the small model into tmp_path/NAME; returns (exit code, folder, stdout, stderr)."""
 
-    def call(name, *arguments, data_folder=shards_folder):
+    def call(name, *arguments, data_folder=shards_folder, plots=False):
+        if not plots:  # they take longer than the run
+            monkeypatch.setattr(train, "draw_plots", lambda folder: None)
         where = ("--data", data_folder, "--runs-dir", tmp_path, "--name", name)
         code, out, err = run_main(train.main, *SMALL_MODEL, *where, *arguments)
         return code, tmp_path / name, out, err

@@ -37,11 +37,12 @@ def weights(folder):
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_a_run_learns_and_its_folder_is_complete(train_small, optimizer):
     arguments = ("--optimizer", optimizer, "--tokens", "1e4", "--checkpoint-every", 10, "--lr", 0.02)
-    code, folder, out, _ = train_small("run", *arguments)
+    code, folder, out, _ = train_small("run", *arguments, plots=True)
     assert code == 0
-    files = {"config.json", "log.txt", "metrics.jsonl", "manifold_stats.jsonl", "summary.json"}
+    files = {"config.json", "log.txt", "metrics.jsonl", "manifold_stats.jsonl", "summary.json", "plots"}
     assert {p.name for p in folder.iterdir()} == files | {"checkpoint.pt", "checkpoint.prev.pt", "best.pt"}
     steps = math.ceil(10_000 / 256)
+    assert len(list((folder / "plots").glob("*.png"))) == 8
     trained = lines(folder, kind="train")
     assert [record["step"] for record in trained] == list(range(1, steps + 1))
     assert trained[-1]["tokens"] == steps * 256
