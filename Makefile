@@ -23,7 +23,8 @@ speedrun: setup
 	gpus=$$($(PY) -c 'import torch; print(torch.cuda.device_count())'); \
 	if [ $$gpus -gt 0 ]; then model=88m scope=all vocab=49152 tokens=2015232; \
 	else model=nano scope=stdlib vocab=4096 tokens=1e6; fi; \
-	if [ $$gpus -gt 1 ]; then run="$(PY) -m torch.distributed.run --standalone --nproc_per_node=$$gpus"; \
+	ranks=1; while [ $$((2 * ranks)) -le $$gpus ] && [ $$ranks -lt 8 ]; do ranks=$$((2 * ranks)); done; \
+	if [ $$ranks -gt 1 ]; then run="$(PY) -m torch.distributed.run --standalone --nproc_per_node=$$ranks"; \
 	else run=$(PY); fi; \
 	data="$(DATA)"; \
 	if [ -z "$$data" ]; then data=shards/embedded-$$vocab; \

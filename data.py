@@ -24,6 +24,7 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
+from cli import BadInput, Count, exit_with_a_sentence
 from documents import (
     EOT_NAMES,
     SeenHashes,
@@ -37,7 +38,6 @@ from documents import (
     train_tokenizer,
     training_sample,
 )
-from errors import BadInput, exit_with_a_sentence
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = HEADER_INTS * 4
@@ -45,11 +45,9 @@ SLOT_VOCAB_SIZE, SLOT_EOT_ID, SLOT_CRC32 = 3, 4, 5
 SHARD_TOKENS = 10**8
 MAX_VOCAB_SIZE = 2**16  # a token is a uint16
 GPT2_VOCAB_SIZE = 50_257  # what published llm.c shards hold; they do not say so themselves
+BATCH_DOCUMENTS = 16_384
 BATCH_CHARS = 4_000_000  # per call of the tokenizer: enough for every core, 30 MB of memory
 SPLITS = ("train", "val")
-
-
-# ---- building ----
 
 
 class ShardWriter:
@@ -176,26 +174,30 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
+def _ends(path: Path) -> str:
+    """Hash of the first and last MB: what tells apart shards that come without checksums."""
+    with path.open("rb") as file:
+        first = file.read(2**20)
+        file.seek(-min(2**20, path.stat().st_size), os.SEEK_END)
+        return hashlib.sha256(first + file.read()).hexdigest()
+
+
 def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
     batch, chars = [], 0
     for text in documents:
         batch.append(text)
         chars += len(text)
-        if chars > BATCH_CHARS:
+        if chars > BATCH_CHARS or len(batch) == BATCH_DOCUMENTS:
             yield batch
             batch, chars = [], 0
     if batch:
         yield batch
 
 
-# ---- reading ----
-
-
 @dataclass(frozen=True)
 class Shards:
     """A folder of shards whose headers were checked; payloads are checked when a stream first opens them."""
 
-    folder: Path
     vocab_size: int
     fingerprint: str
     files: dict[str, list[Path]]
@@ -233,23 +235,23 @@ def open_shards(folder: Path) -> Shards:
     vocab_sizes = {int(h[SLOT_VOCAB_SIZE]) for h in headers.values()}
     if len(vocab_sizes) > 1:
         raise BadInput(f"{folder}: shards of different vocabularies {sorted(vocab_sizes)}")
-    meta_path = folder / "meta.json"
+    meta_path, held = folder / "meta.json", {path.name for path in headers}
     if meta_path.exists():
         try:
             meta = json.loads(meta_path.read_text())
             vocab_size, fingerprint, names = int(meta["vocab_size"]), str(meta["fingerprint"]), set(meta["sha256"])
         except (ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{meta_path}: not a description of shards ({error!r})") from None
-        missing = names - {path.name for path in headers}
-        if missing:
-            raise BadInput(f"{folder}: {', '.join(sorted(missing))} of its meta.json is missing")
+        for wrong, words in ((names - held, "is missing"), (held - names, "is not in its meta.json")):
+            if wrong:
+                raise BadInput(f"{folder}: {', '.join(sorted(wrong))} {words}")
     else:
         vocab_size = vocab_sizes.pop() or GPT2_VOCAB_SIZE
-        fingerprint = _digest([[path.name, header.tolist()[:6]] for path, header in headers.items()])
+        fingerprint = _digest([[path.name, header.tolist()[:6], _ends(path)] for path, header in headers.items()])
     if not 0 < vocab_size <= MAX_VOCAB_SIZE:
         raise BadInput(f"{meta_path}: vocabulary of {vocab_size:,}, but uint16 holds {MAX_VOCAB_SIZE:,}")
     counts = {split: [int(headers[path][2]) for path in files[split]] for split in SPLITS}
-    return Shards(folder, vocab_size, fingerprint, files, counts)
+    return Shards(vocab_size, fingerprint, files, counts)
 
 
 class TokenStream:
@@ -414,30 +416,6 @@ def validation_batches(stream: TokenStream, tokens: int, seq_len: int, rows: int
     for first in range(0, windows, rows):
         last = min(first + rows, windows)
         yield np.stack([stream.read(w * seq_len, seq_len + 1) for w in range(first, last)])
-
-
-# ---- command line ----
-
-
-def parse_count(text: str) -> int:
-    """'2000000', '2_000_000' or '2e6' -> 2000000; ValueError for anything that is no whole number."""
-    number = float(text.replace("_", ""))
-    if number != int(number):
-        raise ValueError(f"{text} is not a whole number")
-    return int(number)
-
-
-# Token counts are long: flags of this type accept 2e6 as well.
-Count = Annotated[
-    int,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="COUNT",
-        instance_from_str=lambda words: parse_count(words[0]),
-        is_instance=lambda value: isinstance(value, int),
-        str_from_instance=lambda value: [str(value)],
-    ),
-]
 
 
 @dataclass(kw_only=True)

@@ -5,15 +5,17 @@ shards. Nothing is held but the current piece and 8 to 16 bytes per document.
 """
 
 import hashlib
+import io
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from errors import BadInput
+from cli import BadInput, first_line
 
 EOT = "<|endoftext|>"
 EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>")
@@ -65,43 +67,40 @@ def text_documents(files: list[Path], column: str) -> Iterator[str]:
             os.environ["HF_HUB_OFFLINE"] = "1"  # local files: nothing to ask the hub
             from datasets import load_dataset
 
-            rows = load_dataset(_kind(path), data_files=str(path), split="train", streaming=True)
-            yield from _rows(rows, column, str(path))
+            open_rows = partial(load_dataset, _kind(path), data_files=str(path), split="train", streaming=True)
+            yield from _rows(open_rows, column, str(path))
 
 
 def _txt_pieces(path: Path) -> Iterator[str]:
     import fsspec
 
     try:
-        with fsspec.open(str(path), "rb", compression="infer") as file:
+        with fsspec.open(str(path), "rb", compression="infer") as opened, io.BufferedReader(opened) as file:
             while piece := file.read(PIECE_BYTES) + file.readline():
                 yield piece.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: not UTF-8 text ({error.reason})") from None
     except Exception as error:  # every decompressor has its own
-        raise BadInput(f"{path}: cannot be read ({error})") from None
+        raise BadInput(f"{path}: cannot be read ({first_line(error)})") from None
 
 
 def hub_documents(name: str, config: str | None, split: str, column: str) -> Iterator[str]:
     """Rows of a Hugging Face dataset (or of a local folder that `datasets` understands), streamed."""
     from datasets import load_dataset
 
-    try:
-        rows = load_dataset(name, config, split=split, streaming=True)
-    except (OSError, ValueError) as error:  # datasets' own refusals derive from these
-        raise BadInput(f"{name}: datasets cannot open it ({str(error).splitlines()[0]})") from None
-    yield from _rows(rows, column, name)
+    yield from _rows(partial(load_dataset, name, config, split=split, streaming=True), column, name)
 
 
-def _rows(rows: Iterable[dict], column: str, where: str) -> Iterator[str]:
-    iterator = iter(rows)
+def _rows(open_rows: Callable[[], Iterable[dict]], column: str, where: str) -> Iterator[str]:
+    rows = None
     while True:
         try:
-            row = next(iterator)
+            rows = iter(open_rows()) if rows is None else rows
+            row = next(rows)
         except StopIteration:
             return
-        except (OSError, ValueError) as error:  # pyarrow and datasets raise subclasses of these on broken files
-            raise BadInput(f"{where}: cannot be read ({str(error).splitlines()[0]})") from None
+        except Exception as error:  # datasets, pyarrow and every decompressor have their own
+            raise BadInput(f"{where}: cannot be read ({first_line(error)})") from None
         if column not in row:
             raise BadInput(f"{where}: no column {column!r}; it has {', '.join(row)}; choose with --text-column")
         if row[column] is not None:
@@ -150,7 +149,9 @@ def load_tokenizer(name: str):
     try:
         tokenizer = Tokenizer.from_file(name) if Path(name).exists() else Tokenizer.from_pretrained(name)
     except Exception as error:  # the library raises bare Exception for every fault
-        raise BadInput(f"--tokenizer {name}: cannot be loaded ({str(error).splitlines()[0]})") from None
+        raise BadInput(f"--tokenizer {name}: cannot be loaded ({first_line(error)})") from None
+    tokenizer.no_truncation()  # hub tokenizers often carry a maximum length
+    tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     return tokenizer
 

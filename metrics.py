@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import runfiles
 from model import Transformer
 
 SUBSPACE_RANK = 5  # of the singular subspaces whose alignment is measured
@@ -37,9 +38,6 @@ class JsonlWriter:
         self.file.write(json.dumps(record, allow_nan=False) + "\n")
         self.file.flush()
 
-    def close(self) -> None:
-        self.file.close()
-
 
 def cut_jsonl(path: Path, last_step: int) -> None:
     """Drop the lines after `last_step`, and a torn last line, so that a resumed run can append."""
@@ -52,9 +50,7 @@ def cut_jsonl(path: Path, last_step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError):
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
+    runfiles.write_whole(path, lambda file: file.write("".join(line + "\n" for line in kept)), mode="w")
 
 
 def finite(value: float) -> float | None:
@@ -93,10 +89,13 @@ def spectral_metrics(singular_values: Tensor) -> dict[str, Any]:
 
 
 def top_subspaces(matrix: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Left (m, k) and right (n, k) singular subspaces and all singular values; None for a non-finite matrix."""
+    """Left (m, k) and right (n, k) singular subspaces and all singular values; None where it fails."""
     if not matrix.isfinite().all():
         return None
-    U, s, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    try:
+        U, s, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError:
+        return None
     return U[:, :k], s, Vh[:k].mT
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import BadInput
+from cli import BadInput
 
 INIT_STD = 0.02
 ROPE_BASE = 10_000.0
@@ -191,8 +191,12 @@ class Transformer(nn.Module):
         if self.config.qk_norm:
             q, k = rms_norm(q, self.q_gain[layer]), rms_norm(k, self.k_gain[layer])
         q, k = rotate(q, self.cos_TE[:T], self.sin_TE[:T]), rotate(k, self.cos_TE[:T], self.sin_TE[:T])
+        sharing = q.shape[2] // k.shape[2]
+        if q.is_cuda and q.dtype == torch.float32:  # no memory-efficient kernel takes shared heads in fp32
+            k, v = k.repeat_interleave(sharing, dim=2), v.repeat_interleave(sharing, dim=2)
+            sharing = 1
         y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=q.shape[2] != k.shape[2]
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=sharing > 1
         )
         return F.linear(y.transpose(1, 2).reshape(B, T, -1), w["o"])
 

@@ -29,7 +29,6 @@ METRIC_TITLES = {
     "spectral_entropy": "Spectral entropy, 1 = all singular values equal",
     "effective_rank": "Effective rank, exp(entropy)",
     "left_alignment": "Alignment of update and weight, top-5 output directions",
-    "right_alignment": "Alignment of update and weight, top-5 input directions",
 }
 PROJECTION_TITLES = {"q": "Q", "k": "K", "v": "V", "o": "O", "up": "MLP up", "down": "MLP down"}
 

@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 
 import plots
-from errors import BadInput, exit_with_a_sentence
+from cli import BadInput, exit_with_a_sentence
 from stats import Run, first_reaching, load_run, t_interval
 
 
@@ -149,9 +149,12 @@ def findings(runs: Sequence[Run]) -> list[str]:
                 f"It is at {worse}'s final loss after {updates:.0f} of {leader.config['steps']} updates, "
                 f"{seconds:.0f} s of training."
             )
-    for key, words in (("data_fingerprint", "different data"), ("steps", "different numbers of updates")):
+    for key in ("data_fingerprint", "model", "steps", "batch_tokens", "seq_len", "eval_tokens"):
         if len({run.config.get(key) for run in runs}) > 1:
-            sentences.append(f"Careful: these runs used {words}, so their losses do not compare.")
+            sentences.append(f"Careful: these runs differ in {key}, so their losses do not compare.")
+    unfinished = [run.name for run in runs if run.status != "finished"]
+    if unfinished:
+        sentences.append(f"Careful: not finished, so its last loss is not its final one: {', '.join(unfinished)}.")
     return sentences
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from errors import BadInput
+from cli import BadInput, first_line
 
 CONFIG, SUMMARY, LOG = "config.json", "summary.json", "log.txt"
 METRICS, SPECTRA = "metrics.jsonl", "manifold_stats.jsonl"
@@ -73,15 +73,14 @@ def save_checkpoint(folder: Path, contents: dict[str, Any], name: str = CHECKPOI
     import torch
 
     path = folder / name
-    temporary = path.with_name(path.name + ".new")
-    write_whole(temporary, lambda file: torch.save(contents, file))
     if name == CHECKPOINT and path.exists():
         os.replace(path, folder / PREVIOUS_CHECKPOINT)
-    os.replace(temporary, path)
+    write_whole(path, lambda file: torch.save(contents, file))
 
 
-def load_checkpoint(folder: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest complete checkpoint of a run, on the CPU; None without one; a damaged one is named and passed over."""
+def load_checkpoint(folder: Path, say: Callable[[str], None], set_aside: bool) -> dict[str, Any] | None:
+    """The newest complete checkpoint of a run, on the CPU; None without one. A damaged one is named and, with
+    `set_aside`, renamed to *.damaged."""
     import torch
 
     damaged = []
@@ -96,7 +95,10 @@ def load_checkpoint(folder: Path, say: Callable[[str], None]) -> dict[str, Any] 
             return contents
         except Exception as error:  # torch, zipfile and pickle raise many kinds on a damaged file
             damaged.append(str(path))
-            say(f"{path}: damaged, passed over ({str(error).splitlines()[0]})")
+            aside = path.with_suffix(".damaged")  # so that the next save does not put it in place of a good one
+            if set_aside:
+                os.replace(path, aside)
+            say(f"{path}: damaged, set aside as {aside.name} ({first_line(error)})")
     if damaged:
         raise BadInput(f"{' and '.join(damaged)}: damaged, and there is no other checkpoint to resume from")
     return None

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 
 import runfiles
-from data import Count, Shards, open_shards
-from errors import BadInput
+from cli import BadInput, Count
+from data import Shards, open_shards
 from kernels.newton_schulz import COEFFICIENTS, METHODS
 from model import SIZES, ModelConfig
 from optim import LR_SCALES, SCHEDULES
@@ -29,6 +29,7 @@ MICRO_BATCH_TOKENS = {"cuda": 16_384, "cpu": 1024}  # per forward pass under --m
 BATCH_TOKENS, EVAL_TOKENS = 16_384, 131_072
 NANO_BATCH_TOKENS, NANO_EVAL_TOKENS = 8192, 16_384  # for a first look on a CPU
 EVENTS_PER_RUN = 20  # validation and spectra, unless their flags say otherwise
+LARGE_SPECTRA_PER_RUN = 4  # above nano: an event of the 88M model takes half a minute of singular value decompositions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,7 @@ class Settings:
     eval_tokens: Count | None = None
     """Validation tokens, always the same first ones (default: 131,072; nano 16,384)."""
     spectra_every: int | None = None
-    """Updates between spectra events (default: a twentieth of the run); 0 = never."""
+    """Updates between spectra events (default: a quarter of the run; nano a twentieth); 0 = never."""
     checkpoint_every: int = 1000
     """Updates between checkpoints; the end always writes one."""
     log_every: int = 10
@@ -189,12 +190,15 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
             raise BadInput(f"--batch-tokens {s.batch_tokens}: not divisible by --micro-batch {micro_batch} x {unit}")
     updates = math.ceil(s.tokens / s.batch_tokens)
     cadence = max(1, updates // EVENTS_PER_RUN)
+    spectra_cadence = cadence if s.model == "nano" else max(1, updates // LARGE_SPECTRA_PER_RUN)
     s = dataclasses.replace(
         s,
         micro_batch=micro_batch,
         eval_every=cadence if s.eval_every is None else s.eval_every,
-        spectra_every=cadence if s.spectra_every is None else s.spectra_every,
+        spectra_every=spectra_cadence if s.spectra_every is None else s.spectra_every,
     )
+    if s.eval_tokens < s.seq_len:
+        raise BadInput(f"--eval-tokens {s.eval_tokens}: fewer than one sequence of --seq-len {s.seq_len}")
     shards = open_shards(s.data)
     if shards.tokens("val") <= s.seq_len:
         raise BadInput(f"{s.data}: {shards.tokens('val'):,} validation tokens are too few for --seq-len {s.seq_len}")

@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats as scipy_stats
 
 import runfiles
-from errors import BadInput
+from cli import BadInput
 
 PROJECTIONS = ("q", "k", "v", "o", "up", "down")  # the six that every dense model logs, in the order they are shown
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import runfiles
+from cli import BadInput, exit_with_a_sentence
 from data import Loader, Shards, TokenStream, validation_batches
-from errors import BadInput, exit_with_a_sentence
 from metrics import JsonlWriter, SpectraRecorder, cut_jsonl, finite
 from model import ModelConfig, Transformer
 from optim import build_optimizers, lr_factor, set_lr
@@ -34,15 +34,16 @@ from settings import NOT_IN_HASH, Rank, Settings, resolve
 WARMUP_UPDATES = 2  # untimed; the second runs with optimizer state in place
 COMPILE_CACHE = Path(__file__).resolve().parent / ".cache" / "inductor"
 
-# Dense bf16 peak in FLOP/s with fp32 accumulation, without sparsity (vendor data sheets), by a part of the device name.
+# Dense bf16 peak in FLOP/s with fp32 accumulation, without sparsity (vendor data sheets), by the device's name.
 PEAK_BF16_FLOPS = {
-    "RTX 3090": 71.2e12,
-    "RTX 4090": 165.2e12,
-    "RTX 5090": 209.5e12,
-    "L40S": 362e12,
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
+    "NVIDIA GeForce RTX 3090": 71.2e12,
+    "NVIDIA GeForce RTX 4090": 165.2e12,
+    "NVIDIA GeForce RTX 5090": 209.5e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
 }
 
 
@@ -51,7 +52,10 @@ class TrainingFailed(RuntimeError):
 
 
 class Stopwatch:
-    """Adds up the seconds between start and stop; the device's queue is drained at both ends."""
+    """Adds up the seconds between start and stop; the device's queue is drained at both ends.
+
+    Used as a context it does the reverse: what happens inside is off the clock.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.total, self.started = device, 0.0, None
@@ -63,6 +67,12 @@ class Stopwatch:
     def stop(self) -> None:
         self._drain()
         self.total, self.started = self.seconds(), None
+
+    def __enter__(self) -> None:
+        self.stop()
+
+    def __exit__(self, *error: object) -> None:
+        self.start()
 
     def seconds(self) -> float:
         return self.total + (time.perf_counter() - self.started if self.started is not None else 0.0)
@@ -93,9 +103,9 @@ class Output:
         if self.speaks and sys.stderr.isatty():
             self.bar = tqdm(initial=done, total=total, unit="update")
 
-    def step_line(self, values: dict[str, Any]) -> None:
-        """A `key:value` line; while a bar is on the terminal, only log.txt gets it."""
-        self.say(" ".join(f"{key}:{value}" for key, value in values.items() if value is not None), self.bar is None)
+    def line(self, values: dict[str, Any], terminal: bool = True) -> None:
+        """A line of `key:value` pairs."""
+        self.say(" ".join(f"{key}:{value}" for key, value in values.items() if value is not None), terminal)
 
 
 class Run:
@@ -133,16 +143,15 @@ class Run:
             say=self.out.say,
         )
         self.val_stream = TokenStream(shards, "val")
-        self.step, self.watch, self.stop_asked = 0, Stopwatch(self.device), False
+        self.step, self.watch = 0, Stopwatch(self.device)
+        self.signalled = self.stop_asked = False  # a signal reached this rank; all ranks agreed to stop
         self.began, self.earlier_wall_seconds = time.perf_counter(), 0.0
         self.metrics = self.spectra = self.loaded = None  # opened with the folder, the first two by rank 0 only
         self.config = self.describe()
         self.last_val: dict[str, float | None] = {"val_loss": None, "val_accuracy": None}
         self.best_val_loss, self.last_train_loss = math.inf, None
-        peak = next((f for part, f in PEAK_BF16_FLOPS.items() if part in self.device_name()), None)
+        peak = PEAK_BF16_FLOPS.get(self.device_name())
         self.flops_share = self.model.flops_per_token(s.seq_len) / (peak * rank.count) if peak else None
-
-    # ---- the loop ----
 
     def train(self) -> str:
         """Run from the current step to the end or to a signal; returns the summary's status."""
@@ -152,23 +161,26 @@ class Run:
             self.load(self.loaded)
             self.out.say(f"{self.folder}: resuming at step {self.step} of {self.updates}")
         self.out.start_bar(self.step, self.updates)
-        if self.step == 0:
+        self.watch.start()
+        if self.loaded is None:
             self.spectra_event()
-            self.validate()
+            with self.watch:
+                self.validate()
         while self.step < self.updates and not self.stop_asked:
             event = s.spectra_every and self.is_event(self.step + 1, s.spectra_every)
-            self.watch.start()
             before = self.watch.seconds()
             stats = self.update(event)
             self.step += 1
             if event:
                 self.spectra_event()
-            self.watch.stop()
             self.log_step(stats, self.watch.seconds() - before)
             if self.is_event(self.step, s.eval_every):
-                self.validate()
+                with self.watch:
+                    self.validate()
             if self.step % s.checkpoint_every == 0 and self.step < self.updates:
-                self.checkpoint()
+                with self.watch:
+                    self.checkpoint()
+        self.watch.stop()
         self.checkpoint()
         return "finished" if self.step == self.updates else "stopped"
 
@@ -215,15 +227,17 @@ class Run:
             loss.backward()
             total += loss.detach()
         if self.rank.count > 1:
-            shared = torch.stack((total, total.new_tensor(float(self.stop_asked))))
+            shared = torch.stack((total, total.new_tensor(float(self.signalled))))
             for tensor in (shared, *(p.grad for p in self.model.parameters())):
                 dist.all_reduce(tensor)
             total, self.stop_asked = shared[0], bool(shared[1])
+        else:
+            self.stop_asked = self.signalled
         return total
 
     def ask_to_stop(self, signal_number: int, frame: object) -> None:
         """Finish the step, then stop; a second signal stops at once."""
-        self.stop_asked = True
+        self.signalled = True
         signal.signal(signal_number, signal.SIG_DFL)
 
     def optimizer_step(self) -> None:
@@ -249,8 +263,6 @@ class Run:
             optimizer.state.clear()
         torch.set_rng_state(cpu_rng)
         torch.cuda.set_rng_state_all(cuda_rng)
-
-    # ---- what is measured ----
 
     def spectra_event(self) -> None:
         if self.spectra is not None and self.s.spectra_every:
@@ -282,7 +294,7 @@ class Run:
                 best = {"model": self.model.state_dict(), "step": self.step, "config": self.config} | self.last_val
                 runfiles.save_checkpoint(self.folder, best, runfiles.BEST)
         self.write({"kind": "val", **self.progress(), **self.last_val, "train_seconds": finite(self.watch.total)})
-        self.out.step_line(
+        self.out.line(
             {
                 "step": f"{self.step}/{self.updates}",
                 "val_loss": f"{loss:.4f}",
@@ -301,7 +313,7 @@ class Run:
             self.out.bar.update()
             self.out.bar.set_postfix_str(f"loss {stats['train_loss']:.4f}, {tokens_per_second:,.0f} tok/s")
         if self.is_event(self.step, self.s.log_every):
-            self.out.step_line(
+            self.out.line(  # on a terminal the bar shows them
                 {
                     "step": f"{self.step}/{self.updates}",
                     "train_loss": f"{stats['train_loss']:.4f}",
@@ -310,7 +322,8 @@ class Run:
                     "step_ms": f"{1e3 * seconds:.1f}",
                     "tok/s": f"{tokens_per_second:.0f}",
                     "mfu": None if mfu is None else f"{mfu:.3f}",
-                }
+                },
+                terminal=self.out.bar is None,
             )
 
     def progress(self) -> dict[str, int]:
@@ -320,24 +333,24 @@ class Run:
         if self.metrics is not None:
             self.metrics.write(record)
 
-    # ---- the folder ----
-
     def open_folder(self) -> bool:
         """Create the run's folder, or load its last checkpoint; False if the run is finished already."""
         if self.folder.exists():
             if not self.s.resume:
                 raise BadInput(f"--name {self.s.name}: {self.folder} exists; choose another name, or add --resume")
-            self.loaded = runfiles.load_checkpoint(self.folder, self.out.say)
+            self.loaded = runfiles.load_checkpoint(self.folder, self.out.say, set_aside=self.rank.index == 0)
         if self.loaded is not None:
             self.check_same_run(self.loaded["config"])
             if self.loaded["step"] >= self.updates:
                 self.out.say(f"{self.folder}: finished already, at step {self.loaded['step']}; nothing to do")
                 return False
+            self.step = self.loaded["step"]
         if self.rank.count > 1:
             dist.barrier()  # every rank has looked before rank 0 creates
         if self.rank.index == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            last_step = -1 if self.loaded is None else self.loaded["step"]
+            self.folder.mkdir(parents=True, exist_ok=self.s.resume)
+            (self.folder / runfiles.SUMMARY).unlink(missing_ok=True)  # of the part before
+            last_step = -1 if self.loaded is None else self.step
             for name in (runfiles.METRICS, runfiles.SPECTRA):
                 cut_jsonl(self.folder / name, last_step)
             runfiles.write_json(self.folder / runfiles.CONFIG, self.config)
@@ -412,7 +425,7 @@ class Run:
         """summary.json, whatever way the run ended."""
         if self.rank.index != 0:
             return
-        tokens, seconds = self.progress()["tokens"], self.watch.seconds()
+        tokens, seconds = self.step * self.s.batch_tokens, self.watch.seconds()
         speed = tokens / seconds if tokens and seconds else None
         if self.device.type == "cuda":
             peak_memory_bytes = torch.cuda.max_memory_allocated(self.device)
@@ -441,11 +454,13 @@ def join_ranks(device: str) -> Rank:
     """This process's place among those torchrun started; a process of its own otherwise."""
     env = os.environ
     rank = Rank(int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0)))
-    if rank.count > 1:
-        cuda = device != "cpu" and torch.cuda.is_available()
-        dist.init_process_group("nccl" if cuda else "gloo")
-    if torch.cuda.is_available():
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if cuda:
+        if rank.local >= torch.cuda.device_count():
+            raise BadInput(f"--nproc_per_node: more ranks than the {torch.cuda.device_count()} GPUs of this machine")
         torch.cuda.set_device(rank.local)
+    if rank.count > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
     return rank
 
 
@@ -472,7 +487,7 @@ def run_training(run: Run) -> int:
         status = run.train()
     except TrainingFailed as failure:
         run.summarize("failed", str(failure))
-        print(f"failed: {failure}", file=sys.stderr)
+        run.out.say(f"failed: {failure}")
         return 1
     except BaseException as error:
         run.summarize("failed", f"{type(error).__name__}: {error}")

@@ -1,6 +1,7 @@
 import gzip
 import itertools
 import json
+import shutil
 import struct
 import zlib
 
@@ -13,8 +14,8 @@ from tokenizers import Tokenizer
 
 import data
 import documents
+from cli import BadInput
 from data import Loader, TokenStream, build_shards, open_shards, shuffle_index, validation_batches
-from errors import BadInput
 from tests.conftest import random_documents
 
 
@@ -92,9 +93,14 @@ def test_max_tokens_is_exact(tmp_path):
 
 
 def test_a_broken_build_leaves_nothing(tmp_path):
+    calls = []
+
     def texts():
+        calls.append(1)
         yield from random_documents(50)
-        raise RuntimeError("power loss")
+        if len(calls) == 2:  # the first pass trains the tokenizer
+            assert (tmp_path / "s.partial").is_dir()
+            raise RuntimeError("power loss")
 
     with pytest.raises(RuntimeError):
         build_shards(texts, tmp_path / "s", source="test", vocab_size=300)
@@ -126,13 +132,25 @@ def test_a_long_txt_is_cut_at_newlines_and_loses_nothing(tmp_path):
     text = "".join(lines)
     (tmp_path / "a.txt").write_bytes(text.encode())
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(text.encode()))
-    pieces = list(documents.text_documents(documents.text_files([tmp_path]), "text"))
-    half = len(pieces) // 2
-    assert "".join(pieces[:half]) == "".join(pieces[half:]) == text
-    assert half > 1
-    for piece in pieces[: half - 1]:
+    (tmp_path / "c.txt.zst").write_bytes(zstandard.compress(text.encode()))
+    found = documents.text_documents(documents.text_files([tmp_path]), "text")
+    pieces = list(documents.text_documents([tmp_path / "a.txt"], "text"))
+    assert list(found) == 3 * pieces
+    assert "".join(pieces) == text
+    assert len(pieces) > 1
+    for piece in pieces[:-1]:
         assert piece.endswith("\n")
         assert 64 * 1024 <= len(piece.encode()) < 64 * 1024 + 400
+
+
+def test_a_tokenizers_own_truncation_is_ignored(tmp_path):
+    build(random_documents(50), tmp_path / "a")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "a" / "tokenizer.json"))
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding()
+    tokenizer.save(str(tmp_path / "cut.json"))
+    again = build(random_documents(50), tmp_path / "b", tokenizer=str(tmp_path / "cut.json"))
+    assert again["train_tokens"] == open_shards(tmp_path / "a").tokens("train")
 
 
 def test_hashes_are_seen_once():
@@ -146,9 +164,6 @@ def test_hashes_are_seen_once():
             reference.add(value)
     assert sum(map(len, seen.runs)) == len(reference)
     assert len(seen.runs) <= 12
-
-
-# ---- loader ----
 
 
 @pytest.fixture
@@ -284,9 +299,13 @@ def test_a_token_outside_the_vocabulary_is_noticed(tmp_path):
         next(Loader(TokenStream(open_shards(tmp_path / "s"), "train"), 64, 16, seed=0))
 
 
-def test_a_missing_shard_is_named(tmp_path, monkeypatch):
+def test_a_missing_or_foreign_shard_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SHARD_TOKENS", 1000)
     build(random_documents(60), tmp_path / "s")
+    shutil.copy(tmp_path / "s" / "train_000001.bin", tmp_path / "s" / "train_000099.bin")
+    with pytest.raises(BadInput, match=r"train_000099\.bin"):
+        open_shards(tmp_path / "s")
+    (tmp_path / "s" / "train_000099.bin").unlink()
     (tmp_path / "s" / "train_000001.bin").unlink()
     with pytest.raises(BadInput, match=r"train_000001\.bin"):
         open_shards(tmp_path / "s")
@@ -316,12 +335,17 @@ def test_building_from_the_command_line(run_main, tmp_path):
         (("text", "{}/file.txt", "--out", "{}/s", "--tokenizer", "{}/file.txt"), "--tokenizer"),
         (("text", "{}/file.txt", "--out", "{}/s", "--max-tokens", "-5"), "--max-tokens"),
         (("text", "{}/file.txt", "--out", "{}/s", "--val-fraction", "nan"), "--val-fraction"),
+        (("text", "{}/cut.jsonl.gz", "--out", "{}/s", "--vocab-size", "300"), "cut.jsonl.gz"),
+        (("text", "{}/broken.parquet", "--out", "{}/s", "--vocab-size", "300"), "broken.parquet"),
         (("hf", "{}/nothing", "--out", "{}/s"), "nothing"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(run_main, tmp_path, arguments, words):
     for name, content in (("file.doc", b"x"), ("latin1.txt", b"\xff\xfe caf\xe9"), ("file.txt", b"hello " * 100)):
         (tmp_path / name).write_bytes(content)
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in random_documents(50)).encode()
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(rows)[:-100])
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
     (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     before = sorted(tmp_path.rglob("*"))
     code, _, err = run_main(data.main, *(a.format(tmp_path) for a in arguments))

@@ -47,6 +47,7 @@ def test_the_report_is_self_contained_and_says_who_won(run_main, finished_runs, 
     assert code == 0
     assert "Muon ends 0.5000 nats below AdamW" in out
     assert "after 8 of 10 updates, 15 s" in out  # 5 - 0.2 t = 3.5 at t = 7.5
+    assert "not finished" in out
     page = (tmp_path / "r" / "report.html").read_text()
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert len(images) == 8
