@@ -38,7 +38,9 @@ speedrun: setup
 	echo "== report"; \
 	$(PY) report.py runs/$$name-muon runs/$$name-adamw --out runs/$$name
 
+# The kernels' own tests run a second time in Triton's interpreter, a process of its own because it replaces every kernel.
 test: setup
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_symmetric.py tests/test_muon_kernels.py
 	$(PY) -m pytest
 
 lint: setup

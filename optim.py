@@ -7,19 +7,23 @@ Muon costs one batched Newton-Schulz per bank and step: about 2 % of the model's
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.newton_schulz import COEFFICIENTS, METHODS, orthogonalize
+from kernels import configs
+from kernels.muon import launch_normalize, launch_update
+from kernels.newton_schulz import COEFFICIENTS, METHODS, NORM_MARGIN, coefficient_schedule, iterate, orthogonalize
 from model import Transformer
 
 SCHEDULES = ("constant", "cosine", "linear", "step", "wsd")
 LR_SCALES = ("spectral", "rms", "none")
 WSD_DECAY_SHARE = 0.2
+GRAPHS_KEPT = 4  # of Muon's step; gradients usually return to the same addresses every step
 
 
 def lr_factor(update: int, updates: int, schedule: str, warmup: float, min_lr: float) -> float:
@@ -65,6 +69,8 @@ class Muon(torch.optim.Optimizer):
     `transposed`: for each matrix of a bank, True where the map is the transpose of what is stored (for `lr_scale`);
     `row_splits`: row counts of the projections fused into one matrix, each orthogonalised by itself. Without it a
     fused matrix is orthogonalised as one.
+    On CUDA sm_80 or newer the step runs in Triton kernels with fp16 iterates and, with `capture`, as one CUDA graph
+    launch once the addresses of the gradients repeat.
     With torch.distributed initialised each rank orthogonalises its share of every bank and gathers the rest; gradients
     must already be equal on all ranks.
     Raises ValueError for settings out of range and for parameters that are no matrices.
@@ -81,6 +87,7 @@ class Muon(torch.optim.Optimizer):
         ns_coefficients: str = "polar_express",
         ns_method: str = "auto",
         lr_scale: str = "spectral",
+        capture: bool = True,
     ) -> None:
         if not 0 <= momentum < 1:
             raise ValueError(f"Muon's momentum must lie in [0, 1), got {momentum}")
@@ -101,6 +108,10 @@ class Muon(torch.optim.Optimizer):
             "row_splits": None,
         }
         super().__init__(params, defaults)
+        self.capture, self.last_key = capture, None
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self.rates: dict[int, Tensor] = {}
+        self.constants: dict[tuple, Tensor] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -121,50 +132,115 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                momentum = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(_scaled_orthogonal(update, group), alpha=-group["lr"])
+                if p.grad is not None and not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        if not all(configs.runs_triton(p) for group in self.param_groups for p in group["params"]):
+            self._step_reference()
+        elif self.capture and not dist.is_initialized():
+            self._set_rates()
+            self._step_captured()
+        else:
+            self._set_rates()
+            self._step_fused()
         return loss
+
+    def _step_reference(self) -> None:
+        """The step in PyTorch operations."""
+        for group, p in self._with_gradient():
+            momentum = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+            update = p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(_scaled_orthogonal(update, group), alpha=-group["lr"])
+
+    def _step_fused(self) -> None:
+        """The step in Triton kernels: three passes over each bank besides Newton-Schulz."""
+        for group, p in self._with_gradient():
+            schedule = coefficient_schedule(group["ns_coefficients"], group["ns_steps"])
+            margin = NORM_MARGIN[group["ns_coefficients"]]
+            rows = group["row_splits"] or (p.shape[-2],)
+            flat = (-1, *p.shape[-2:])
+            bank = (p.view(flat), p.grad.reshape(flat), self.state[p]["momentum_buffer"].view(flat))
+            parts = zip(*(t.split(rows, dim=1) for t in bank), strict=True)
+            for W, gradient, buffer in parts:
+                X = launch_normalize(gradient, buffer, group["momentum"], group["nesterov"], margin, torch.float16)
+                out = _shared(X, partial(iterate, schedule=schedule, method=group["ns_method"]))
+                scale = self._constant(tuple(_scales(W.shape, group)), p.device)
+                launch_update(W, out, self.rates[id(group)], scale, group["weight_decay"])
+
+    def _step_captured(self) -> None:
+        """`_step_fused` as a CUDA graph, one for each set of addresses and settings that comes back.
+
+        The first step with new addresses runs eagerly (and compiles), the second is captured, later ones replay.
+        """
+        tensors = [t for _, p in self._with_gradient() for t in (p, p.grad, self.state[p]["momentum_buffer"])]
+        settings = [{k: v for k, v in g.items() if k not in ("params", "lr", "peak_lr")} for g in self.param_groups]
+        key = (*(t.data_ptr() for t in tensors), str(settings))
+        if key in self.graphs:
+            self.graphs[key].replay()
+        elif key != self.last_key:
+            self._step_fused()
+        else:
+            if len(self.graphs) == GRAPHS_KEPT:
+                self.graphs.pop(next(iter(self.graphs)))
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._step_fused()
+            self.graphs[key] = graph
+            graph.replay()
+        self.last_key = key
+
+    def _with_gradient(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    yield group, p
+
+    def _set_rates(self) -> None:
+        """Each group's learning rate into a tensor on the device, where a captured step reads it."""
+        for group in self.param_groups:
+            if id(group) not in self.rates:
+                self.rates[id(group)] = torch.zeros((), device=group["params"][0].device)
+            self.rates[id(group)].fill_(group["lr"])
+
+    def _constant(self, values: tuple[float, ...], device: torch.device) -> Tensor:
+        if (values, device) not in self.constants:
+            self.constants[values, device] = torch.tensor(values, device=device)
+        return self.constants[values, device]
+
+
+def _scales(shape: torch.Size, group: dict[str, Any]) -> list[float]:
+    """`update_scale` of each matrix of a (batch, rows, cols) bank."""
+    rows, cols = shape[-2:]
+    scale, transposed_scale = (update_scale(m, n, group["lr_scale"]) for m, n in ((rows, cols), (cols, rows)))
+    transposed = group["transposed"] or (False,)
+    return [transposed_scale if t else scale for t in transposed for _ in range(shape[0] // len(transposed))]
 
 
 def _scaled_orthogonal(update: Tensor, group: dict[str, Any]) -> Tensor:
     """`scale * orthogonalize(update)`, projection by projection."""
-    if group["row_splits"]:
-        return torch.cat([_scaled_part(part, group) for part in update.split(group["row_splits"], dim=-2)], dim=-2)
-    return _scaled_part(update, group)
+    options = {"steps": group["ns_steps"], "coefficients": group["ns_coefficients"], "method": group["ns_method"]}
+    parts = update.reshape(-1, *update.shape[-2:]).split(group["row_splits"] or (update.shape[-2],), dim=1)
+    scaled = [
+        _shared(part, lambda x: orthogonalize(x, **options))
+        * part.new_tensor(_scales(part.shape, group)).view(-1, 1, 1)
+        for part in parts
+    ]
+    return torch.cat(scaled, dim=1).view(update.shape)
 
 
-def _scaled_part(update: Tensor, group: dict[str, Any]) -> Tensor:
-    out = _orthogonalize_shared(
-        update, steps=group["ns_steps"], coefficients=group["ns_coefficients"], method=group["ns_method"]
-    )
-    rows, cols = update.shape[-2:]
-    scale, scale_transposed = (update_scale(m, n, group["lr_scale"]) for m, n in ((rows, cols), (cols, rows)))
-    if not group["transposed"]:
-        return out * scale
-    scales = [scale_transposed if t else scale for t in group["transposed"]]
-    return out * out.new_tensor(scales).view(-1, *[1] * (out.ndim - 1))
-
-
-def _orthogonalize_shared(update: Tensor, **options: Any) -> Tensor:
-    """Orthogonalise a bank, its matrices shared out over the ranks."""
+def _shared(bank: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
+    """`run(bank)` for a (batch, rows, cols), its matrices shared out over the ranks."""
     world_size = dist.get_world_size() if dist.is_initialized() else 1
-    if world_size == 1 or update.ndim == 2:
-        return orthogonalize(update, **options)
-    bank = update.reshape(-1, *update.shape[-2:])
+    if world_size == 1:
+        return run(bank)
     share = -(-len(bank) // world_size)  # the last ranks may get fewer, or none: padded with zeros
     mine = bank[dist.get_rank() * share :][:share]
     padded = bank.new_zeros(share, *bank.shape[1:])
-    padded[: len(mine)] = orthogonalize(mine, **options)
+    if len(mine):
+        padded[: len(mine)] = run(mine)
     gathered = bank.new_empty(share * world_size, *bank.shape[1:])
     dist.all_gather_into_tensor(gathered, padded)
-    return gathered[: len(bank)].view(update.shape)
+    return gathered[: len(bank)]
 
 
 def build_optimizers(

@@ -1,8 +1,18 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from kernels.newton_schulz import COEFFICIENTS, NORM_MARGIN, SAFETY, coefficient_schedule, orthogonalize
+from kernels import configs
+from kernels.muon import normalize_reference
+from kernels.newton_schulz import COEFFICIENTS, NORM_MARGIN, SAFETY, coefficient_schedule, iterate, orthogonalize
+from kernels.symmetric import gram
+from model import SIZES, Transformer
+from optim import Muon
+
+# orthogonalize(sin([[1, 2, 3], [4, 5, 6]])) as computed on 2026-11-22, fp32 on a CPU.
+REGRESSION = [[0.7975484, 0.2490677, -0.5284064], [0.0140015, -0.6635799, -0.7310712]]
 
 
 def polynomial_of_singular_values(G, name, steps=5):
@@ -107,3 +117,150 @@ def test_empty_and_integer_tensors():
     assert orthogonalize(torch.ones(0, 3, 4)).shape == (0, 3, 4)
     with pytest.raises(ValueError, match="float"):
         orthogonalize(torch.ones(2, 2, dtype=torch.int64))
+
+
+def zoo(m, n):
+    """Inputs that Newton-Schulz meets or that were made to hurt it: name -> (m, n) in float64."""
+    rng = np.random.default_rng(0)
+    U = np.linalg.qr(rng.standard_normal((m, m)))[0]
+    V = np.linalg.qr(rng.standard_normal((n, m)))[0]
+    index = np.arange(m)
+
+    def spectrum(s):
+        return U * s @ V.T
+
+    return {
+        "gaussian": rng.standard_normal((m, n)),
+        "log-uniform 1e-3": spectrum(10.0 ** (-3 * index / (m - 1))),
+        "log-uniform 1e-5": spectrum(10.0 ** (-5 * index / (m - 1))),
+        "rank 3": spectrum((index < 3) * 1.0),
+        "rank half": spectrum((index < m // 2) * 1.0),
+        "rank three quarters": spectrum((index < 3 * m // 4) * 1.0),
+        "two levels": spectrum(np.where(index < m // 2, 1.0, 1e-2)),
+        "power law": spectrum(1.0 / (1 + index)),
+        "spiked": spectrum(np.where(index == 0, 10.0, 0.1)),
+        "heavy tails": rng.standard_t(2, (m, n)),
+        "duplicate rows": np.repeat(rng.standard_normal((m // 2, n)), 2, axis=0),
+        "zero rows": rng.standard_normal((m, n)) * (index % 3 > 0)[:, None],
+        "all ones": np.ones((m, n)),
+        "identity": np.eye(m, n),
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "shape"),
+    [("gram", (64, 256)), ("gram", (128, 512)), ("gram", (96, 192)), ("standard", (64, 256)), ("standard", (192, 192))],
+)
+@pytest.mark.parametrize("name", zoo(8, 16))
+def test_fp16_iterates_stay_within_the_simulated_tolerances(name, shape, method):
+    """The arithmetic of the CUDA path on the CPU: fp16 after every product, fp32 accumulation."""
+    sigma_max, deviation, off_diagonal = (1.16, 0.08, 0.03) if method == "gram" else (1.15, 0.06, 0.025)
+    G = zoo(*shape)[name]
+    schedule = coefficient_schedule("polar_express", 5)
+    X = normalize_reference(torch.from_numpy(G)[None].float(), NORM_MARGIN["polar_express"]).half()
+    out = iterate(X, schedule, method)[0].double().numpy()
+    U, s, Vh = np.linalg.svd(X[0].double().numpy(), full_matrices=False)
+    strong = s * NORM_MARGIN["polar_express"] > 1e-2
+    expected = s[strong]
+    for a, b, c in schedule:
+        expected = a * expected + b * expected**3 + c * expected**5
+    core = (U.T @ out @ Vh.T)[np.ix_(strong, strong)]
+    assert np.linalg.norm(out, 2) <= sigma_max
+    assert np.abs(np.diag(core) - expected).max() <= deviation
+    off = core - np.diag(np.diag(core))
+    assert np.linalg.norm(off) / len(core) ** 0.5 <= off_diagonal
+
+
+@pytest.mark.parametrize("coefficients", COEFFICIENTS)
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 6, 7])
+@pytest.mark.parametrize("shape", [(32, 80), (80, 32), (40, 40)])
+def test_gram_and_standard_are_the_same_polynomial(shape, steps, coefficients):
+    G = torch.randn(2, *shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    options = {"steps": steps, "coefficients": coefficients}
+    gram, standard = (orthogonalize(G, method=method, **options) for method in ("gram", "standard"))
+    torch.testing.assert_close(gram, standard, rtol=0, atol=1e-9)
+
+
+@given(
+    m=st.integers(1, 24),
+    n=st.integers(1, 48),
+    seed=st.integers(0, 10**6),
+    spectrum=st.sampled_from(["gauss", "log", "low"]),
+)
+def test_properties_of_the_polar_factor(m, n, seed, spectrum):
+    rng = np.random.default_rng(seed)
+    r = min(m, n)
+    U, V = (np.linalg.qr(rng.standard_normal((size, r)))[0] for size in (m, n))
+    s = {
+        "gauss": np.sort(np.abs(rng.standard_normal(r)) + 0.05)[::-1],
+        "log": 10.0 ** -np.linspace(0, 3, r),
+        "low": (np.arange(r) < max(1, r // 2)) + 0.0,
+    }[spectrum]
+    G = torch.from_numpy(U * s @ V.T).float()
+    rotation = torch.from_numpy(np.linalg.qr(rng.standard_normal((m, m)))[0]).float()
+    for method in ("standard", "gram"):
+        out = orthogonalize(G, method=method).double().numpy()
+        core = U.T @ out @ V
+        strong = s / np.linalg.norm(s) >= 1e-2
+        assert (np.diag(core)[strong] > 0.83).all()
+        assert np.linalg.norm(out, 2) < 1.15
+        assert np.abs(core - np.diag(np.diag(core))).max() < 2e-3
+        np.testing.assert_allclose(orthogonalize(G * 7.3e4, method=method), out, atol=2e-3)
+        np.testing.assert_allclose(
+            orthogonalize(rotation @ G, method=method), rotation.double().numpy() @ out, atol=5e-3
+        )
+
+
+def test_regression_values():
+    G = torch.arange(1.0, 7.0).reshape(2, 3).sin()
+    found = orthogonalize(G, method="standard")
+    exact = polynomial_of_singular_values(G, "polar_express")
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-5)
+    stored = torch.tensor(REGRESSION)
+    torch.testing.assert_close(found, stored, rtol=0, atol=1e-5)
+
+
+def test_survives_fullgraph_compilation():
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def caller(x):
+        return gram(orthogonalize(x) * 2.0).sum()
+
+    G = torch.randn(2, 6, 12)
+    torch.testing.assert_close(caller(G), (4.0 * gram(orthogonalize(G))).sum())
+
+
+def test_ops_pass_pytorchs_own_checks():
+    G = torch.randn(2, 6, 12)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.muon_speedrun.orthogonalize, (G, 5, "quintic", "auto"), test_utils=tests)
+    torch.library.opcheck(torch.ops.muon_speedrun.symmetric_matmul, (G, G.mT, None, 1.0, 0.0), test_utils=tests)
+
+
+def count_launches(monkeypatch, capability, chunked):
+    """Kernels launched by one fused Muon step of the 88m model, on tensors without memory."""
+    launches = []
+    monkeypatch.setattr(configs, "runs_triton", lambda x: True)
+    monkeypatch.setattr(configs, "capability", lambda device: capability)
+    monkeypatch.setattr(configs, "l2_bytes", lambda device: 72 * 2**20)
+    row = configs.row(capability)._replace(chunked=chunked)
+    monkeypatch.setitem(configs.TABLE, capability, row)
+    monkeypatch.setattr(configs, "launch", lambda *a, **k: launches.append(a[0]))
+    for name in ("bmm", "cat"):
+        original = getattr(torch, name)
+        monkeypatch.setattr(
+            torch, name, lambda *a, original=original, **k: (launches.append(original), original(*a, **k))[1]
+        )
+    with torch.device("meta"):
+        model = Transformer(SIZES["88m"], vocab_size=64)
+    for bank in model.banks():
+        bank.parameter.grad = torch.empty_like(bank.parameter)
+    groups = [{"params": [bank.parameter], "transposed": bank.transposed} for bank in model.banks()]
+    optimizer = Muon(groups, capture=False)
+    optimizer.step()
+    return len(launches)
+
+
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0)])
+def test_a_step_of_the_88m_model_is_few_launches(monkeypatch, capability):
+    assert count_launches(monkeypatch, capability, chunked=False) == 60
+    assert count_launches(monkeypatch, capability, chunked=True) <= 100

@@ -1,0 +1,247 @@
+"""What the compiler made of every kernel, for GPUs that need not be here: registers, shared memory, spills, occupancy.
+
+    python -m bench.static [--capability 89] [--json FILE]
+
+Compiles each kernel with each tile that kernels/configs.py can choose, aligned and masked, with Triton's own compiler,
+and reads the machine code. Exits 1 on a spill, on missing tensor-core or asynchronous-copy instructions, or on a
+configuration that does not fit. About a second per variant and core, once; Triton caches the results.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from kernels import configs, matmul_add, muon, symmetric
+from kernels.configs import Tile
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one streaming multiprocessor has (CUDA C++ Programming Guide, table of compute capabilities)."""
+
+    block_shared_bytes: int
+    sm_shared_bytes: int
+    sm_threads: int
+    sm_blocks: int
+
+
+LIMITS = {
+    80: Limits(166_912, 167_936, 2048, 32),
+    86: Limits(101_376, 102_400, 1536, 16),
+    89: Limits(101_376, 102_400, 1536, 24),
+    90: Limits(232_448, 233_472, 2048, 32),
+    120: Limits(101_376, 102_400, 1536, 24),
+}
+SM_REGISTERS, REGISTER_UNIT, RESERVED_SHARED_BYTES = 65_536, 256, 1024
+TRITON_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+INTEGERS = ("M", "N", "K", "ROWS", "COLS", "ROWS_PADDED", "COLS_PADDED")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel as it is launched: its constants, and which strides are 1."""
+
+    kernel: str
+    capability: int
+    dtype: str
+    constants: tuple[tuple[str, Any], ...]
+    unit_strides: tuple[str, ...]
+    num_warps: int
+    num_stages: int
+
+    @property
+    def config(self) -> str:
+        blocks = "x".join(str(v) for k, v in self.constants if k.startswith("BLOCK_"))
+        masked = " masked" if dict(self.constants).get("MASKED") else ""
+        return f"{self.dtype} {blocks} w{self.num_warps} s{self.num_stages}{masked}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A row of the table and of the JSON file."""
+
+    kernel: str
+    config: str
+    capability: int
+    registers: int
+    shared_bytes: int
+    spill_bytes: int
+    ctas_per_sm: int
+    tensor_core_instructions: int
+    asynchronous_copies: int
+
+    def faults(self) -> list[str]:
+        """What must not be, in words."""
+        is_matmul = self.kernel.split()[0] in ("symmetric_matmul", "matmul_add")
+        return [
+            words
+            for wrong, words in (
+                (self.spill_bytes > 0, f"spills {self.spill_bytes} B"),
+                (self.shared_bytes > LIMITS[self.capability].block_shared_bytes, "does not fit shared memory"),
+                (is_matmul and "fp32" not in self.config and not self.tensor_core_instructions, "no tensor cores"),
+                (is_matmul and not self.asynchronous_copies, "no asynchronous copies"),
+            )
+            if wrong
+        ]
+
+
+KERNELS = {
+    "symmetric_matmul": symmetric.symmetric_matmul_kernel,
+    "matmul_add": matmul_add.matmul_add_kernel,
+    "momentum": muon.momentum_kernel,
+    "rescale": muon.rescale_kernel,
+    "update": muon.update_kernel,
+}
+
+
+def variants(capability: int) -> list[Variant]:
+    """Every kernel with every tile that the table can choose for this architecture, without repetition."""
+    pair = divmod(capability, 10)
+    found: dict[Variant, None] = {}
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for size in (256, 512):
+            for overhang in (0, 16):
+                m = size + overhang
+                for name, unit, has_c, shifted in (
+                    ("gram", ("stride_ak", "stride_bk"), False, False),
+                    ("tall gram", ("stride_am", "stride_bm"), False, False),
+                    ("product", ("stride_ak", "stride_bm"), True, False),
+                    ("product, shifted", ("stride_ak", "stride_bm"), True, True),
+                ):
+                    if shifted and dtype != torch.float16:  # inside Newton-Schulz only
+                        continue
+                    tile, masked = configs.symmetric_tile(pair, dtype, m, m, shifted)
+                    constants = {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "HAS_C": has_c}
+                    constants |= {"HAS_SHIFTED": shifted, "MASKED": masked, "WIDEN": False}
+                    found[_variant(f"symmetric_matmul {name}", capability, dtype, constants, unit, tile)] = None
+                for name, unit, has_c in (
+                    ()
+                    if dtype != torch.float16
+                    else (
+                        ("aX + BX", ("stride_ak", "stride_bn", "stride_cn"), True),
+                        ("QX", ("stride_ak", "stride_bn"), False),
+                    )
+                ):
+                    tile, masked = configs.full_tile(pair, dtype, m, 4 * m, m)
+                    constants = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+                    constants |= {"HAS_C": has_c, "MASKED": masked, "WIDEN": False}
+                    found[_variant(f"matmul_add {name}", capability, dtype, constants, unit, tile)] = None
+    tile = Tile(16, 256, 0, 4, 1)
+    block = {"BLOCK_R": tile.block_m, "BLOCK_C": tile.block_n}
+    momentum = {"HAS_MOMENTUM": True, "NESTEROV": True}
+    for name, constants, unit in (
+        ("momentum", momentum | block, ("stride_gc", "stride_mc")),
+        ("rescale", {"BLOCKS": 256} | block, ()),
+        ("update", block, ("stride_wc", "stride_oc")),
+    ):
+        found[_variant(name, capability, torch.float32, constants, unit, tile)] = None
+    return list(found)
+
+
+def _variant(name: str, capability: int, dtype: torch.dtype, constants: dict, unit: tuple, tile: Tile) -> Variant:
+    words = (name, capability, TRITON_TYPES[dtype], tuple(constants.items()), unit)
+    return Variant(*words, tile.num_warps, tile.num_stages)
+
+
+def compile_variant(variant: Variant) -> Result:
+    """Compile, and read registers and stack from the cubin, instructions from the SASS."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = KERNELS[variant.kernel.split()[0]]
+    constants = dict(variant.constants) | dict.fromkeys(variant.unit_strides, 1)
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        half = name in ("x_ptr", "o_ptr") and variant.dtype == "fp32"
+        pointer = "*fp16" if half else "*fp32" if name == "partial_ptr" else f"*{variant.dtype}"
+        is_integer = name in INTEGERS or name.startswith("stride")
+        signature[name] = pointer if name.endswith("_ptr") else "i32" if is_integer else "fp32"
+        if name.endswith("_ptr") or is_integer:  # the cast pass pads rows to multiples of 16
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, attributes)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", variant.capability, 32), options=options)
+    usage, sass = _cuobjdump(compiled.asm["cubin"], "-res-usage"), _cuobjdump(compiled.asm["cubin"], "-sass")
+    registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
+    return Result(
+        variant.kernel,
+        variant.config,
+        variant.capability,
+        registers,
+        compiled.metadata.shared,
+        stack,
+        ctas_per_sm(variant.capability, registers, compiled.metadata.shared, variant.num_warps),
+        len(re.findall(r"\bH?G?MMA\.|\bHGMMA|\bQGMMA", sass)),
+        len(re.findall(r"\bLDGSTS|\bUTMALDG", sass)),
+    )
+
+
+def ctas_per_sm(capability: int, registers: int, shared_bytes: int, num_warps: int) -> int:
+    """How many programs one multiprocessor holds at once."""
+    limits = LIMITS[capability]
+    warp_registers = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
+    return min(
+        SM_REGISTERS // (warp_registers * num_warps),
+        limits.sm_shared_bytes // (shared_bytes + RESERVED_SHARED_BYTES),
+        limits.sm_threads // (32 * num_warps),
+        limits.sm_blocks,
+    )
+
+
+def _cuobjdump(cubin: bytes, option: str) -> str:
+    import triton.backends.nvidia
+
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def compile_all(capabilities: list[int]) -> list[Result]:
+    """All variants, on all cores."""
+    work = [variant for capability in capabilities for variant in variants(capability)]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_variant, work, chunksize=4))
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Compile every kernel for GPUs that need not be here and print what became of it."""
+
+    capability: tuple[int, ...] = tuple(LIMITS)
+    """Architectures: 80, 86, 89, 90, 120."""
+    json: Path | None = None
+    """Write the rows here too."""
+
+
+def main() -> int:
+    arguments = tyro.cli(Arguments, description=__doc__)
+    results = compile_all(list(arguments.capability))
+    print(f"{'sm':>4} {'kernel':34} {'config':32} {'registers':>9} {'shared B':>9} {'spill B':>8} {'CTAs/SM':>8}")
+    for r in results:
+        row = f"{r.capability:4} {r.kernel:34} {r.config:32} {r.registers:9} {r.shared_bytes:9,} {r.spill_bytes:8}"
+        print(f"{row} {r.ctas_per_sm:8}  {'; '.join(r.faults())}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
+    faulty = [r for r in results if r.faults()]
+    print(f"{len(results)} variants, {len(faulty)} with faults")
+    return int(bool(faulty))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""Which tile runs where: one static table per architecture, and the one place where Triton kernels are launched.
+
+    tile, masked = symmetric_tile(capability, dtype, m, k); launch(kernel, programs, *arguments, **constants)
+
+No autotuning at run time: the first step costs nothing, ranks agree, results repeat. Rows come from offline compilation
+(`python -m bench.static`: registers, shared memory, no spills) until `python -m bench.tune` has measured them.
+"""
+
+import functools
+import os
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:  # outside Linux: the kernels are defined but never launched
+
+    class _NoTriton:
+        def __getattr__(self, name: str) -> Any:
+            return self
+
+        def __call__(self, function: Any) -> Any:
+            return function
+
+    triton = tl = _NoTriton()
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run as Python on CPU tensors: for tests
+ALIGNMENT = 16  # elements; rows of such a length load 16 bytes at a time
+SMALL_SIDE = 512  # below it, a row's *_small tiles
+
+
+class Tile(NamedTuple):
+    """Block sizes of a matmul kernel (block_m = block_n for symmetric ones), warps per program, pipeline stages."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+class Row(NamedTuple):
+    """One architecture: tiles by the smaller side of the result, and the roomy tile for variants with more state
+    (sizes that are no multiples of the tile, two outputs). `chunked`: cutting a batch so that it stays in L2 pays.
+    `cublas`: a plain full product is left to torch.bmm."""
+
+    symmetric_small: Tile
+    symmetric: Tile
+    full_small: Tile
+    full: Tile
+    roomy: Tile
+    chunked: bool
+    cublas: bool
+
+
+T64 = Tile(64, 64, 64, 4, 3)
+T128 = Tile(128, 128, 64, 8, 3)
+T128_TWO = Tile(128, 128, 32, 4, 4)  # two programs per SM on Ada, where T128 has room for one
+
+# A 64-tile does 32 FLOP per byte of L2 traffic: enough to feed a 4090's tensor cores, and it balances better over the
+# SMs below 512. Hopper's tensor cores need 128-tiles throughout. Not measured on any GPU yet.
+TABLE = {
+    (8, 0): Row(T64, T128, Tile(64, 128, 64, 4, 2), T128, T128, chunked=False, cublas=False),
+    (8, 6): Row(T64, T128_TWO, Tile(64, 128, 64, 4, 2), T128_TWO, T128, chunked=False, cublas=False),
+    (8, 9): Row(T64, T128_TWO, Tile(64, 128, 64, 4, 2), T128_TWO, T128, chunked=True, cublas=False),
+    (9, 0): Row(T128, T128, T128, Tile(128, 256, 64, 8, 3), T128, chunked=False, cublas=True),
+    (12, 0): Row(T64, T128, Tile(64, 128, 64, 4, 2), T128_TWO, T128, chunked=True, cublas=False),
+}
+DEFAULT = Row(T64, T64, T64, T64, T64, chunked=False, cublas=True)  # fits every GPU since Ampere
+FP32 = Tile(64, 64, 16, 8, 2)  # exact fp32 has no tensor cores; larger blocks spill on sm_90
+INTERPRETER = Tile(64, 64, 64, 4, 1)  # the interpreter's time goes by the number of blocks
+
+
+def row(capability: tuple[int, int]) -> Row:
+    """The architecture's row, a conservative one for those without."""
+    return TABLE.get(capability, DEFAULT)
+
+
+def symmetric_tile(
+    capability: tuple[int, int], dtype: torch.dtype, m: int, k: int, two_outputs: bool = False
+) -> tuple[Tile, bool]:
+    """The tile of a symmetric (m, k) x (k, m) product, and whether its blocks must be masked."""
+    own = row(capability)
+    return _choose(own.symmetric_small if m < SMALL_SIDE else own.symmetric, own, dtype, m, m, k, two_outputs)
+
+
+def full_tile(capability: tuple[int, int], dtype: torch.dtype, m: int, n: int, k: int) -> tuple[Tile, bool]:
+    """The tile of a full (m, k) x (k, n) product, and whether its blocks must be masked."""
+    own = row(capability)
+    return _choose(own.full_small if min(m, n) < SMALL_SIDE else own.full, own, dtype, m, n, k, False)
+
+
+def _choose(tile: Tile, own: Row, dtype: torch.dtype, m: int, n: int, k: int, two_outputs: bool) -> tuple[Tile, bool]:
+    if INTERPRETED:
+        tile = INTERPRETER
+    elif dtype == torch.float32:
+        tile = FP32
+    elif (two_outputs or _overhangs(tile, m, n, k)) and tile.block_m == own.roomy.block_m:
+        tile = own.roomy
+    return tile, _overhangs(tile, m, n, k)
+
+
+def _overhangs(tile: Tile, m: int, n: int, k: int) -> bool:
+    return bool(m % tile.block_m or n % tile.block_n or k % tile.block_k)
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability, (0, 0) for anything but CUDA."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+@functools.cache
+def l2_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether x is where the Triton kernels run: CUDA sm_80 or newer. Older GPUs and CPUs use PyTorch."""
+    return capability(x.device) >= (8, 0) and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+
+
+def padded(size: int) -> int:
+    """The next multiple of ALIGNMENT."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def empty_matrices(like: Tensor, batch: int, rows: int, cols: int) -> Tensor:
+    """Uninitialised (batch, rows, cols) whose rows start at multiples of 16 elements."""
+    return like.new_empty(batch, rows, padded(cols))[:, :, :cols]
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Start `kernel`; every launch of this package goes through here, so that a test can count them."""
+    kernel[grid](*arguments, **constants)

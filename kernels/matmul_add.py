@@ -1,0 +1,137 @@
+"""Full products with a fused addend, batched: out = alpha A B + beta C.
+
+A is (batch, m, k), B (batch, k, n), C (batch, m, n), any strides: the last step of a Newton-Schulz iteration, a X + B X
+for wide X and a X + X B for tall X, without the copy of X that torch.baddbmm makes first. FLOPs 2 m n k; bytes m k +
+k n + m n items (2 m n with C), so compute-bound on a 4090 (164 FLOP per byte) from k of about 256 on.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels import configs
+from kernels.configs import tl, triton
+
+
+def matmul_add_reference(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float) -> Tensor:
+    """alpha A B + beta C for (batch, m, n), computed in at least fp32 and rounded once; the CPU path."""
+    wide = torch.promote_types(A.dtype, torch.float32)
+    if C is None:
+        return torch.bmm(A.to(wide), B.to(wide)).mul_(alpha).to(A.dtype)
+    return torch.baddbmm(C.to(wide), A.to(wide), B.to(wide), beta=beta, alpha=alpha).to(A.dtype)
+
+
+@triton.jit
+def matmul_add_kernel(
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    alpha,
+    beta,
+    stride_ab,
+    stride_am,
+    stride_ak,
+    stride_bb,
+    stride_bk,
+    stride_bn,
+    stride_cb,
+    stride_cm,
+    stride_cn,
+    stride_ob,
+    stride_om,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_C: tl.constexpr,
+    MASKED: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """One (BLOCK_M, BLOCK_N) tile of one matrix; columns of out are adjacent."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_per_matrix = tl.cdiv(M, BLOCK_M) * tiles_n
+    pid = tl.program_id(0)
+    batch = (pid // tiles_per_matrix).to(tl.int64)
+    t = pid % tiles_per_matrix
+    offs_m = ((t // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    offs_n = ((t % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
+    mask_m = offs_m < M
+    mask_n = offs_n < N
+    a_ptrs = a_ptr + batch * stride_ab + offs_m[:, None] * stride_am + offs_k[None, :] * stride_ak
+    b_ptrs = b_ptr + batch * stride_bb + offs_k[:, None] * stride_bk + offs_n[None, :] * stride_bn
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in range(0, tl.cdiv(K, BLOCK_K)):
+        if MASKED:
+            mask_k = offs_k < K - k * BLOCK_K
+            a = tl.load(a_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+            b = tl.load(b_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        else:
+            a = tl.load(a_ptrs)
+            b = tl.load(b_ptrs)
+        if WIDEN:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+        a_ptrs += BLOCK_K * stride_ak
+        b_ptrs += BLOCK_K * stride_bk
+
+    x = acc * alpha
+    inside = mask_m[:, None] & mask_n[None, :]
+    if HAS_C:
+        c_ptrs = c_ptr + batch * stride_cb + offs_m[:, None] * stride_cm + offs_n[None, :] * stride_cn
+        if MASKED:
+            c = tl.load(c_ptrs, mask=inside, other=0.0)
+        else:
+            c = tl.load(c_ptrs)
+        x += beta * c.to(tl.float32)
+    out_ptrs = out_ptr + batch * stride_ob + offs_m[:, None] * stride_om + offs_n[None, :]
+    if MASKED:
+        tl.store(out_ptrs, x.to(out_ptr.dtype.element_ty), mask=inside)
+    else:
+        tl.store(out_ptrs, x.to(out_ptr.dtype.element_ty))
+
+
+def launch_matmul_add(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float) -> Tensor:
+    """The kernel on (batch, m, k) x (batch, k, n)."""
+    batch, m, k = A.shape
+    n = B.shape[-1]
+    tile, masked = configs.full_tile(configs.capability(A.device), A.dtype, m, n, k)
+    out = configs.empty_matrices(A, batch, m, n)
+    configs.launch(
+        matmul_add_kernel,
+        (batch * triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),),
+        A,
+        B,
+        out if C is None else C,
+        out,
+        m,
+        n,
+        k,
+        alpha,
+        beta,
+        *A.stride(),
+        *B.stride(),
+        *(0, 0, 0) if C is None else C.stride(),
+        *out.stride()[:2],
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        HAS_C=C is not None,
+        MASKED=masked,
+        WIDEN=configs.INTERPRETED and A.dtype == torch.bfloat16,  # the interpreter's bf16 dot is wrong
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out
+
+
+def matmul_add(A: Tensor, B: Tensor, C: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+    """alpha A B + beta C for 3-D tensors of one dtype; fp32 accumulation, returns A's dtype."""
+    if not configs.runs_triton(A):
+        return matmul_add_reference(A, B, C, alpha, beta)
+    if C is None and alpha == 1.0 and configs.row(configs.capability(A.device)).cublas:
+        return torch.bmm(A, B)
+    return launch_matmul_add(A, B, C, alpha, beta)

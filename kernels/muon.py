@@ -1,0 +1,233 @@
+"""The passes of a Muon step around Newton-Schulz: momentum and norm in one, then the update with weight decay in one.
+
+    m <- lerp(m, g, 1 - mu)        u = lerp(g, m, mu) with Nesterov, else m
+    X = u / (margin |u|_F) in fp16, rows and columns padded to multiples of 16
+    W <- (1 - lr wd) W - lr scale O
+
+Norms of 1e-30 and 1e30 do not survive fp32 squares, so each block of u is stored divided by the power of two of its
+largest entry, beside (exponent, sum of squares); a second pass brings all blocks of a matrix to its norm. Bytes per
+parameter 14 + 4 + 10 = 28, all of them memory-bound: 6 x fewer launches and 2 B less than the same in torch.compile.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels import configs
+from kernels.configs import tl, triton
+
+BLOCK_ELEMENTS = 4096
+
+
+def normalize_reference(u: Tensor, margin: float) -> Tensor:
+    """u / (margin |u|_F) for each matrix of (..., m, n), in at least fp32. Zero stays zero; NaN and infinity make their
+    whole matrix NaN. Divides by max|u| first: the squares of 1e-30 and 1e30 do not fit fp32."""
+    X = u.to(torch.promote_types(u.dtype, torch.float32))
+    largest = X.abs().amax(dim=(-2, -1), keepdim=True)
+    X = X / torch.where(largest == 0, 1.0, largest)
+    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
+    return X / torch.where(norm == 0, 1.0, norm * margin)
+
+
+@triton.jit
+def momentum_kernel(
+    g_ptr,
+    m_ptr,
+    x_ptr,
+    partial_ptr,
+    ROWS,
+    COLS,
+    ROWS_PADDED,
+    COLS_PADDED,
+    momentum,
+    stride_gb,
+    stride_gr,
+    stride_gc,
+    stride_mb,
+    stride_mr,
+    stride_mc,
+    stride_xb,
+    stride_xr,
+    HAS_MOMENTUM: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """m <- lerp(m, g, 1 - momentum); x = u / 2^e and (e, |x|²) for each block, zeros in the padding."""
+    blocks_c = tl.cdiv(COLS_PADDED, BLOCK_C)
+    batch = tl.program_id(1).to(tl.int64)
+    block = tl.program_id(0)
+    offs_r = ((block // blocks_c) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    offs_c = ((block % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    inside = (offs_r < ROWS)[:, None] & (offs_c < COLS)[None, :]
+    g = tl.load(
+        g_ptr + batch * stride_gb + offs_r[:, None] * stride_gr + offs_c[None, :] * stride_gc, mask=inside, other=0.0
+    ).to(tl.float32)
+    u = g
+    if HAS_MOMENTUM:
+        m_ptrs = m_ptr + batch * stride_mb + offs_r[:, None] * stride_mr + offs_c[None, :] * stride_mc
+        m = tl.load(m_ptrs, mask=inside, other=0.0).to(tl.float32)
+        m = m + (1.0 - momentum) * (g - m)
+        tl.store(m_ptrs, m.to(m_ptr.dtype.element_ty), mask=inside)
+        u = m
+        if NESTEROV:
+            u = g + momentum * (m - g)
+
+    # 2^(127 - e) brings the largest entry to [1, 2); e = 253 at most, so that the factor stays a normal number.
+    largest = tl.max(tl.max(tl.abs(u), axis=1), axis=0)
+    exponent = tl.minimum((largest.to(tl.int32, bitcast=True) >> 23) & 255, 253)
+    x = u * ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    blocks = tl.num_programs(0)
+    slot = partial_ptr + (batch * blocks + block) * 2
+    tl.store(slot, exponent.to(tl.float32))
+    tl.store(slot + 1, tl.sum(tl.sum(x * x, axis=1), axis=0))
+    x_ptrs = x_ptr + batch * stride_xb + offs_r[:, None] * stride_xr + offs_c[None, :]
+    tl.store(
+        x_ptrs, x.to(x_ptr.dtype.element_ty), mask=(offs_r < ROWS_PADDED)[:, None] & (offs_c < COLS_PADDED)[None, :]
+    )
+
+
+@triton.jit
+def rescale_kernel(
+    x_ptr,
+    partial_ptr,
+    ROWS_PADDED,
+    COLS_PADDED,
+    margin,
+    stride_xb,
+    stride_xr,
+    BLOCKS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """x <- x 2^e / (margin |u|_F), the norm put together from all blocks of the matrix."""
+    blocks_c = tl.cdiv(COLS_PADDED, BLOCK_C)
+    batch = tl.program_id(1).to(tl.int64)
+    block = tl.program_id(0)
+    blocks = tl.num_programs(0)
+    offs_b = tl.arange(0, BLOCKS)
+    slots = partial_ptr + (batch * blocks + offs_b) * 2
+    exponents = tl.load(slots, mask=offs_b < blocks, other=0.0)
+    squares = tl.load(slots + 1, mask=offs_b < blocks, other=0.0)
+    greatest = tl.max(exponents, axis=0)
+    norm = tl.sqrt(tl.sum(squares * tl.exp2(2.0 * (exponents - greatest)), axis=0)) * margin
+    own = tl.load(partial_ptr + (batch * blocks + block) * 2)
+    factor = tl.exp2(own - greatest) / tl.where(norm == 0.0, 1.0, norm)
+    offs_r = ((block // blocks_c) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    offs_c = ((block % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    ptrs = x_ptr + batch * stride_xb + offs_r[:, None] * stride_xr + offs_c[None, :]
+    mask = (offs_r < ROWS_PADDED)[:, None] & (offs_c < COLS_PADDED)[None, :]
+    x = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(ptrs, (x * factor).to(x_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def update_kernel(
+    w_ptr,
+    o_ptr,
+    lr_ptr,
+    scale_ptr,
+    ROWS,
+    COLS,
+    weight_decay,
+    stride_wb,
+    stride_wr,
+    stride_wc,
+    stride_ob,
+    stride_or,
+    stride_oc,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """W <- (1 - lr weight_decay) W - lr scale[batch] O."""
+    blocks_c = tl.cdiv(COLS, BLOCK_C)
+    batch = tl.program_id(1).to(tl.int64)
+    block = tl.program_id(0)
+    offs_r = ((block // blocks_c) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    offs_c = ((block % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    inside = (offs_r < ROWS)[:, None] & (offs_c < COLS)[None, :]
+    lr = tl.load(lr_ptr).to(tl.float32)
+    scale = tl.load(scale_ptr + batch)
+    w_ptrs = w_ptr + batch * stride_wb + offs_r[:, None] * stride_wr + offs_c[None, :] * stride_wc
+    w = tl.load(w_ptrs, mask=inside).to(tl.float32)
+    o = tl.load(o_ptr + batch * stride_ob + offs_r[:, None] * stride_or + offs_c[None, :] * stride_oc, mask=inside).to(
+        tl.float32
+    )
+    tl.store(w_ptrs, (w * (1.0 - lr * weight_decay) - lr * scale * o).to(w_ptr.dtype.element_ty), mask=inside)
+
+
+def _blocks(rows: int, cols: int) -> tuple[int, int, int]:
+    """Rows and columns of a block of BLOCK_ELEMENTS, and how many cover (rows, cols)."""
+    block_c = min(256, triton.next_power_of_2(cols))
+    block_r = BLOCK_ELEMENTS // block_c
+    return block_r, block_c, triton.cdiv(rows, block_r) * triton.cdiv(cols, block_c)
+
+
+def launch_normalize(
+    G: Tensor, buffer: Tensor | None, momentum: float, nesterov: bool, margin: float, dtype: torch.dtype
+) -> Tensor:
+    """u / (margin |u|_F) of a (batch, rows, cols) bank as `dtype`, zero-padded to multiples of 16; u is G, or with a
+    momentum buffer (updated in place) what Muon makes of both. Two launches."""
+    batch, rows, cols = G.shape
+    rows_padded, cols_padded = configs.padded(rows), configs.padded(cols)
+    block_r, block_c, blocks = _blocks(rows_padded, cols_padded)
+    X = G.new_empty(batch, rows_padded, cols_padded, dtype=dtype)
+    partial = G.new_empty(batch, blocks, 2, dtype=torch.float32)
+    m = G if buffer is None else buffer
+    configs.launch(
+        momentum_kernel,
+        (blocks, batch),
+        G,
+        m,
+        X,
+        partial,
+        rows,
+        cols,
+        rows_padded,
+        cols_padded,
+        momentum,
+        *G.stride(),
+        *m.stride(),
+        *X.stride()[:2],
+        HAS_MOMENTUM=buffer is not None,
+        NESTEROV=nesterov,
+        BLOCK_R=block_r,
+        BLOCK_C=block_c,
+        num_warps=4,
+    )
+    configs.launch(
+        rescale_kernel,
+        (blocks, batch),
+        X,
+        partial,
+        rows_padded,
+        cols_padded,
+        margin,
+        *X.stride()[:2],
+        BLOCKS=triton.next_power_of_2(blocks),
+        BLOCK_R=block_r,
+        BLOCK_C=block_c,
+        num_warps=4,
+    )
+    return X
+
+
+def launch_update(W: Tensor, update: Tensor, lr: Tensor, scale: Tensor, weight_decay: float) -> None:
+    """W <- (1 - lr weight_decay) W - lr scale update, in place; lr is a 0-D and scale a (batch,) fp32 tensor."""
+    batch, rows, cols = W.shape
+    block_r, block_c, blocks = _blocks(rows, cols)
+    configs.launch(
+        update_kernel,
+        (blocks, batch),
+        W,
+        update,
+        lr,
+        scale,
+        rows,
+        cols,
+        weight_decay,
+        *W.stride(),
+        *update.stride(),
+        BLOCK_R=block_r,
+        BLOCK_C=block_c,
+        num_warps=4,
+    )

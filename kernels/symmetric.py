@@ -1,0 +1,221 @@
+"""Products known to be symmetric, batched: only the tiles on and below the diagonal are computed.
+
+    gram(X) = X Xᵀ                      symmetric_matmul(A, B, C, alpha, beta) = alpha A B + beta C
+
+A is (..., m, k), B (..., k, m), C (..., m, m) symmetric; A B is symmetric where B = Aᵀ or where A and B commute. One
+launch of exactly batch x t (t + 1) / 2 programs, t = ceil(m / tile); each computes one square tile and stores it twice,
+so the result is symmetric to the bit. FLOPs m² k (t + 1) / t instead of 2 m² k; bytes 2 m k + 2 m² items (3 m² with C)
+if every operand comes from memory once. Bound: a tile of b rows yields b / 2 FLOP per byte of L2 traffic.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels import configs
+from kernels.configs import tl, triton
+from kernels.matmul_add import matmul_add_reference
+
+
+def symmetric_matmul_reference(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float) -> Tensor:
+    """alpha A B + beta C for (batch, m, k), symmetric to the bit: the lower triangle, mirrored. The CPU path."""
+    product = matmul_add_reference(A, B, C, alpha, beta)
+    return product.tril() + product.tril(-1).mT
+
+
+@triton.jit
+def symmetric_matmul_kernel(
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    out_ptr,
+    shifted_ptr,
+    M,
+    K,
+    alpha,
+    beta,
+    shift,
+    stride_ab,
+    stride_am,
+    stride_ak,
+    stride_bb,
+    stride_bk,
+    stride_bm,
+    stride_cb,
+    stride_cm,
+    stride_ob,
+    stride_om,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_C: tl.constexpr,
+    HAS_SHIFTED: tl.constexpr,
+    MASKED: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """out = alpha A B + beta C and, if asked for, shifted = out + shift I; columns of C and out are adjacent."""
+    tiles = tl.cdiv(M, BLOCK_M)
+    tiles_per_matrix = tiles * (tiles + 1) // 2
+    pid = tl.program_id(0)
+    batch = (pid // tiles_per_matrix).to(tl.int64)
+    # Tile number t of the lower triangle, row by row: t = i (i + 1) / 2 + j. The float root is off by at most one.
+    t = pid % tiles_per_matrix
+    i = ((tl.sqrt(8.0 * t + 1.0) - 1.0) * 0.5).to(tl.int32)
+    i = tl.where(i * (i + 1) // 2 > t, i - 1, i)
+    i = tl.where((i + 1) * (i + 2) // 2 <= t, i + 1, i)
+    j = t - i * (i + 1) // 2
+
+    # 64-bit offsets: beyond 2^31 elements they must be, and with them the compiler folds columns into immediates
+    # (108 registers instead of 195 on sm_90 with 128-tiles).
+    offs = tl.arange(0, BLOCK_M).to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
+    row_start, col_start = (i * BLOCK_M).to(tl.int64), (j * BLOCK_M).to(tl.int64)
+    mask_m = row_start + offs < M
+    mask_n = col_start + offs < M
+    a_ptrs = a_ptr + batch * stride_ab + (row_start + offs)[:, None] * stride_am + offs_k[None, :] * stride_ak
+    b_ptrs = b_ptr + batch * stride_bb + offs_k[:, None] * stride_bk + (col_start + offs)[None, :] * stride_bm
+
+    acc = tl.zeros((BLOCK_M, BLOCK_M), dtype=tl.float32)
+    for k in range(0, tl.cdiv(K, BLOCK_K)):
+        if MASKED:
+            mask_k = offs_k < K - k * BLOCK_K
+            a = tl.load(a_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+            b = tl.load(b_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        else:
+            a = tl.load(a_ptrs)
+            b = tl.load(b_ptrs)
+        if WIDEN:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+        a_ptrs += BLOCK_K * stride_ak
+        b_ptrs += BLOCK_K * stride_bk
+
+    x = acc * alpha
+    inside = mask_m[:, None] & mask_n[None, :]
+    if HAS_C:
+        c_ptrs = c_ptr + batch * stride_cb + row_start * stride_cm + col_start
+        c_ptrs = c_ptrs + (offs[:, None] * stride_cm + offs[None, :])
+        if MASKED:
+            c = tl.load(c_ptrs, mask=inside, other=0.0)
+        else:
+            c = tl.load(c_ptrs)
+        x += beta * c.to(tl.float32)
+    out = x.to(out_ptr.dtype.element_ty)
+    element = offs[:, None] * stride_om + offs[None, :]
+    tile_start = batch * stride_ob + row_start * stride_om + col_start
+    if i == j:
+        # A B of a diagonal tile is not symmetric to the bit by itself: its lower half is stored twice.
+        mirrored = offs[None, :] * stride_om + offs[:, None]
+        lower, strict = offs[:, None] >= offs[None, :], offs[:, None] > offs[None, :]
+        if MASKED:
+            lower, strict = lower & inside, strict & inside
+        tl.store(out_ptr + tile_start + element, out, mask=lower)
+        tl.store(out_ptr + tile_start + mirrored, out, mask=strict)
+        if HAS_SHIFTED:
+            shifted = tl.where(offs[:, None] == offs[None, :], x + shift, x).to(out_ptr.dtype.element_ty)
+            tl.store(shifted_ptr + tile_start + element, shifted, mask=lower)
+            tl.store(shifted_ptr + tile_start + mirrored, shifted, mask=strict)
+    else:
+        mirror_start = batch * stride_ob + col_start * stride_om + row_start
+        turned = tl.trans(out)
+        if MASKED:
+            inside_turned = mask_n[:, None] & mask_m[None, :]
+            tl.store(out_ptr + tile_start + element, out, mask=inside)
+            tl.store(out_ptr + mirror_start + element, turned, mask=inside_turned)
+            if HAS_SHIFTED:
+                tl.store(shifted_ptr + tile_start + element, out, mask=inside)
+                tl.store(shifted_ptr + mirror_start + element, turned, mask=inside_turned)
+        else:
+            tl.store(out_ptr + tile_start + element, out)
+            tl.store(out_ptr + mirror_start + element, turned)
+            if HAS_SHIFTED:
+                tl.store(shifted_ptr + tile_start + element, out)
+                tl.store(shifted_ptr + mirror_start + element, turned)
+
+
+def launch_symmetric_matmul(
+    A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, shift: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """The kernel on (batch, m, k) x (batch, k, m); with `shift` also returns out + shift I."""
+    batch, m, k = A.shape
+    tile, masked = configs.symmetric_tile(configs.capability(A.device), A.dtype, m, k, shift is not None)
+    out = configs.empty_matrices(A, batch, m, m)
+    shifted = None if shift is None else configs.empty_matrices(A, batch, m, m)
+    if C is not None and C.stride(-1) != 1:
+        C = C.mT if C.stride(-2) == 1 else C.contiguous()  # C is symmetric
+    tiles = triton.cdiv(m, tile.block_m)
+    configs.launch(
+        symmetric_matmul_kernel,
+        (batch * (tiles * (tiles + 1) // 2),),
+        A,
+        B,
+        out if C is None else C,
+        out,
+        out if shifted is None else shifted,
+        m,
+        k,
+        alpha,
+        beta,
+        shift or 0.0,
+        *A.stride(),
+        *B.stride(),
+        *(0, 0) if C is None else C.stride()[:2],
+        *out.stride()[:2],
+        BLOCK_M=tile.block_m,
+        BLOCK_K=tile.block_k,
+        HAS_C=C is not None,
+        HAS_SHIFTED=shift is not None,
+        MASKED=masked,
+        WIDEN=configs.INTERPRETED and A.dtype == torch.bfloat16,  # the interpreter's bf16 dot is wrong
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out, shifted
+
+
+def product(
+    A: Tensor, B: Tensor, C: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0, shift: float | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """`symmetric_matmul` for 3-D tensors and, with `shift`, the same plus shift I: Newton-Schulz is made of these."""
+    if configs.runs_triton(A):
+        return launch_symmetric_matmul(A, B, C, alpha, beta, shift)
+    out = symmetric_matmul_reference(A, B, C, alpha, beta)
+    if shift is None:
+        return out, None
+    shifted = out.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(shift)
+    return out, shifted
+
+
+@torch.library.custom_op("muon_speedrun::symmetric_matmul", mutates_args=())
+def _symmetric_matmul_op(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float) -> Tensor:
+    return product(A, B, C, alpha, beta)[0]
+
+
+@_symmetric_matmul_op.register_fake
+def _(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float) -> Tensor:
+    if configs.runs_triton(A):
+        return configs.empty_matrices(A, A.shape[0], A.shape[1], A.shape[1])
+    return A.new_empty(A.shape[0], A.shape[1], A.shape[1])
+
+
+def symmetric_matmul(A: Tensor, B: Tensor, C: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+    """alpha A B + beta C for A (..., m, k) and B (..., k, m) whose product, like C (..., m, m), is symmetric.
+
+    fp16, bf16 or fp32, any strides, fp32 accumulation; returns A's dtype, symmetric to the bit. That A B is symmetric
+    is the caller's promise: only its lower triangle is computed. Raises ValueError for shapes or dtypes that differ.
+    """
+    m, k = A.shape[-2:]
+    if B.shape != (*A.shape[:-2], k, m) or (C is not None and C.shape != (*A.shape[:-2], m, m)):
+        raise ValueError(
+            f"A {tuple(A.shape)}, B {tuple(B.shape)} and C {C if C is None else tuple(C.shape)} do not fit"
+        )
+    if {A.dtype} != {B.dtype, A.dtype if C is None else C.dtype}:
+        raise ValueError(f"A, B and C must have one dtype, got {A.dtype}, {B.dtype}, {None if C is None else C.dtype}")
+    if min(A.numel(), m) == 0:
+        return A.new_zeros(*A.shape[:-2], m, m) if C is None else beta * C
+    flat = [None if X is None else X.reshape(-1, *X.shape[-2:]) for X in (A, B, C)]
+    return _symmetric_matmul_op(*flat, alpha, beta).reshape(*A.shape[:-2], m, m)
+
+
+def gram(X: Tensor) -> Tensor:
+    """X Xᵀ for X (..., m, k), symmetric to the bit; pass X.mT for XᵀX, no copy is made."""
+    return symmetric_matmul(X, X.mT)
