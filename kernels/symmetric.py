@@ -174,10 +174,12 @@ def launch_symmetric_matmul(
 def product(
     A: Tensor, B: Tensor, C: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0, shift: float | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """`symmetric_matmul` for 3-D tensors and, with `shift`, the same plus shift I: Newton-Schulz is made of these."""
+    """`symmetric_matmul` for 3-D tensors and, with `shift`, the same plus shift I: Newton-Schulz is made of these.
+
+    On the CPU symmetric only to rounding: mirroring would cost as much there as a small product."""
     if configs.runs_triton(A):
         return launch_symmetric_matmul(A, B, C, alpha, beta, shift)
-    out = symmetric_matmul_reference(A, B, C, alpha, beta)
+    out = matmul_add_reference(A, B, C, alpha, beta)
     if shift is None:
         return out, None
     shifted = out.clone()
@@ -187,7 +189,9 @@ def product(
 
 @torch.library.custom_op("muon_speedrun::symmetric_matmul", mutates_args=())
 def _symmetric_matmul_op(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float) -> Tensor:
-    return product(A, B, C, alpha, beta)[0]
+    if configs.runs_triton(A):
+        return launch_symmetric_matmul(A, B, C, alpha, beta, None)[0]
+    return symmetric_matmul_reference(A, B, C, alpha, beta)
 
 
 @_symmetric_matmul_op.register_fake
