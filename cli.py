@@ -8,6 +8,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -29,6 +30,14 @@ def exit_with_a_sentence(main: Callable[[], int | None]) -> Callable[[], int]:
             return 2
 
     return command
+
+
+def make_folder(path: Path, exist_ok: bool = False) -> None:
+    """Create a folder and its parents; BadInput where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=exist_ok)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be created ({error.strerror})") from None
 
 
 def first_line(error: BaseException) -> str:

@@ -24,7 +24,7 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
-from cli import BadInput, Count, exit_with_a_sentence
+from cli import BadInput, Count, exit_with_a_sentence, make_folder
 from documents import (
     EOT_NAMES,
     SeenHashes,
@@ -121,7 +121,7 @@ def build_shards(
     if eot_id is None:
         raise BadInput(f"--tokenizer {tokenizer}: has none of {', '.join(EOT_NAMES)} to mark the end of a document")
 
-    partial.mkdir(parents=True)
+    make_folder(partial)
     try:
         writers = {split: ShardWriter(partial, split, vocab_size, eot_id) for split in SPLITS}
         counts = {"train": 0, "val": 0, "duplicates": 0}
@@ -448,7 +448,7 @@ class Embedded(Build):
 
 @dataclass(kw_only=True)
 class Text(Build):
-    """Local .txt, .jsonl and .parquet files (also .gz, .zst), or folders of them."""
+    """Local .txt and .jsonl (also .gz, .zst) and .parquet files, or folders of them."""
 
     paths: tyro.conf.Positional[tuple[Path, ...]]
     """Files or folders; a row, or a 64 KiB piece of a .txt, is a document."""

@@ -45,14 +45,16 @@ def text_files(paths: Iterable[Path]) -> list[Path]:
             raise BadInput(f"{path}: no such file or folder")
         found = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p)) if path.is_dir() else [path]
         if not found or not all(map(_kind, found)):
-            raise BadInput(f"{path}: no .txt, .jsonl or .parquet here (also .gz, .zst)")
+            raise BadInput(f"{path}: no .txt, .jsonl (also .gz, .zst) or .parquet here")
         files += found
     return files
 
 
 def _kind(path: Path) -> str | None:
+    if path.suffix == ".parquet":  # compressed inside, never outside
+        return "parquet"
     suffixes = [s for s in path.suffixes[-2:] if s not in (".gz", ".zst")]
-    return {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}.get(suffixes[-1] if suffixes else "")
+    return {".txt": "text", ".jsonl": "json"}.get(suffixes[-1] if suffixes else "")
 
 
 def text_documents(files: list[Path], column: str) -> Iterator[str]:
@@ -61,6 +63,8 @@ def text_documents(files: list[Path], column: str) -> Iterator[str]:
     .txt is read here because `datasets` either forgets where a file ends or loads a whole file at once.
     """
     for path in files:
+        if path.stat().st_size == 0:
+            continue  # `datasets` fails on them
         if _kind(path) == "text":
             yield from _txt_pieces(path)
         else:
@@ -146,6 +150,8 @@ def load_tokenizer(name: str):
     """A tokenizer.json or a hub name -> tokenizers.Tokenizer that treats spelled-out special tokens as text."""
     from tokenizers import Tokenizer
 
+    if name.endswith(".json") and not Path(name).exists():
+        raise BadInput(f"--tokenizer {name}: no such file")
     try:
         tokenizer = Tokenizer.from_file(name) if Path(name).exists() else Tokenizer.from_pretrained(name)
     except Exception as error:  # the library raises bare Exception for every fault

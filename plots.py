@@ -26,8 +26,8 @@ REFERENCE_COLOR = "#666666"
 LINE_STYLES = ("-", "--", ":", "-.")
 HEATMAP_COLORS = "cividis"
 METRIC_TITLES = {
-    "spectral_entropy": "Spectral entropy, 1 = all singular values equal",
-    "effective_rank": "Effective rank, exp(entropy)",
+    "spectral_entropy": "Spectral entropy of s² / Σs², 1 = all singular values s equal",
+    "effective_rank": "Effective rank, exp of the entropy of s / Σs (s: singular values)",
     "left_alignment": "Alignment of update and weight, top-5 output directions",
 }
 PROJECTION_TITLES = {"q": "Q", "k": "K", "v": "V", "o": "O", "up": "MLP up", "down": "MLP down"}
@@ -48,12 +48,14 @@ plt.rcParams.update(STYLE)
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """Short names: the optimizer, with model, seed or folder name added as far as needed to tell the runs apart."""
+    """Short names: the optimizer, with model, seed and rate as far as needed to tell the runs apart, or numbers."""
     parts = [OPTIMIZER_NAMES.get(run.optimizer, run.optimizer) for run in runs]
     for key in ("model", "seed", "lr"):
         if len(set(parts)) < len(runs) and len({run.config.get(key) for run in runs}) > 1:
             parts = [f"{part}, {key} {run.config.get(key)}" for part, run in zip(parts, runs, strict=True)]
-    return parts if len(set(parts)) == len(runs) else [run.name for run in runs]
+    if len(set(parts)) == len(runs):
+        return parts
+    return [f"{OPTIMIZER_NAMES.get(run.optimizer, run.optimizer)} #{i}" for i, run in enumerate(runs, start=1)]
 
 
 def _looks(runs: Sequence[Run]) -> list[dict]:
@@ -96,8 +98,9 @@ def loss_curves(runs: Sequence[Run]) -> Figure:
                 if column == 1:
                     x_train = np.cumsum(run.train["step_ms"]) / 1e3 - run.train["step_ms"] / 1e3
                 axes[0, column].plot(x_train, run.train["train_loss"], color=look["color"], alpha=0.25, linewidth=0.8)
-            axes[0, column].plot(x_val, run.val["val_loss"], linewidth=1.8, **look)
-            axes[1, column].plot(x_val, 100 * run.val["val_accuracy"], linewidth=1.8, **look)
+            marker = "o" if len(x_val) == 1 else None
+            axes[0, column].plot(x_val, run.val["val_loss"], linewidth=1.8, marker=marker, **look)
+            axes[1, column].plot(x_val, 100 * run.val["val_accuracy"], linewidth=1.8, marker=marker, **look)
     axes[0, 0].set_ylabel("loss (nats per token)")
     axes[1, 0].set_ylabel("next-token accuracy (%)")
     axes[0, 0].set_title("against updates")
@@ -118,7 +121,7 @@ def spectral_norm_by_depth(runs: Sequence[Run]) -> Figure:
             layers = np.arange(len(values))
             ax.plot(layers, values[:, -1], marker="o", markersize=4, **look)
             ax.plot(layers, values[:, 0], color=REFERENCE_COLOR, linestyle=":", linewidth=1.2)
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.08 * ax.dataLim.ymax)
         ax.set_xticks(np.unique(np.linspace(0, len(values) - 1, min(len(values), 8)).round()))
     for ax in figure.axes[3:]:
         ax.set_xlabel("layer")

@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 
 import plots
-from cli import BadInput, exit_with_a_sentence
+from cli import BadInput, exit_with_a_sentence, make_folder
 from stats import Run, first_reaching, load_run, t_interval
 
 
@@ -90,11 +90,12 @@ SPECTRA = (
 )
 TABLE_COLUMNS = (
     "run",
+    "folder",
     "status",
     "learning rate",
     "updates",
     "tokens",
-    "final val. loss",
+    "last val. loss",
     "best val. loss",
     "val. accuracy",
     "tokens/s",
@@ -104,58 +105,73 @@ TABLE_COLUMNS = (
 
 def table_row(run: Run, label: str) -> list[str]:
     """The cells of `TABLE_COLUMNS` for one run."""
-    speed = run.val["tokens"][-1] / run.val["train_seconds"][-1] if run.val["train_seconds"][-1] else math.nan
+    steps, tokens = (int(run.train[key][-1]) if run.train else 0 for key in ("step", "tokens"))
+    seconds = float(run.train["step_ms"].sum()) / 1e3 if run.train else 0.0
     return [
         label,
+        run.name,
         run.status,
         f"{run.config.get('lr', math.nan):g} / {run.config.get('adamw_lr', math.nan):g}",
-        f"{int(run.val['step'][-1]):,} of {run.config['steps']:,}",
-        f"{int(run.val['tokens'][-1]):,}",
+        f"{steps:,} of {run.config['steps']:,}",
+        f"{tokens:,}",
         f"{run.val['val_loss'][-1]:.4f}",
         f"{np.nanmin(run.val['val_loss']):.4f}",
         f"{100 * run.val['val_accuracy'][-1]:.2f} %",
-        f"{speed:,.0f}",
-        f"{run.val['train_seconds'][-1]:.1f} s",
+        f"{tokens / seconds:,.0f}" if seconds else "-",
+        f"{seconds:.1f} s",
     ]
 
 
 def findings(runs: Sequence[Run]) -> list[str]:
-    """Sentences that say who won, by how much and at what cost, with what they rest on."""
-    sentences = []
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(plots.OPTIMIZER_NAMES.get(run.optimizer, run.optimizer), []).append(run)
-    means = {}
-    for name, members in groups.items():
-        losses = [float(run.val["val_loss"][-1]) for run in members]
-        mean, low, high = t_interval(losses)
-        means[name] = mean
-        seeds = len({run.config["seed"] for run in members})
-        spread = (
-            "single seed" if len(losses) < 2 else f"{len(losses)} runs, {seeds} seeds, 95 % [{low:.4f}, {high:.4f}]"
-        )
+    """Sentences that say who won, by how much and at what cost, with what they rest on.
+
+    Only finished runs of like settings are compared; an interval needs two seeds or more.
+    """
+    careful = [f"Careful: {run.name} is {run.status}, so it is left out of the comparison." for run in _open(runs)]
+    runs = [run for run in runs if run.status == "finished"]
+    for key in ("data_fingerprint", "model", "steps", "batch_tokens", "seq_len", "eval_tokens"):
+        if len({run.config.get(key) for run in runs}) > 1:
+            return [f"Careful: these runs differ in {key}, so their losses do not compare.", *careful]
+    groups: dict[tuple, list[Run]] = {}
+    for run in {run.path.resolve(): run for run in runs}.values():
+        groups.setdefault((run.optimizer, run.config.get("lr"), run.config.get("adamw_lr")), []).append(run)
+    sentences, means = [], {}
+    for (optimizer, lr, _), members in groups.items():
+        name = plots.OPTIMIZER_NAMES.get(optimizer, optimizer)
+        if sum(key[0] == optimizer for key in groups) > 1:
+            name += f" at {lr:g}"
+        losses = {run.config["seed"]: float(run.val["val_loss"][-1]) for run in members}  # a repeated seed is no sample
+        mean, low, high = t_interval(list(losses.values()))
+        means[name] = (mean, members)
+        spread = "single seed" if len(losses) < 2 else f"{len(losses)} seeds, 95 % [{low:.4f}, {high:.4f}]"
         sentences.append(f"{name}: final validation loss {mean:.4f} ({spread}).")
     if len(means) == 2:
-        (better, best), (worse, other) = sorted(means.items(), key=lambda item: item[1])
+        (better, (best, leaders)), (worse, (other, _)) = sorted(means.items(), key=lambda item: item[1][0])
         sentence = f"{better} ends {other - best:.4f} nats below {worse}"
-        if min(map(len, groups.values())) < 2:
+        if any("single seed" in s for s in sentences):
             sentence += "; one seed each, so no statement about chance"
         sentences.append(sentence + ".")
-        leader = min(groups[better], key=lambda run: run.val["val_loss"][-1])
+        leader = min(leaders, key=lambda run: run.val["val_loss"][-1])
         updates = first_reaching(leader.val["step"], leader.val["val_loss"], other)
         seconds = first_reaching(leader.val["train_seconds"], leader.val["val_loss"], other)
         if updates is not None and seconds is not None:
             sentences.append(
-                f"It is at {worse}'s final loss after {updates:.0f} of {leader.config['steps']} updates, "
-                f"{seconds:.0f} s of training."
+                f"{better} is at {worse}'s final loss after about {math.ceil(updates)} of {leader.config['steps']} "
+                f"updates, {seconds:.0f} s of training."
             )
-    for key in ("data_fingerprint", "model", "steps", "batch_tokens", "seq_len", "eval_tokens"):
-        if len({run.config.get(key) for run in runs}) > 1:
-            sentences.append(f"Careful: these runs differ in {key}, so their losses do not compare.")
-    unfinished = [run.name for run in runs if run.status != "finished"]
-    if unfinished:
-        sentences.append(f"Careful: not finished, so its last loss is not its final one: {', '.join(unfinished)}.")
-    return sentences
+    return sentences + careful
+
+
+def _open(runs: Sequence[Run]) -> list[Run]:
+    return [run for run in runs if run.status != "finished"]
+
+
+def check_out(out: Path) -> None:
+    """BadInput where a report would be mixed with something else."""
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"--out {out}: is a file; name a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / "report.html").exists():
+        raise BadInput(f"--out {out}: holds something that is no report; choose another folder")
 
 
 def draw(runs: Sequence[Run], folder: Path) -> list[Section]:
@@ -173,7 +189,9 @@ def draw(runs: Sequence[Run], folder: Path) -> list[Section]:
             plots.singular_value_spectrum(watched),
         )
         figures += zip(SPECTRA, drawn, strict=True)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
     for section, figure in figures:
         figure.savefig(folder / f"{section.stem}.png")
         plots.plt.close(figure)
@@ -242,6 +260,7 @@ def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     if not arguments.runs:
         raise BadInput("report.py: name at least one run folder")
+    check_out(arguments.out)
     runs = [load_run(path) for path in arguments.runs]
     for run in runs:
         if not run.val:

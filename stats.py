@@ -74,13 +74,17 @@ def load_run(path: Path) -> Run:
     missing = {"optimizer", "seed", "model", "steps"} - config.keys()
     if missing:
         raise BadInput(f"{path / runfiles.CONFIG}: lacks {', '.join(sorted(missing))}")
+    spectra = _read_jsonl(path / runfiles.SPECTRA)
+    for line in spectra:
+        if not {"step", "layer", "proj", "singular_values"} <= line.keys():
+            raise BadInput(f"{path / runfiles.SPECTRA}: a line lacks step, layer, proj or singular_values")
     return Run(
         path=path,
         config=config,
         summary=runfiles.load_json(summary_path) if summary_path.exists() else {},
         train=_columns([line for line in metrics if line.get("kind") == "train"]),
         val=_columns([line for line in metrics if line.get("kind") == "val"]),
-        spectra=_read_jsonl(path / runfiles.SPECTRA),
+        spectra=spectra,
     )
 
 
@@ -114,7 +118,7 @@ def t_interval(values: list[float], confidence: float = 0.95) -> tuple[float, fl
 
 
 def first_reaching(x: np.ndarray, loss: np.ndarray, target: float) -> float | None:
-    """The x (steps, seconds) at which the loss first falls to `target`, linear between validations; None if never."""
+    """The x (steps, seconds) at which the loss is first at `target`, linear between validations; None if never."""
     below = np.flatnonzero(loss <= target)
     if not len(below):
         return None

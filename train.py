@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import runfiles
-from cli import BadInput, exit_with_a_sentence
+from cli import BadInput, exit_with_a_sentence, make_folder
 from data import Loader, Shards, TokenStream, validation_batches
 from metrics import JsonlWriter, SpectraRecorder, cut_jsonl, finite
 from model import ModelConfig, Transformer
@@ -338,7 +338,11 @@ class Run:
         if self.folder.exists():
             if not self.s.resume:
                 raise BadInput(f"--name {self.s.name}: {self.folder} exists; choose another name, or add --resume")
+            if any(self.folder.iterdir()) and not (self.folder / runfiles.CONFIG).exists():
+                raise BadInput(f"--name {self.s.name}: {self.folder} is no run's folder; choose another name")
             self.loaded = runfiles.load_checkpoint(self.folder, self.out.say, set_aside=self.rank.index == 0)
+        if self.s.resume and self.loaded is None:
+            self.out.say(f"{self.folder}: no checkpoint to resume from, starting at the beginning")
         if self.loaded is not None:
             self.check_same_run(self.loaded["config"])
             if self.loaded["step"] >= self.updates:
@@ -348,7 +352,7 @@ class Run:
         if self.rank.count > 1:
             dist.barrier()  # every rank has looked before rank 0 creates
         if self.rank.index == 0:
-            self.folder.mkdir(parents=True, exist_ok=self.s.resume)
+            make_folder(self.folder, exist_ok=self.s.resume)
             (self.folder / runfiles.SUMMARY).unlink(missing_ok=True)  # of the part before
             last_step = -1 if self.loaded is None else self.step
             for name in (runfiles.METRICS, runfiles.SPECTRA):
@@ -497,7 +501,8 @@ def run_training(run: Run) -> int:
     run.summarize(status, None if status == "finished" else f"signal after step {run.step}")
     if status == "finished" and run.rank.index == 0:
         draw_plots(run.folder)
-    run.out.say(f"{run.folder}: {status} after {run.step} updates, final validation loss {run.last_val['val_loss']}")
+    which = "final" if status == "finished" else "last"  # a stopped run does not validate again
+    run.out.say(f"{run.folder}: {status} after {run.step} updates, {which} validation loss {run.last_val['val_loss']}")
     return 0
 
 

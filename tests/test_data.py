@@ -116,6 +116,8 @@ def test_text_files_of_every_kind_give_the_same_documents(tmp_path):
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(rows))
     (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(rows))
     pandas.DataFrame({"text": texts}).to_parquet(tmp_path / "d.parquet")
+    (tmp_path / "empty.jsonl").touch()
+    assert list(documents.text_documents([tmp_path / "empty.jsonl", tmp_path / "a.jsonl"], "text")) == texts
     for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet"):
         assert list(documents.text_documents([tmp_path / name], "text")) == texts, name
     with pytest.raises(BadInput, match="--text-column"):
@@ -337,6 +339,7 @@ def test_building_from_the_command_line(run_main, tmp_path):
         (("text", "{}/file.txt", "--out", "{}/s", "--val-fraction", "nan"), "--val-fraction"),
         (("text", "{}/cut.jsonl.gz", "--out", "{}/s", "--vocab-size", "300"), "cut.jsonl.gz"),
         (("text", "{}/broken.parquet", "--out", "{}/s", "--vocab-size", "300"), "broken.parquet"),
+        (("text", "{}/file.txt", "--out", "{}/file.txt/s", "--vocab-size", "300"), "cannot be created"),
         (("hf", "{}/nothing", "--out", "{}/s"), "nothing"),
     ],
 )

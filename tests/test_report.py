@@ -1,6 +1,7 @@
 import base64
 import json
 import re
+import shutil
 
 import matplotlib
 import numpy as np
@@ -27,9 +28,10 @@ def finished_runs(tmp_path_factory):
                 loss = 5 + (final - 5) * step / 10
                 val = {"step": step, "tokens": 100 * step, "val_loss": loss, "val_accuracy": 0.01 * step}
                 file.write(json.dumps({"kind": "val", **val, "train_seconds": 2.0 * step}) + "\n")
-                train = {"step": step + 1, "train_loss": loss, "step_ms": 2000.0}
+                train = {"step": step + 1, "tokens": 100 * step + 100, "train_loss": loss, "step_ms": 2000.0}
                 file.write(json.dumps({"kind": "train", **train}) + "\n")
-            file.write('{"kind": "val", "st')  # a run in progress
+            file.write('{"kind": "val", "st')  # killed while writing
+        (run / "summary.json").write_text(json.dumps({"status": "finished"}))
         with (run / "manifold_stats.jsonl").open("w") as file:
             for step in (0, 5, 10):
                 for layer in range(2):
@@ -46,8 +48,7 @@ def test_the_report_is_self_contained_and_says_who_won(run_main, finished_runs, 
     code, out, _ = run_main(report.main, *finished_runs, "--out", tmp_path / "r")
     assert code == 0
     assert "Muon ends 0.5000 nats below AdamW" in out
-    assert "after 8 of 10 updates, 15 s" in out  # 5 - 0.2 t = 3.5 at t = 7.5
-    assert "not finished" in out
+    assert "after about 8 of 10 updates, 15 s" in out  # 5 - 0.2 t = 3.5 at t = 7.5
     page = (tmp_path / "r" / "report.html").read_text()
     images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert len(images) == 8
@@ -118,6 +119,33 @@ def test_a_broken_line_in_the_middle_is_named(run_main, finished_runs, tmp_path)
     code, _, err = run_main(report.main, folder, "--out", tmp_path / "r")
     assert code == 2
     assert "metrics.jsonl: line 4" in err
+
+
+def test_unlike_unfinished_and_repeated_runs_are_not_pooled(finished_runs, tmp_path):
+    def copy(name, config=None, status="finished"):
+        folder = tmp_path / name
+        shutil.copytree(finished_runs[0], folder)
+        old = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(old | (config or {})))
+        (folder / "summary.json").write_text(json.dumps({"status": status}))
+        return load_run(folder)
+
+    first = copy("first")
+    assert "single seed" in " ".join(report.findings([first, copy("again")]))
+    assert "2 seeds, 95 %" in " ".join(report.findings([first, copy("other", {"seed": 1})]))
+    longer = report.findings([first, copy("longer", {"steps": 99})])
+    assert longer == ["Careful: these runs differ in steps, so their losses do not compare."]
+    stopped = report.findings([first, copy("stopped", {"optimizer": "adamw"}, "stopped")])
+    assert not any("below" in sentence for sentence in stopped)
+    assert "stopped is stopped" in stopped[-1]
+
+
+def test_a_report_is_not_mixed_with_something_else(run_main, finished_runs, tmp_path):
+    code, _, err = run_main(report.main, finished_runs[0], "--out", finished_runs[1])
+    assert code == 2
+    assert "no report" in err
+    for _ in range(2):  # but an earlier report is replaced
+        assert run_main(report.main, finished_runs[0], "--out", tmp_path / "r")[0] == 0
 
 
 def test_t_interval_equals_a_worked_example():

@@ -316,9 +316,19 @@ def test_an_existing_name_is_refused_and_left_alone(train_small):
     assert "lr was" in err
 
 
+def test_a_folder_that_is_no_run_is_left_alone(train_small, tmp_path):
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.html").write_text("mine")
+    code, _, _, err = train_small("report", "--tokens", 512, "--resume")
+    assert code == 2
+    assert "no run's folder" in err
+    assert [path.name for path in (tmp_path / "report").iterdir()] == ["report.html"]
+
+
 def test_resume_without_a_checkpoint_starts_afresh(train_small):
-    code, folder, _, _ = train_small("run", "--tokens", 512, "--resume")
+    code, folder, out, _ = train_small("run", "--tokens", 512, "--resume")
     assert code == 0
+    assert "no checkpoint to resume from" in out
     assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
 
 
