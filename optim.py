@@ -108,21 +108,39 @@ class Muon(torch.optim.Optimizer):
             "row_splits": None,
         }
         super().__init__(params, defaults)
-        self.capture, self.last_key = capture, None
+        self.capture = capture
+        self._forget_graphs()
+
+    def _forget_graphs(self) -> None:
+        """What was captured read tensors that no longer count, as after load_state_dict."""
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
-        self.rates: dict[int, Tensor] = {}
+        self.seen_keys: set[tuple] = set()
+        self.rates: list[Tensor] = []
         self.constants: dict[tuple, Tensor] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("capture", True)
+        self._forget_graphs()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        fault = self._fault_of(self.param_groups[-1])
+        if fault:
+            self.param_groups.pop()
+            raise ValueError(fault)
+
+    @staticmethod
+    def _fault_of(group: dict[str, Any]) -> str | None:
+        splits, transposed = group["row_splits"], group["transposed"]
         for p in group["params"]:
-            if p.ndim not in (2, 3, 4):
-                raise ValueError(f"Muon takes matrices and banks of them, got a parameter of shape {tuple(p.shape)}")
-            if group["row_splits"] and sum(group["row_splits"]) != p.shape[-2]:
-                raise ValueError(f"row_splits {group['row_splits']} do not add up to {p.shape[-2]} rows")
-            if group["transposed"] and (p.ndim < 3 or len(group["transposed"]) != len(p)):
-                raise ValueError(f"transposed needs one entry for each matrix of a bank of shape {tuple(p.shape)}")
+            if p.ndim not in (2, 3, 4) or not p.is_contiguous():
+                return f"Muon takes contiguous matrices and banks of them, got a parameter of shape {tuple(p.shape)}"
+            if splits and (sum(splits) != p.shape[-2] or min(splits) < 1):
+                return f"row_splits {splits} do not add up to {p.shape[-2]} rows"
+            if transposed and (p.ndim < 3 or len(transposed) != len(p)):
+                return f"transposed needs one entry for each matrix of a bank of shape {tuple(p.shape)}"
+        return None
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -136,12 +154,12 @@ class Muon(torch.optim.Optimizer):
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         if not all(configs.runs_triton(p) for group in self.param_groups for p in group["params"]):
             self._step_reference()
-        elif self.capture and not dist.is_initialized():
+        elif any(True for _ in self._with_gradient()):
             self._set_rates()
-            self._step_captured()
-        else:
-            self._set_rates()
-            self._step_fused()
+            if self.capture and not dist.is_initialized() and not torch.cuda.is_current_stream_capturing():
+                self._step_captured()
+            else:
+                self._step_fused()
         return loss
 
     def _step_reference(self) -> None:
@@ -154,7 +172,9 @@ class Muon(torch.optim.Optimizer):
 
     def _step_fused(self) -> None:
         """The step in Triton kernels: three passes over each bank besides Newton-Schulz."""
+        rates = {id(group): rate for group, rate in zip(self.param_groups, self.rates, strict=True)}
         for group, p in self._with_gradient():
+            rate = rates[id(group)]
             schedule = coefficient_schedule(group["ns_coefficients"], group["ns_steps"])
             margin = NORM_MARGIN[group["ns_coefficients"]]
             rows = group["row_splits"] or (p.shape[-2],)
@@ -165,29 +185,29 @@ class Muon(torch.optim.Optimizer):
                 X = launch_normalize(gradient, buffer, group["momentum"], group["nesterov"], margin, torch.float16)
                 out = _shared(X, partial(iterate, schedule=schedule, method=group["ns_method"]))
                 scale = self._constant(tuple(_scales(W.shape, group)), p.device)
-                launch_update(W, out, self.rates[id(group)], scale, group["weight_decay"])
+                launch_update(W, out, rate, scale, group["weight_decay"])
 
     def _step_captured(self) -> None:
         """`_step_fused` as a CUDA graph, one for each set of addresses and settings that comes back.
 
-        The first step with new addresses runs eagerly (and compiles), the second is captured, later ones replay.
+        The first step with new addresses runs eagerly (and compiles), the second is captured, later ones replay. Other
+        threads may allocate meanwhile (the loader pins memory), hence the thread-local capture mode.
         """
         tensors = [t for _, p in self._with_gradient() for t in (p, p.grad, self.state[p]["momentum_buffer"])]
         settings = [{k: v for k, v in g.items() if k not in ("params", "lr", "peak_lr")} for g in self.param_groups]
-        key = (*(t.data_ptr() for t in tensors), str(settings))
+        key = (*((t.data_ptr(), t.stride()) for t in tensors), str(settings))
         if key in self.graphs:
             self.graphs[key].replay()
-        elif key != self.last_key:
-            self._step_fused()
-        else:
-            if len(self.graphs) == GRAPHS_KEPT:
-                self.graphs.pop(next(iter(self.graphs)))
+        elif key in self.seen_keys and len(self.graphs) < GRAPHS_KEPT:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            pool = next(iter(self.graphs.values())).pool() if self.graphs else None  # one pool for all
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 self._step_fused()
             self.graphs[key] = graph
             graph.replay()
-        self.last_key = key
+        else:
+            self._step_fused()
+            self.seen_keys.add(key)
 
     def _with_gradient(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         for group in self.param_groups:
@@ -197,10 +217,10 @@ class Muon(torch.optim.Optimizer):
 
     def _set_rates(self) -> None:
         """Each group's learning rate into a tensor on the device, where a captured step reads it."""
-        for group in self.param_groups:
-            if id(group) not in self.rates:
-                self.rates[id(group)] = torch.zeros((), device=group["params"][0].device)
-            self.rates[id(group)].fill_(group["lr"])
+        for group in self.param_groups[len(self.rates) :]:
+            self.rates.append(torch.zeros((), device=group["params"][0].device))
+        for rate, group in zip(self.rates, self.param_groups, strict=True):
+            rate.fill_(group["lr"])
 
     def _constant(self, values: tuple[float, ...], device: torch.device) -> Tensor:
         if (values, device) not in self.constants:

@@ -195,6 +195,7 @@ def bench_group(name: str, shape: tuple[int, int, int], device: torch.device, re
     inputs = [normalize_reference(torch.randn(shape, device=device), 1.06) for _ in range(min(copies, 16))]
     ours = [X.to(ours_dtype) for X in inputs]
     wide = [(X if X.shape[1] <= X.shape[2] else X.mT.contiguous()).to(theirs_dtype) for X in inputs]
+    torch._dynamo.reset()  # it counts specialisations per function, and gives up after 8
     compiled = torch.compile(reference, dynamic=False)
     runs: dict[str, Callable[[int], Any]] = {
         "ours": lambda i: iterate(ours[i], schedule, "auto"),

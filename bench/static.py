@@ -44,7 +44,7 @@ LIMITS = {
 }
 SM_REGISTERS, REGISTER_UNIT, RESERVED_SHARED_BYTES = 65_536, 256, 1024
 TRITON_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-INTEGERS = ("M", "N", "K", "ROWS", "COLS", "ROWS_PADDED", "COLS_PADDED")
+INTEGERS = ("M", "N", "K", "ROWS", "COLS", "ROWS_PADDED", "COLS_PADDED", "blocks")
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def variants(capability: int) -> list[Variant]:
     momentum = {"HAS_MOMENTUM": True, "NESTEROV": True}
     for name, constants, unit in (
         ("momentum", momentum | block, ("stride_gc", "stride_mc")),
-        ("rescale", {"BLOCKS": 256} | block, ()),
+        ("rescale", {"CHUNK": muon.PARTIALS_AT_ONCE} | block, ()),
         ("update", block, ("stride_wc", "stride_oc")),
     ):
         found[_variant(name, capability, torch.float32, constants, unit, tile)] = None
@@ -170,7 +170,7 @@ def compile_variant(variant: Variant) -> Result:
         pointer = "*fp16" if half else "*fp32" if name == "partial_ptr" else f"*{variant.dtype}"
         is_integer = name in INTEGERS or name.startswith("stride")
         signature[name] = pointer if name.endswith("_ptr") else "i32" if is_integer else "fp32"
-        if name.endswith("_ptr") or is_integer:  # the cast pass pads rows to multiples of 16
+        if name.endswith("_ptr") or (is_integer and name != "blocks"):  # the cast pass pads rows to multiples of 16
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, attributes)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}

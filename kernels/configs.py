@@ -134,5 +134,6 @@ def empty_matrices(like: Tensor, batch: int, rows: int, cols: int) -> Tensor:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Start `kernel`; every launch of this package goes through here, so that a test can count them."""
-    kernel[grid](*arguments, **constants)
+    """Start `kernel` on the device of its first argument; all launches go through here, so that a test can count them."""
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](*arguments, **constants)

@@ -21,6 +21,40 @@ def matmul_add_reference(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, b
 
 
 @triton.jit
+def accumulate(
+    acc,
+    a_ptrs,
+    b_ptrs,
+    mask_m,
+    mask_n,
+    offs_k,
+    K,
+    stride_ak,
+    stride_bk,
+    BLOCK_K: tl.constexpr,
+    MASKED: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """acc + A B over all of K; the loop of every matmul kernel here."""
+    step_a = tl.full((), BLOCK_K, tl.int64) * stride_ak  # 32 bits overflow at strides from 2^25 on
+    step_b = tl.full((), BLOCK_K, tl.int64) * stride_bk
+    for k in range(0, tl.cdiv(K, BLOCK_K)):
+        if MASKED:
+            mask_k = offs_k < K - k * BLOCK_K
+            a = tl.load(a_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+            b = tl.load(b_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        else:
+            a = tl.load(a_ptrs)
+            b = tl.load(b_ptrs)
+        if WIDEN:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+        a_ptrs += step_a
+        b_ptrs += step_b
+    return acc
+
+
+@triton.jit
 def matmul_add_kernel(
     a_ptr,
     b_ptr,
@@ -64,19 +98,7 @@ def matmul_add_kernel(
     b_ptrs = b_ptr + batch * stride_bb + offs_k[:, None] * stride_bk + offs_n[None, :] * stride_bn
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(0, tl.cdiv(K, BLOCK_K)):
-        if MASKED:
-            mask_k = offs_k < K - k * BLOCK_K
-            a = tl.load(a_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-            b = tl.load(b_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-        else:
-            a = tl.load(a_ptrs)
-            b = tl.load(b_ptrs)
-        if WIDEN:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
-        a_ptrs += BLOCK_K * stride_ak
-        b_ptrs += BLOCK_K * stride_bk
+    acc = accumulate(acc, a_ptrs, b_ptrs, mask_m, mask_n, offs_k, K, stride_ak, stride_bk, BLOCK_K, MASKED, WIDEN)
 
     x = acc * alpha
     inside = mask_m[:, None] & mask_n[None, :]

@@ -16,6 +16,7 @@ from kernels import configs
 from kernels.configs import tl, triton
 
 BLOCK_ELEMENTS = 4096
+PARTIALS_AT_ONCE = 256
 
 
 def normalize_reference(u: Tensor, margin: float) -> Tensor:
@@ -38,6 +39,7 @@ def momentum_kernel(
     COLS,
     ROWS_PADDED,
     COLS_PADDED,
+    blocks,
     momentum,
     stride_gb,
     stride_gr,
@@ -54,8 +56,8 @@ def momentum_kernel(
 ):
     """m <- lerp(m, g, 1 - momentum); x = u / 2^e and (e, |x|²) for each block, zeros in the padding."""
     blocks_c = tl.cdiv(COLS_PADDED, BLOCK_C)
-    batch = tl.program_id(1).to(tl.int64)
-    block = tl.program_id(0)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
     offs_r = ((block // blocks_c) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     offs_c = ((block % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     inside = (offs_r < ROWS)[:, None] & (offs_c < COLS)[None, :]
@@ -76,7 +78,6 @@ def momentum_kernel(
     largest = tl.max(tl.max(tl.abs(u), axis=1), axis=0)
     exponent = tl.minimum((largest.to(tl.int32, bitcast=True) >> 23) & 255, 253)
     x = u * ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    blocks = tl.num_programs(0)
     slot = partial_ptr + (batch * blocks + block) * 2
     tl.store(slot, exponent.to(tl.float32))
     tl.store(slot + 1, tl.sum(tl.sum(x * x, axis=1), axis=0))
@@ -92,24 +93,31 @@ def rescale_kernel(
     partial_ptr,
     ROWS_PADDED,
     COLS_PADDED,
+    blocks,
     margin,
     stride_xb,
     stride_xr,
-    BLOCKS: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """x <- x 2^e / (margin |u|_F), the norm put together from all blocks of the matrix."""
     blocks_c = tl.cdiv(COLS_PADDED, BLOCK_C)
-    batch = tl.program_id(1).to(tl.int64)
-    block = tl.program_id(0)
-    blocks = tl.num_programs(0)
-    offs_b = tl.arange(0, BLOCKS)
-    slots = partial_ptr + (batch * blocks + offs_b) * 2
-    exponents = tl.load(slots, mask=offs_b < blocks, other=0.0)
-    squares = tl.load(slots + 1, mask=offs_b < blocks, other=0.0)
-    greatest = tl.max(exponents, axis=0)
-    norm = tl.sqrt(tl.sum(squares * tl.exp2(2.0 * (exponents - greatest)), axis=0)) * margin
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    offs_b = tl.arange(0, CHUNK)
+    greatest = tl.full((), 0.0, tl.float32)
+    for start in range(0, blocks, CHUNK):
+        slots = partial_ptr + (batch * blocks + start + offs_b) * 2
+        exponents = tl.load(slots, mask=start + offs_b < blocks, other=0.0)
+        greatest = tl.maximum(greatest, tl.max(exponents, axis=0))
+    total = tl.full((), 0.0, tl.float32)
+    for start in range(0, blocks, CHUNK):
+        slots = partial_ptr + (batch * blocks + start + offs_b) * 2
+        exponents = tl.load(slots, mask=start + offs_b < blocks, other=0.0)
+        squares = tl.load(slots + 1, mask=start + offs_b < blocks, other=0.0)
+        total += tl.sum(squares * tl.exp2(2.0 * (exponents - greatest)), axis=0)
+    norm = tl.sqrt(total) * margin
     own = tl.load(partial_ptr + (batch * blocks + block) * 2)
     factor = tl.exp2(own - greatest) / tl.where(norm == 0.0, 1.0, norm)
     offs_r = ((block // blocks_c) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
@@ -128,6 +136,7 @@ def update_kernel(
     scale_ptr,
     ROWS,
     COLS,
+    blocks,
     weight_decay,
     stride_wb,
     stride_wr,
@@ -140,8 +149,8 @@ def update_kernel(
 ):
     """W <- (1 - lr weight_decay) W - lr scale[batch] O."""
     blocks_c = tl.cdiv(COLS, BLOCK_C)
-    batch = tl.program_id(1).to(tl.int64)
-    block = tl.program_id(0)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
     offs_r = ((block // blocks_c) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     offs_c = ((block % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     inside = (offs_r < ROWS)[:, None] & (offs_c < COLS)[None, :]
@@ -175,7 +184,7 @@ def launch_normalize(
     m = G if buffer is None else buffer
     configs.launch(
         momentum_kernel,
-        (blocks, batch),
+        (batch * blocks,),
         G,
         m,
         X,
@@ -184,6 +193,7 @@ def launch_normalize(
         cols,
         rows_padded,
         cols_padded,
+        blocks,
         momentum,
         *G.stride(),
         *m.stride(),
@@ -196,14 +206,15 @@ def launch_normalize(
     )
     configs.launch(
         rescale_kernel,
-        (blocks, batch),
+        (batch * blocks,),
         X,
         partial,
         rows_padded,
         cols_padded,
+        blocks,
         margin,
         *X.stride()[:2],
-        BLOCKS=triton.next_power_of_2(blocks),
+        CHUNK=PARTIALS_AT_ONCE,
         BLOCK_R=block_r,
         BLOCK_C=block_c,
         num_warps=4,
@@ -217,13 +228,14 @@ def launch_update(W: Tensor, update: Tensor, lr: Tensor, scale: Tensor, weight_d
     block_r, block_c, blocks = _blocks(rows, cols)
     configs.launch(
         update_kernel,
-        (blocks, batch),
+        (batch * blocks,),
         W,
         update,
         lr,
         scale,
         rows,
         cols,
+        blocks,
         weight_decay,
         *W.stride(),
         *update.stride(),

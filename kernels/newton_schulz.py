@@ -65,13 +65,6 @@ def coefficient_schedule(name: str, steps: int) -> list[tuple[float, float, floa
     return [(a / safety, b / safety**3, c / safety**5) for a, b, c in schedule[:-1]] + schedule[-1:]
 
 
-def iteration_dtype(G: Tensor) -> torch.dtype:
-    """fp16 on CUDA (4 to 8 times more exact than bf16 at the same rate), fp32 on the CPU, fp64 for fp64 input."""
-    if G.dtype == torch.float64:
-        return torch.float64
-    return torch.float16 if G.is_cuda else torch.float32
-
-
 def iterate_standard(X: Tensor, schedule: list[tuple[float, float, float]]) -> Tensor:
     """The polynomials applied to the singular values of a normalised (batch, rows, cols), 3 launches each."""
     tall = X.shape[1] > X.shape[2]
@@ -121,11 +114,12 @@ def iterate(X: Tensor, schedule: list[tuple[float, float, float]], method: str) 
 @torch.library.custom_op("muon_speedrun::orthogonalize", mutates_args=())
 def _orthogonalize_op(G: Tensor, steps: int, coefficients: str, method: str) -> Tensor:
     schedule, margin = coefficient_schedule(coefficients, steps), NORM_MARGIN[coefficients]
-    if configs.runs_triton(G):
-        X = launch_normalize(G, None, 0.0, False, margin, torch.float16)
-        return iterate(X, schedule, method)[:, : G.shape[1], : G.shape[2]].to(G.dtype, copy=True)
-    X = normalize_reference(G, margin)
-    return iterate(X, schedule, method).to(G.dtype, copy=True)
+    with torch.autocast(G.device.type, enabled=False):
+        if configs.runs_triton(G):
+            X = launch_normalize(G, None, 0.0, False, margin, torch.float16)
+        else:
+            X = normalize_reference(G, margin)
+        return iterate(X, schedule, method)[:, : G.shape[1], : G.shape[2]].to(G.dtype).contiguous()
 
 
 @_orthogonalize_op.register_fake
@@ -140,7 +134,7 @@ def orthogonalize(G: Tensor, *, steps: int = 5, coefficients: str = "polar_expre
     Express, 5 steps: within [0.84, 1.15] wherever s / |G|_F >= 1.25e-3). Iterates in fp16 on CUDA (4 to 8 times more
     exact than bf16 at the same rate), in fp32 on the CPU, in fp64 for fp64. Zero matrices stay zero; NaN stays NaN.
     `method`: "standard", "gram" or "auto", gram where one side is at least twice the other.
-    Raises ValueError for unknown names, fewer than 1 step, or a tensor that is not a float matrix.
+    Has no gradient. Raises ValueError for unknown names, fewer than 1 step, or a tensor that is not a float matrix.
     Source: Jordan et al., "Muon", 2024 (quintic); Amsel et al., "The Polar Express", 2025 (polar_express).
     """
     if G.ndim < 2 or not G.is_floating_point():

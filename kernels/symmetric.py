@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels import configs
 from kernels.configs import tl, triton
-from kernels.matmul_add import matmul_add_reference
+from kernels.matmul_add import accumulate, matmul_add_reference
 
 
 def symmetric_matmul_reference(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float) -> Tensor:
@@ -74,19 +74,7 @@ def symmetric_matmul_kernel(
     b_ptrs = b_ptr + batch * stride_bb + offs_k[:, None] * stride_bk + (col_start + offs)[None, :] * stride_bm
 
     acc = tl.zeros((BLOCK_M, BLOCK_M), dtype=tl.float32)
-    for k in range(0, tl.cdiv(K, BLOCK_K)):
-        if MASKED:
-            mask_k = offs_k < K - k * BLOCK_K
-            a = tl.load(a_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-            b = tl.load(b_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-        else:
-            a = tl.load(a_ptrs)
-            b = tl.load(b_ptrs)
-        if WIDEN:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
-        a_ptrs += BLOCK_K * stride_ak
-        b_ptrs += BLOCK_K * stride_bk
+    acc = accumulate(acc, a_ptrs, b_ptrs, mask_m, mask_n, offs_k, K, stride_ak, stride_bk, BLOCK_K, MASKED, WIDEN)
 
     x = acc * alpha
     inside = mask_m[:, None] & mask_n[None, :]
@@ -205,7 +193,8 @@ def symmetric_matmul(A: Tensor, B: Tensor, C: Tensor | None = None, alpha: float
     """alpha A B + beta C for A (..., m, k) and B (..., k, m) whose product, like C (..., m, m), is symmetric.
 
     fp16, bf16 or fp32, any strides, fp32 accumulation; returns A's dtype, symmetric to the bit. That A B is symmetric
-    is the caller's promise: only its lower triangle is computed. Raises ValueError for shapes or dtypes that differ.
+    is the caller's promise: only its lower triangle is computed. Has no gradient. Raises ValueError
+    for shapes or dtypes that do not fit.
     """
     m, k = A.shape[-2:]
     if B.shape != (*A.shape[:-2], k, m) or (C is not None and C.shape != (*A.shape[:-2], m, m)):
@@ -216,6 +205,7 @@ def symmetric_matmul(A: Tensor, B: Tensor, C: Tensor | None = None, alpha: float
         raise ValueError(f"A, B and C must have one dtype, got {A.dtype}, {B.dtype}, {None if C is None else C.dtype}")
     if min(A.numel(), m) == 0:
         return A.new_zeros(*A.shape[:-2], m, m) if C is None else beta * C
+    C = None if beta == 0 else C  # as torch.baddbmm: what is multiplied by 0 is not read
     flat = [None if X is None else X.reshape(-1, *X.shape[-2:]) for X in (A, B, C)]
     return _symmetric_matmul_op(*flat, alpha, beta).reshape(*A.shape[:-2], m, m)
 

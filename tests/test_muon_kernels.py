@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import configs
+from kernels import configs, muon
 from kernels.muon import launch_normalize, launch_update, normalize_reference
 from kernels.newton_schulz import orthogonalize
 from optim import Muon
@@ -54,6 +54,16 @@ def test_momentum_pass_updates_the_buffer_and_normalizes_what_muon_uses(nesterov
     torch.testing.assert_close(
         X[:, :40, :50].double(), u / torch.linalg.matrix_norm(u, keepdim=True), rtol=2e-3, atol=1e-7
     )
+
+
+def test_the_norm_is_put_together_from_many_blocks(monkeypatch):
+    monkeypatch.setattr(muon, "BLOCK_ELEMENTS", 256)
+    monkeypatch.setattr(muon, "PARTIALS_AT_ONCE", 4)
+    G = torch.randn(2, 60, 70, generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    G[:, :10] *= 1e-20
+    X = launch_normalize(G, None, 0.0, False, 1.0, torch.float16)[:, :60, :70]
+    expected = G.double() / torch.linalg.matrix_norm(G.double(), keepdim=True)
+    torch.testing.assert_close(X.double(), expected, rtol=2e-3, atol=1e-7)
 
 
 def test_update_pass_decays_and_scales_each_matrix():

@@ -229,6 +229,13 @@ def test_survives_fullgraph_compilation():
     torch.testing.assert_close(caller(G), (4.0 * gram(orthogonalize(G))).sum())
 
 
+def test_autocast_does_not_touch_the_iteration():
+    G = torch.randn(2, 24, 60, generator=torch.Generator().manual_seed(7))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = orthogonalize(G)
+    assert torch.equal(found, orthogonalize(G))
+
+
 def test_ops_pass_pytorchs_own_checks():
     G = torch.randn(2, 6, 12)
     tests = ("test_schema", "test_faketensor")

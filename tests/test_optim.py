@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -194,8 +195,30 @@ def test_muon_refuses_settings_out_of_range(options, word):
 
 @pytest.mark.parametrize(
     ("shape", "options"),
-    [((3,), {}), ((4, 6), {"row_splits": (2, 3)}), ((2, 4, 6), {"transposed": (True,)}), ((1, 1, 1, 1, 1), {})],
+    [
+        ((3,), {}),
+        ((4, 6), {"row_splits": (2, 3)}),
+        ((4, 6), {"row_splits": (4, 0)}),
+        ((2, 4, 6), {"transposed": (True,)}),
+        ((1, 1, 1, 1, 1), {}),
+    ],
 )
 def test_muon_refuses_parameters_that_are_no_matrices(shape, options):
+    group = {"params": [torch.nn.Parameter(torch.zeros(shape))], **options}
     with pytest.raises(ValueError, match=r"matri|row_splits"):
-        Muon([{"params": [torch.nn.Parameter(torch.zeros(shape))], **options}])
+        Muon([group])
+    optimizer = Muon([torch.nn.Parameter(torch.zeros(2, 2))])
+    with pytest.raises(ValueError, match=r"matri|row_splits"):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
+
+
+def test_loading_a_state_or_copying_forgets_captured_steps():
+    optimizer = Muon([torch.nn.Parameter(torch.zeros(2, 2))], capture=False)
+    optimizer.graphs, optimizer.rates = {("stale",): None}, [torch.zeros(())]
+    duplicate = copy.deepcopy(optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+    for muon in (optimizer, duplicate):
+        assert muon.graphs == {}
+        assert muon.rates == []
+    assert duplicate.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
