@@ -58,16 +58,17 @@ class Row(NamedTuple):
 
 T64 = Tile(64, 64, 64, 4, 3)
 T128 = Tile(128, 128, 64, 8, 3)
+WIDE = Tile(64, 128, 32, 4, 3)
 T128_TWO = Tile(128, 128, 32, 4, 4)  # two programs per SM on Ada, where T128 has room for one
 
 # A 64-tile does 32 FLOP per byte of L2 traffic: enough to feed a 4090's tensor cores, and it balances better over the
 # SMs below 512. Hopper's tensor cores need 128-tiles throughout. Not measured on any GPU yet.
 TABLE = {
-    (8, 0): Row(T64, T128, Tile(64, 128, 64, 4, 2), T128, T128, chunked=False, cublas=False),
-    (8, 6): Row(T64, T128_TWO, Tile(64, 128, 64, 4, 2), T128_TWO, T128, chunked=False, cublas=False),
-    (8, 9): Row(T64, T128_TWO, Tile(64, 128, 64, 4, 2), T128_TWO, T128, chunked=True, cublas=False),
+    (8, 0): Row(T64, T128, WIDE, T128, T128, chunked=False, cublas=False),
+    (8, 6): Row(T64, T128_TWO, WIDE, T128_TWO, T128, chunked=False, cublas=False),
+    (8, 9): Row(T64, T128_TWO, WIDE, T128_TWO, T128, chunked=True, cublas=False),
     (9, 0): Row(T128, T128, T128, Tile(128, 256, 64, 8, 3), T128, chunked=False, cublas=True),
-    (12, 0): Row(T64, T128, Tile(64, 128, 64, 4, 2), T128_TWO, T128, chunked=True, cublas=False),
+    (12, 0): Row(T64, T128, WIDE, T128_TWO, T128, chunked=True, cublas=False),
 }
 DEFAULT = Row(T64, T64, T64, T64, T64, chunked=False, cublas=True)  # fits every GPU since Ampere
 FP32 = Tile(64, 64, 32, 8, 3)  # exact fp32 has no tensor cores; two stages spill on sm_90
@@ -134,6 +135,6 @@ def empty_matrices(like: Tensor, batch: int, rows: int, cols: int) -> Tensor:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Start `kernel` on the device of its first argument; all launches go through here, so that a test can count them."""
+    """Start `kernel` on the device of its first argument; all launches go through here: a test counts them."""
     with torch.cuda.device_of(arguments[0]):
         kernel[grid](*arguments, **constants)
