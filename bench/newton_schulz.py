@@ -301,7 +301,9 @@ def main() -> None:
     for package in ("gram_newton_schulz", "emerging_optimizers"):
         if importlib.util.find_spec(package) is None:
             print(f"{package}: absent")
-    print(f"{'group':22} {'candidate':18} {'mode':8} {'memory':6} {'median us':>10} {'speedup':>8} {'ceiling':>8}")
+    print(
+        f"{'group':22} {'candidate':18} {'mode':8} {'memory':6} {'median us':>10} {'speedup':>8} {'ceiling':>8} {'dense TFLOP/s':>13}"
+    )
     for name, shape in (SMALL_GROUPS if small else GROUPS).items():
         rows += _show(bench_group(name, shape, device, repeats))
     rows += _show(
@@ -319,6 +321,8 @@ def main() -> None:
 def _show(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for r in rows:
         ceiling = "" if r["ceiling_speedup"] is None else f"{r['ceiling_speedup']:8.2f}"
+        if "dense_tflops" in r:
+            ceiling += f" {r['dense_tflops']:12.2f}"
         print(
             f"{r['group']:22} {r['candidate']:18} {r['mode']:8} {r['memory']:6} {r['median_us']:10.1f} "
             f"{r['speedup']:7.2f}x {ceiling}",
