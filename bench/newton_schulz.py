@@ -301,10 +301,8 @@ def main() -> None:
     for package in ("gram_newton_schulz", "emerging_optimizers"):
         if importlib.util.find_spec(package) is None:
             print(f"{package}: absent")
-    print(
-        columns = f"{'group':22} {'candidate':18} {'mode':8} {'memory':6} {'median us':>10}"
-        print(f"{columns} {'speedup':>8} {'ceiling':>8} {'dense TFLOP/s':>13}")
-    )
+    columns = f"{'group':22} {'candidate':18} {'mode':8} {'memory':6} {'median us':>10}"
+    print(f"{columns} {'speedup':>8} {'ceiling':>8} {'dense TFLOP/s':>13}")
     for name, shape in (SMALL_GROUPS if small else GROUPS).items():
         rows += _show(bench_group(name, shape, device, repeats))
     rows += _show(
