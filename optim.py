@@ -24,6 +24,7 @@ SCHEDULES = ("constant", "cosine", "linear", "step", "wsd")
 LR_SCALES = ("spectral", "rms", "none")
 WSD_DECAY_SHARE = 0.2
 GRAPHS_KEPT = 4  # of Muon's step; gradients usually return to the same addresses every step
+KEYS_SEEN = 64
 
 
 def lr_factor(update: int, updates: int, schedule: str, warmup: float, min_lr: float) -> float:
@@ -207,6 +208,8 @@ class Muon(torch.optim.Optimizer):
             graph.replay()
         else:
             self._step_fused()
+            if len(self.seen_keys) == KEYS_SEEN:  # addresses that never return must not pile up
+                self.seen_keys.clear()
             self.seen_keys.add(key)
 
     def _with_gradient(self) -> Iterator[tuple[dict[str, Any], Tensor]]:

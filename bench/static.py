@@ -44,7 +44,7 @@ LIMITS = {
 }
 SM_REGISTERS, REGISTER_UNIT, RESERVED_SHARED_BYTES = 65_536, 256, 1024
 TRITON_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-INTEGERS = ("M", "N", "K", "ROWS", "COLS", "ROWS_PADDED", "COLS_PADDED", "blocks")
+INTEGERS = ("M", "N", "K", "ROWS", "COLS", "ROWS_PADDED", "COLS_PADDED", "blocks", "sums")
 
 
 @dataclass(frozen=True)
@@ -112,30 +112,24 @@ def variants(capability: int) -> list[Variant]:
         for size in (256, 512):
             for overhang in (0, 16):
                 m = size + overhang
-                for name, unit, has_c, shifted in (
+                for name, unit, has_c, has_d in (
                     ("gram", ("stride_ak", "stride_bk"), False, False),
                     ("tall gram", ("stride_am", "stride_bm"), False, False),
                     ("product", ("stride_ak", "stride_bm"), True, False),
-                    ("product, shifted", ("stride_ak", "stride_bm"), True, True),
+                    ("product, two addends", ("stride_ak", "stride_bm"), True, True),
                 ):
-                    if shifted and dtype != torch.float16:  # inside Newton-Schulz only
+                    if has_d and dtype != torch.float16:  # inside Newton-Schulz only
                         continue
-                    tile, masked = configs.symmetric_tile(pair, dtype, m, m, shifted)
+                    tile, masked = configs.symmetric_tile(pair, dtype, m, m)
                     constants = {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "HAS_C": has_c}
-                    constants |= {"HAS_SHIFTED": shifted, "MASKED": masked, "WIDEN": False}
+                    constants |= {"HAS_D": has_d, "MASKED": masked, "WIDEN": False}
                     found[_variant(f"symmetric_matmul {name}", capability, dtype, constants, unit, tile)] = None
-                for name, unit, has_c in (
-                    ()
-                    if dtype != torch.float16
-                    else (
-                        ("aX + BX", ("stride_ak", "stride_bn", "stride_cn"), True),
-                        ("QX", ("stride_ak", "stride_bn"), False),
-                    )
-                ):
+                if dtype == torch.float16:
                     tile, masked = configs.full_tile(pair, dtype, m, 4 * m, m)
                     constants = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-                    constants |= {"HAS_C": has_c, "MASKED": masked, "WIDEN": False}
-                    found[_variant(f"matmul_add {name}", capability, dtype, constants, unit, tile)] = None
+                    constants |= {"MASKED": masked, "WIDEN": False}
+                    unit = ("stride_ak", "stride_bn", "stride_cn")
+                    found[_variant("matmul_add", capability, dtype, constants, unit, tile)] = None
     tile = Tile(16, 256, 0, 4, 1)
     block = {"BLOCK_R": tile.block_m, "BLOCK_C": tile.block_n}
     momentum = {"HAS_MOMENTUM": True, "NESTEROV": True}
@@ -167,10 +161,12 @@ def compile_variant(variant: Variant) -> Result:
             signature[name] = "constexpr"
             continue
         half = name in ("x_ptr", "o_ptr") and variant.dtype == "fp32"
-        pointer = "*fp16" if half else "*fp32" if name == "partial_ptr" else f"*{variant.dtype}"
+        pointer = "*fp16" if half else "*fp32" if name in ("partial_ptr", "sums_ptr") else f"*{variant.dtype}"
         is_integer = name in INTEGERS or name.startswith("stride")
         signature[name] = pointer if name.endswith("_ptr") else "i32" if is_integer else "fp32"
-        if name.endswith("_ptr") or (is_integer and name != "blocks"):  # the cast pass pads rows to multiples of 16
+        if name.endswith("_ptr") or (
+            is_integer and name not in ("blocks", "sums")
+        ):  # the cast pass pads rows to multiples of 16
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, attributes)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}

@@ -44,8 +44,7 @@ class Tile(NamedTuple):
 
 class Row(NamedTuple):
     """One architecture: tiles by the smaller side of the result, and the roomy tile for variants with more state
-    (sizes that are no multiples of the tile, two outputs). `chunked`: cutting a batch so that it stays in L2 pays.
-    `cublas`: a plain full product is left to torch.bmm."""
+    (sizes that are no multiples of the tile). `chunked`: cutting a batch so that it stays in L2 pays."""
 
     symmetric_small: Tile
     symmetric: Tile
@@ -53,7 +52,6 @@ class Row(NamedTuple):
     full: Tile
     roomy: Tile
     chunked: bool
-    cublas: bool
 
 
 T64 = Tile(64, 64, 64, 4, 3)
@@ -64,13 +62,13 @@ T128_TWO = Tile(128, 128, 32, 4, 4)  # two programs per SM on Ada, where T128 ha
 # A 64-tile does 32 FLOP per byte of L2 traffic: enough to feed a 4090's tensor cores, and it balances better over the
 # SMs below 512. Hopper's tensor cores need 128-tiles throughout. Not measured on any GPU yet.
 TABLE = {
-    (8, 0): Row(T64, T128, WIDE, T128, T128, chunked=False, cublas=False),
-    (8, 6): Row(T64, T128_TWO, WIDE, T128_TWO, T128, chunked=False, cublas=False),
-    (8, 9): Row(T64, T128_TWO, WIDE, T128_TWO, T128, chunked=True, cublas=False),
-    (9, 0): Row(T128, T128, T128, Tile(128, 256, 64, 8, 3), T128, chunked=False, cublas=True),
-    (12, 0): Row(T64, T128, WIDE, T128_TWO, T128, chunked=True, cublas=False),
+    (8, 0): Row(T64, T128, WIDE, T128, T128, chunked=False),
+    (8, 6): Row(T64, T128_TWO, WIDE, T128_TWO, T128, chunked=False),
+    (8, 9): Row(T64, T128_TWO, WIDE, T128_TWO, T128, chunked=True),
+    (9, 0): Row(T128, T128, T128, Tile(128, 256, 64, 8, 3), T128, chunked=False),
+    (12, 0): Row(T64, T128, WIDE, T128_TWO, T128, chunked=True),
 }
-DEFAULT = Row(T64, T64, T64, T64, T64, chunked=False, cublas=True)  # fits every GPU since Ampere
+DEFAULT = Row(T64, T64, T64, T64, T64, chunked=False)  # fits every GPU since Ampere
 FP32 = Tile(64, 64, 32, 8, 3)  # exact fp32 has no tensor cores; two stages spill on sm_90
 INTERPRETER = Tile(64, 64, 64, 4, 1)  # the interpreter's time goes by the number of blocks
 
@@ -80,26 +78,24 @@ def row(capability: tuple[int, int]) -> Row:
     return TABLE.get(capability, DEFAULT)
 
 
-def symmetric_tile(
-    capability: tuple[int, int], dtype: torch.dtype, m: int, k: int, two_outputs: bool = False
-) -> tuple[Tile, bool]:
+def symmetric_tile(capability: tuple[int, int], dtype: torch.dtype, m: int, k: int) -> tuple[Tile, bool]:
     """The tile of a symmetric (m, k) x (k, m) product, and whether its blocks must be masked."""
     own = row(capability)
-    return _choose(own.symmetric_small if m < SMALL_SIDE else own.symmetric, own, dtype, m, m, k, two_outputs)
+    return _choose(own.symmetric_small if m < SMALL_SIDE else own.symmetric, own, dtype, m, m, k)
 
 
 def full_tile(capability: tuple[int, int], dtype: torch.dtype, m: int, n: int, k: int) -> tuple[Tile, bool]:
     """The tile of a full (m, k) x (k, n) product, and whether its blocks must be masked."""
     own = row(capability)
-    return _choose(own.full_small if min(m, n) < SMALL_SIDE else own.full, own, dtype, m, n, k, False)
+    return _choose(own.full_small if min(m, n) < SMALL_SIDE else own.full, own, dtype, m, n, k)
 
 
-def _choose(tile: Tile, own: Row, dtype: torch.dtype, m: int, n: int, k: int, two_outputs: bool) -> tuple[Tile, bool]:
+def _choose(tile: Tile, own: Row, dtype: torch.dtype, m: int, n: int, k: int) -> tuple[Tile, bool]:
     if INTERPRETED:
         tile = INTERPRETER
     elif dtype == torch.float32:
         tile = FP32
-    elif (two_outputs or _overhangs(tile, m, n, k)) and tile.block_m == own.roomy.block_m:
+    elif _overhangs(tile, m, n, k) and tile.block_m == own.roomy.block_m:
         tile = own.roomy
     return tile, _overhangs(tile, m, n, k)
 

@@ -1,4 +1,4 @@
-"""Full products with a fused addend, batched: out = alpha A B + beta C.
+"""Full products with a fused addend, batched: out = A B + beta C.
 
 A is (batch, m, k), B (batch, k, n), C (batch, m, n), any strides: the last step of a Newton-Schulz iteration, a X + B X
 for wide X and a X + X B for tall X, without the copy of X that torch.baddbmm makes first. FLOPs 2 m n k; bytes m k +
@@ -63,7 +63,6 @@ def matmul_add_kernel(
     M,
     N,
     K,
-    alpha,
     beta,
     stride_ab,
     stride_am,
@@ -79,7 +78,6 @@ def matmul_add_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    HAS_C: tl.constexpr,
     MASKED: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
@@ -100,15 +98,13 @@ def matmul_add_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     acc = accumulate(acc, a_ptrs, b_ptrs, mask_m, mask_n, offs_k, K, stride_ak, stride_bk, BLOCK_K, MASKED, WIDEN)
 
-    x = acc * alpha
     inside = mask_m[:, None] & mask_n[None, :]
-    if HAS_C:
-        c_ptrs = c_ptr + batch * stride_cb + offs_m[:, None] * stride_cm + offs_n[None, :] * stride_cn
-        if MASKED:
-            c = tl.load(c_ptrs, mask=inside, other=0.0)
-        else:
-            c = tl.load(c_ptrs)
-        x += beta * c.to(tl.float32)
+    c_ptrs = c_ptr + batch * stride_cb + offs_m[:, None] * stride_cm + offs_n[None, :] * stride_cn
+    if MASKED:
+        c = tl.load(c_ptrs, mask=inside, other=0.0)
+    else:
+        c = tl.load(c_ptrs)
+    x = acc + beta * c.to(tl.float32)
     out_ptrs = out_ptr + batch * stride_ob + offs_m[:, None] * stride_om + offs_n[None, :]
     if MASKED:
         tl.store(out_ptrs, x.to(out_ptr.dtype.element_ty), mask=inside)
@@ -116,7 +112,7 @@ def matmul_add_kernel(
         tl.store(out_ptrs, x.to(out_ptr.dtype.element_ty))
 
 
-def launch_matmul_add(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float) -> Tensor:
+def launch_matmul_add(A: Tensor, B: Tensor, C: Tensor, beta: float) -> Tensor:
     """The kernel on (batch, m, k) x (batch, k, n)."""
     batch, m, k = A.shape
     n = B.shape[-1]
@@ -127,21 +123,19 @@ def launch_matmul_add(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta
         (batch * triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),),
         A,
         B,
-        out if C is None else C,
+        C,
         out,
         m,
         n,
         k,
-        alpha,
         beta,
         *A.stride(),
         *B.stride(),
-        *(0, 0, 0) if C is None else C.stride(),
+        *C.stride(),
         *out.stride()[:2],
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
-        HAS_C=C is not None,
         MASKED=masked,
         WIDEN=configs.INTERPRETED and A.dtype == torch.bfloat16,  # the interpreter's bf16 dot is wrong
         num_warps=tile.num_warps,
@@ -150,10 +144,8 @@ def launch_matmul_add(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta
     return out
 
 
-def matmul_add(A: Tensor, B: Tensor, C: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
-    """alpha A B + beta C for 3-D tensors of one dtype; fp32 accumulation, returns A's dtype."""
+def matmul_add(A: Tensor, B: Tensor, C: Tensor, beta: float) -> Tensor:
+    """A B + beta C for 3-D tensors of one dtype; fp32 accumulation, returns A's dtype."""
     if not configs.runs_triton(A):
-        return matmul_add_reference(A, B, C, alpha, beta)
-    if C is None and alpha == 1.0 and configs.row(configs.capability(A.device)).cublas:
-        return torch.bmm(A, B)
-    return launch_matmul_add(A, B, C, alpha, beta)
+        return matmul_add_reference(A, B, C, 1.0, beta)
+    return launch_matmul_add(A, B, C, beta)

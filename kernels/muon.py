@@ -30,6 +30,17 @@ def normalize_reference(u: Tensor, margin: float) -> Tensor:
 
 
 @triton.jit
+def place(blocks, COLS, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """This program's matrix, its block in it, and the block's rows and columns, all 64-bit but the block."""
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    blocks_c = tl.cdiv(COLS, BLOCK_C)
+    offs_r = ((block // blocks_c) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    offs_c = ((block % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    return batch, block, offs_r, offs_c
+
+
+@triton.jit
 def momentum_kernel(
     g_ptr,
     m_ptr,
@@ -55,11 +66,7 @@ def momentum_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """m <- lerp(m, g, 1 - momentum); x = u / 2^e and (e, |x|²) for each block, zeros in the padding."""
-    blocks_c = tl.cdiv(COLS_PADDED, BLOCK_C)
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    block = tl.program_id(0) % blocks
-    offs_r = ((block // blocks_c) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-    offs_c = ((block % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    batch, block, offs_r, offs_c = place(blocks, COLS_PADDED, BLOCK_R, BLOCK_C)
     inside = (offs_r < ROWS)[:, None] & (offs_c < COLS)[None, :]
     g = tl.load(
         g_ptr + batch * stride_gb + offs_r[:, None] * stride_gr + offs_c[None, :] * stride_gc, mask=inside, other=0.0
@@ -91,9 +98,11 @@ def momentum_kernel(
 def rescale_kernel(
     x_ptr,
     partial_ptr,
+    sums_ptr,
     ROWS_PADDED,
     COLS_PADDED,
     blocks,
+    sums,
     margin,
     stride_xb,
     stride_xr,
@@ -101,27 +110,21 @@ def rescale_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """x <- x 2^e / (margin |u|_F), the norm put together from all blocks of the matrix."""
-    blocks_c = tl.cdiv(COLS_PADDED, BLOCK_C)
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    block = tl.program_id(0) % blocks
-    offs_b = tl.arange(0, CHUNK)
-    greatest = tl.full((), 0.0, tl.float32)
-    for start in range(0, blocks, CHUNK):
-        slots = partial_ptr + (batch * blocks + start + offs_b) * 2
-        exponents = tl.load(slots, mask=start + offs_b < blocks, other=0.0)
-        greatest = tl.maximum(greatest, tl.max(exponents, axis=0))
-    total = tl.full((), 0.0, tl.float32)
-    for start in range(0, blocks, CHUNK):
-        slots = partial_ptr + (batch * blocks + start + offs_b) * 2
-        exponents = tl.load(slots, mask=start + offs_b < blocks, other=0.0)
-        squares = tl.load(slots + 1, mask=start + offs_b < blocks, other=0.0)
-        total += tl.sum(squares * tl.exp2(2.0 * (exponents - greatest)), axis=0)
+    """x <- x 2^e / (margin |u|_F), the norm put together from `sums` pairs (exponent, sum of squares) of the matrix."""
+    batch, block, offs_r, offs_c = place(blocks, COLS_PADDED, BLOCK_R, BLOCK_C)
+    greatest, total = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
+    for start in range(0, sums, CHUNK):
+        offs_s = start + tl.arange(0, CHUNK)
+        slots = sums_ptr + (batch * sums + offs_s) * 2
+        exponents = tl.load(slots, mask=offs_s < sums, other=0.0)
+        squares = tl.load(slots + 1, mask=offs_s < sums, other=0.0)
+        greater = tl.maximum(greatest, tl.max(exponents, axis=0))
+        total *= tl.exp2(2.0 * (greatest - greater))
+        total += tl.sum(squares * tl.exp2(2.0 * (exponents - greater)), axis=0)
+        greatest = greater
     norm = tl.sqrt(total) * margin
     own = tl.load(partial_ptr + (batch * blocks + block) * 2)
     factor = tl.exp2(own - greatest) / tl.where(norm == 0.0, 1.0, norm)
-    offs_r = ((block // blocks_c) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-    offs_c = ((block % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     ptrs = x_ptr + batch * stride_xb + offs_r[:, None] * stride_xr + offs_c[None, :]
     mask = (offs_r < ROWS_PADDED)[:, None] & (offs_c < COLS_PADDED)[None, :]
     x = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
@@ -148,11 +151,7 @@ def update_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """W <- (1 - lr weight_decay) W - lr scale[batch] O."""
-    blocks_c = tl.cdiv(COLS, BLOCK_C)
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    block = tl.program_id(0) % blocks
-    offs_r = ((block // blocks_c) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-    offs_c = ((block % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    batch, _, offs_r, offs_c = place(blocks, COLS, BLOCK_R, BLOCK_C)
     inside = (offs_r < ROWS)[:, None] & (offs_c < COLS)[None, :]
     lr = tl.load(lr_ptr).to(tl.float32)
     scale = tl.load(scale_ptr + batch)
@@ -175,7 +174,7 @@ def launch_normalize(
     G: Tensor, buffer: Tensor | None, momentum: float, nesterov: bool, margin: float, dtype: torch.dtype
 ) -> Tensor:
     """u / (margin |u|_F) of a (batch, rows, cols) bank as `dtype`, zero-padded to multiples of 16; u is G, or with a
-    momentum buffer (updated in place) what Muon makes of both. Two launches."""
+    momentum buffer (updated in place) what Muon makes of both. Two launches up to 2^20 elements a matrix, then 8."""
     batch, rows, cols = G.shape
     rows_padded, cols_padded = configs.padded(rows), configs.padded(cols)
     block_r, block_c, blocks = _blocks(rows_padded, cols_padded)
@@ -204,14 +203,17 @@ def launch_normalize(
         BLOCK_C=block_c,
         num_warps=4,
     )
+    sums = partial if blocks <= PARTIALS_AT_ONCE else _gathered(partial)
     configs.launch(
         rescale_kernel,
         (batch * blocks,),
         X,
         partial,
+        sums,
         rows_padded,
         cols_padded,
         blocks,
+        sums.shape[1],
         margin,
         *X.stride()[:2],
         CHUNK=PARTIALS_AT_ONCE,
@@ -220,6 +222,14 @@ def launch_normalize(
         num_warps=4,
     )
     return X
+
+
+def _gathered(partial: Tensor) -> Tensor:
+    """One pair (exponent, sum of squares) for each matrix: 16,384 blocks reading 16,384 pairs each are 2 GB."""
+    exponents, squares = partial.unbind(dim=2)
+    greatest = exponents.amax(dim=1, keepdim=True)
+    total = (squares * torch.exp2(2.0 * (exponents - greatest))).sum(dim=1, keepdim=True)
+    return torch.stack((greatest, total), dim=2)
 
 
 def launch_update(W: Tensor, update: Tensor, lr: Tensor, scale: Tensor, weight_decay: float) -> None:

@@ -2,10 +2,11 @@
 
     gram(X) = X Xᵀ                      symmetric_matmul(A, B, C, alpha, beta) = alpha A B + beta C
 
-A is (..., m, k), B (..., k, m), C (..., m, m) symmetric; A B is symmetric where B = Aᵀ or where A and B commute. One
-launch of exactly batch x t (t + 1) / 2 programs, t = ceil(m / tile); each computes one square tile and stores it twice,
-so the result is symmetric to the bit. FLOPs m² k (t + 1) / t instead of 2 m² k; bytes 2 m k + 2 m² items (3 m² with C)
-if every operand comes from memory once. Bound: a tile of b rows yields b / 2 FLOP per byte of L2 traffic.
+A is (..., m, k), B (..., k, m), C (..., m, m) symmetric; A B is symmetric where B = Aᵀ or where A and B commute.
+Newton-Schulz adds a second addend, gamma D, in the same pass. One launch of exactly batch x t (t + 1) / 2 programs, t =
+ceil(m / tile); each computes one square tile and stores it twice, so the result is symmetric to the bit. FLOPs
+m² k (t + 1) / t instead of 2 m² k; bytes 2 m k + 2 m² items (3 m² with C) if every operand comes from memory once.
+Bound: a tile of b rows yields b / 2 FLOP per byte of L2 traffic.
 """
 
 import torch
@@ -27,13 +28,13 @@ def symmetric_matmul_kernel(
     a_ptr,
     b_ptr,
     c_ptr,
+    d_ptr,
     out_ptr,
-    shifted_ptr,
     M,
     K,
     alpha,
     beta,
-    shift,
+    gamma,
     stride_ab,
     stride_am,
     stride_ak,
@@ -42,16 +43,18 @@ def symmetric_matmul_kernel(
     stride_bm,
     stride_cb,
     stride_cm,
+    stride_db,
+    stride_dm,
     stride_ob,
     stride_om,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_C: tl.constexpr,
-    HAS_SHIFTED: tl.constexpr,
+    HAS_D: tl.constexpr,
     MASKED: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """out = alpha A B + beta C and, if asked for, shifted = out + shift I; columns of C and out are adjacent."""
+    """out = alpha A B + beta C + gamma D; columns of C, D and out are adjacent."""
     tiles = tl.cdiv(M, BLOCK_M)
     tiles_per_matrix = tiles * (tiles + 1) // 2
     pid = tl.program_id(0)
@@ -86,6 +89,14 @@ def symmetric_matmul_kernel(
         else:
             c = tl.load(c_ptrs)
         x += beta * c.to(tl.float32)
+    if HAS_D:
+        d_ptrs = d_ptr + batch * stride_db + row_start * stride_dm + col_start
+        d_ptrs = d_ptrs + (offs[:, None] * stride_dm + offs[None, :])
+        if MASKED:
+            d = tl.load(d_ptrs, mask=inside, other=0.0)
+        else:
+            d = tl.load(d_ptrs)
+        x += gamma * d.to(tl.float32)
     out = x.to(out_ptr.dtype.element_ty)
     element = offs[:, None] * stride_om + offs[None, :]
     tile_start = batch * stride_ob + row_start * stride_om + col_start
@@ -97,10 +108,6 @@ def symmetric_matmul_kernel(
             lower, strict = lower & inside, strict & inside
         tl.store(out_ptr + tile_start + element, out, mask=lower)
         tl.store(out_ptr + tile_start + mirrored, out, mask=strict)
-        if HAS_SHIFTED:
-            shifted = tl.where(offs[:, None] == offs[None, :], x + shift, x).to(out_ptr.dtype.element_ty)
-            tl.store(shifted_ptr + tile_start + element, shifted, mask=lower)
-            tl.store(shifted_ptr + tile_start + mirrored, shifted, mask=strict)
     else:
         mirror_start = batch * stride_ob + col_start * stride_om + row_start
         turned = tl.trans(out)
@@ -108,27 +115,19 @@ def symmetric_matmul_kernel(
             inside_turned = mask_n[:, None] & mask_m[None, :]
             tl.store(out_ptr + tile_start + element, out, mask=inside)
             tl.store(out_ptr + mirror_start + element, turned, mask=inside_turned)
-            if HAS_SHIFTED:
-                tl.store(shifted_ptr + tile_start + element, out, mask=inside)
-                tl.store(shifted_ptr + mirror_start + element, turned, mask=inside_turned)
         else:
             tl.store(out_ptr + tile_start + element, out)
             tl.store(out_ptr + mirror_start + element, turned)
-            if HAS_SHIFTED:
-                tl.store(shifted_ptr + tile_start + element, out)
-                tl.store(shifted_ptr + mirror_start + element, turned)
 
 
 def launch_symmetric_matmul(
-    A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, shift: float | None
-) -> tuple[Tensor, Tensor | None]:
-    """The kernel on (batch, m, k) x (batch, k, m); with `shift` also returns out + shift I."""
+    A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, D: Tensor | None = None, gamma: float = 0.0
+) -> Tensor:
+    """The kernel on (batch, m, k) x (batch, k, m)."""
     batch, m, k = A.shape
-    tile, masked = configs.symmetric_tile(configs.capability(A.device), A.dtype, m, k, shift is not None)
+    tile, masked = configs.symmetric_tile(configs.capability(A.device), A.dtype, m, k)
     out = configs.empty_matrices(A, batch, m, m)
-    shifted = None if shift is None else configs.empty_matrices(A, batch, m, m)
-    if C is not None and C.stride(-1) != 1:
-        C = C.mT if C.stride(-2) == 1 else C.contiguous()  # C is symmetric
+    C, D = (_with_adjacent_columns(addend) for addend in (C, D))
     tiles = triton.cdiv(m, tile.block_m)
     configs.launch(
         symmetric_matmul_kernel,
@@ -136,49 +135,61 @@ def launch_symmetric_matmul(
         A,
         B,
         out if C is None else C,
+        out if D is None else D,
         out,
-        out if shifted is None else shifted,
         m,
         k,
         alpha,
         beta,
-        shift or 0.0,
+        gamma,
         *A.stride(),
         *B.stride(),
         *(0, 0) if C is None else C.stride()[:2],
+        *(0, 0) if D is None else D.stride()[:2],
         *out.stride()[:2],
         BLOCK_M=tile.block_m,
         BLOCK_K=tile.block_k,
         HAS_C=C is not None,
-        HAS_SHIFTED=shift is not None,
+        HAS_D=D is not None,
         MASKED=masked,
         WIDEN=configs.INTERPRETED and A.dtype == torch.bfloat16,  # the interpreter's bf16 dot is wrong
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    return out, shifted
+    return out
+
+
+def _with_adjacent_columns(X: Tensor | None) -> Tensor | None:
+    """A symmetric matrix as it is, or read by rows instead of columns, or copied."""
+    if X is None or X.stride(-1) == 1:
+        return X
+    return X.mT if X.stride(-2) == 1 else X.contiguous()
 
 
 def product(
-    A: Tensor, B: Tensor, C: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0, shift: float | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """`symmetric_matmul` for 3-D tensors and, with `shift`, the same plus shift I: Newton-Schulz is made of these.
+    A: Tensor,
+    B: Tensor,
+    C: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    D: Tensor | None = None,
+    gamma: float = 0.0,
+) -> Tensor:
+    """alpha A B + beta C + gamma D for 3-D tensors whose product is symmetric: Newton-Schulz is made of these.
 
     On the CPU symmetric only to rounding: mirroring would cost as much there as a small product."""
     if configs.runs_triton(A):
-        return launch_symmetric_matmul(A, B, C, alpha, beta, shift)
-    out = matmul_add_reference(A, B, C, alpha, beta)
-    if shift is None:
-        return out, None
-    shifted = out.clone()
-    shifted.diagonal(dim1=-2, dim2=-1).add_(shift)
-    return out, shifted
+        return launch_symmetric_matmul(A, B, C, alpha, beta, D, gamma)
+    if D is None:
+        return matmul_add_reference(A, B, C, alpha, beta)
+    addends = beta * C.to(torch.promote_types(C.dtype, torch.float32)) + gamma * D
+    return matmul_add_reference(A, B, addends, alpha, 1.0).to(A.dtype)
 
 
 @torch.library.custom_op("muon_speedrun::symmetric_matmul", mutates_args=())
 def _symmetric_matmul_op(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float) -> Tensor:
     if configs.runs_triton(A):
-        return launch_symmetric_matmul(A, B, C, alpha, beta, None)[0]
+        return launch_symmetric_matmul(A, B, C, alpha, beta)
     return symmetric_matmul_reference(A, B, C, alpha, beta)
 
 

@@ -52,31 +52,32 @@ def assert_as_exact_as_torch(found, exact, rounded):
 def test_gram_matches_float64_and_is_symmetric_to_the_bit(m, k, dtype):
     layout, batch = LAYOUTS[(m + k) % 3], 1 + 2 * (k % 2)
     X = matrix(batch, m, k, layout, dtype)
-    found, _ = launch_symmetric_matmul(X, X.mT, None, 1.0, 0.0, None)
+    found = launch_symmetric_matmul(X, X.mT, None, 1.0, 0.0)
     assert torch.equal(found, found.mT)
     assert_as_exact_as_torch(found, X.double() @ X.double().mT, X @ X.mT)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("m", SIZES)
-def test_fused_epilogue_and_shifted_output_match_float64(m, dtype):
+def test_one_and_two_fused_addends_match_float64(m, dtype):
     batch = 1 + 2 * (m % 2)
     X = matrix(batch, m, m, LAYOUTS[m % 3], dtype) / m**0.5
-    A, _ = launch_symmetric_matmul(X, X.mT, None, 1.0, 0.0, None)
-    found, shifted = launch_symmetric_matmul(A, A, A, 0.5, -2.0, 3.0)
+    A = launch_symmetric_matmul(X, X.mT, None, 1.0, 0.0)
+    D = launch_symmetric_matmul(X.mT, X, None, 1.0, 0.0)
     exact = 0.5 * A.double() @ A.double() - 2.0 * A.double()
     rounded = torch.baddbmm(A, A, A, beta=-2.0, alpha=0.5)
-    eye = torch.eye(m, device=DEVICE, dtype=torch.float64)
-    for out, expected, reference in ((found, exact, rounded), (shifted, exact + 3 * eye, rounded + 3 * eye.to(dtype))):
-        assert torch.equal(out, out.mT)
-        assert_as_exact_as_torch(out, expected, reference)
+    for gamma in (None, 3.0):
+        found = launch_symmetric_matmul(A, A, A, 0.5, -2.0, *(() if gamma is None else (D, gamma)))
+        addend = 0.0 if gamma is None else gamma * D
+        assert torch.equal(found, found.mT)
+        assert_as_exact_as_torch(found, exact + (addend if gamma is None else addend.double()), rounded + addend)
 
 
 def test_a_product_of_commuting_matrices_is_symmetric_to_the_bit():
     X = matrix(2, 100, 100, "rows", torch.float16) / 10
-    R, _ = launch_symmetric_matmul(X, X.mT, None, 1.0, 0.0, None)
-    Z, _ = launch_symmetric_matmul(R, R, R, 0.25, -1.0, None)
-    found, _ = launch_symmetric_matmul(R, Z, R, 1.0, 2.0, None)
+    R = launch_symmetric_matmul(X, X.mT, None, 1.0, 0.0)
+    Z = launch_symmetric_matmul(R, R, R, 0.25, -1.0)
+    found = launch_symmetric_matmul(R, Z, R, 1.0, 2.0)
     assert torch.equal(found, found.mT)
     assert_as_exact_as_torch(found, R.double() @ Z.double() + 2.0 * R.double(), torch.baddbmm(R, R, Z, beta=2.0))
 
@@ -86,11 +87,10 @@ def test_a_product_of_commuting_matrices_is_symmetric_to_the_bit():
 def test_full_product_with_addend_matches_float64(m, n, layout, dtype):
     B = matrix(2, m, m, "rows", dtype) / m**0.5
     X = matrix(2, m, n, layout, dtype, seed=1)
-    for A, right, C in ((B, X, X), (X.mT, B, X.mT), (B, X, None)):
-        found = launch_matmul_add(A, right, C, 1.0, 0.75)
-        exact = A.double() @ right.double() + (0 if C is None else 0.75 * C.double())
-        rounded = A @ right if C is None else torch.baddbmm(C, A, right, beta=0.75)
-        assert_as_exact_as_torch(found, exact, rounded)
+    for A, right, C in ((B, X, X), (X.mT, B, X.mT)):
+        found = launch_matmul_add(A, right, C, 0.75)
+        exact = A.double() @ right.double() + 0.75 * C.double()
+        assert_as_exact_as_torch(found, exact, torch.baddbmm(C, A, right, beta=0.75))
 
 
 @pytest.mark.parametrize("tiles", range(1, 7))
@@ -103,7 +103,7 @@ def test_the_grid_is_exactly_the_lower_triangle(tiles, monkeypatch):
     tile, _ = configs.symmetric_tile(configs.capability(torch.device(DEVICE)), torch.float16, 64 * tiles, 16)
     m = tile.block_m * tiles
     X = matrix(3, m, 16, "rows", torch.float16)
-    found, _ = launch_symmetric_matmul(X, X.mT, None, 1.0, 0.0, None)
+    found = launch_symmetric_matmul(X, X.mT, None, 1.0, 0.0)
     assert launched == [(3 * tiles * (tiles + 1) // 2,)]
     assert_as_exact_as_torch(found, X.double() @ X.double().mT, X @ X.mT)
 
@@ -111,6 +111,6 @@ def test_the_grid_is_exactly_the_lower_triangle(tiles, monkeypatch):
 def test_nan_stays_in_its_own_matrix():
     X = matrix(2, 70, 70, "rows", torch.float16)
     X[0, 3, 5] = torch.nan
-    found, _ = launch_symmetric_matmul(X, X.mT, None, 1.0, 0.0, None)
+    found = launch_symmetric_matmul(X, X.mT, None, 1.0, 0.0)
     assert found[0, 3].isnan().all()
     assert found[1].isfinite().all()
