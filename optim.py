@@ -185,7 +185,7 @@ class Muon(torch.optim.Optimizer):
             for W, gradient, buffer in parts:
                 X = launch_normalize(gradient, buffer, group["momentum"], group["nesterov"], margin, torch.float16)
                 out = _shared(X, partial(iterate, schedule=schedule, method=group["ns_method"]))
-                scale = self._constant(tuple(_scales(W.shape, group)), p.device)
+                scale = self._constant(tuple(scales_of(W.shape, group)), p.device)
                 launch_update(W, out, rate, scale, group["weight_decay"])
 
     def _step_captured(self) -> None:
@@ -231,7 +231,7 @@ class Muon(torch.optim.Optimizer):
         return self.constants[values, device]
 
 
-def _scales(shape: torch.Size, group: dict[str, Any]) -> list[float]:
+def scales_of(shape: torch.Size, group: dict[str, Any]) -> list[float]:
     """`update_scale` of each matrix of a (batch, rows, cols) bank."""
     rows, cols = shape[-2:]
     scale, transposed_scale = (update_scale(m, n, group["lr_scale"]) for m, n in ((rows, cols), (cols, rows)))
@@ -245,7 +245,7 @@ def _scaled_orthogonal(update: Tensor, group: dict[str, Any]) -> Tensor:
     parts = update.reshape(-1, *update.shape[-2:]).split(group["row_splits"] or (update.shape[-2],), dim=1)
     scaled = [
         _shared(part, lambda x: orthogonalize(x, **options))
-        * part.new_tensor(_scales(part.shape, group)).view(-1, 1, 1)
+        * part.new_tensor(scales_of(part.shape, group)).view(-1, 1, 1)
         for part in parts
     ]
     return torch.cat(scaled, dim=1).view(update.shape)

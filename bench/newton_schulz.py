@@ -5,10 +5,10 @@
 Correctness first: a wrong result is not timed. Candidates are interleaved; medians and quartiles; inputs rotate through
 more memory than the L2 cache ("cold") or stay ("hot"); on CUDA every candidate is timed eagerly and as a CUDA graph.
 Reference: the same coefficients and steps, bf16, batched by shape, torch.baddbmm form, torch.compile's default mode.
-Ideal: the same dense products alone by torch.bmm, epilogues free, which nobody ships.
+Ideal: the same dense products alone by torch.bmm, epilogues free, which nobody ships. Ceiling: this device's measured
+cuBLAS rate times what the half products save; the last column is the share of it that was reached.
 """
 
-import importlib.util
 import json
 import statistics
 import sys
@@ -23,14 +23,18 @@ import tyro
 from torch import Tensor
 
 import runfiles
+from bench import others
 from kernels import configs
 from kernels.muon import normalize_reference
 from kernels.newton_schulz import GRAM_ASPECT, NORM_MARGIN, RESTARTS, coefficient_schedule, iterate
 from kernels.symmetric import gram
 from model import SIZES, Transformer
-from optim import Muon
+from optim import Muon, scales_of
 
 STEPS, COEFFICIENTS = 5, "polar_express"
+STEP_BYTES = (
+    24  # per parameter: gradient and momentum read, momentum, X written, update and weight read, weight written
+)
 GROUPS = {
     "88m q, o": (44, 512, 512),
     "88m k, v": (44, 256, 512),
@@ -103,7 +107,7 @@ def predict() -> None:
     flops = sum(half_product_flops(g, method_of(g))[0] for g in groups)
     parameters = sum(b * m * n for b, m, n in groups)
     for d in PREDICTED:
-        light = flops / d.flops + 24 * parameters / d.bytes_per_second
+        light = flops / d.flops + STEP_BYTES * parameters / d.bytes_per_second
         print(f"whole 88m step, {d.name}: {1e3 * light:.2f} ms at the speed of light (24 B per parameter)")
 
 
@@ -133,20 +137,30 @@ def ideal(X: Tensor, method: str) -> Tensor:
     return out
 
 
-def check(name: str, shape: tuple[int, int, int], device: torch.device, work: torch.dtype) -> None:
-    """SystemExit unless ours agrees with the exact polynomial on two matrices of this group's shape."""
-    G = torch.randn(2, *shape[1:], device=device)
-    schedule = coefficient_schedule(COEFFICIENTS, STEPS)
-    X = normalize_reference(G, NORM_MARGIN[COEFFICIENTS])
-    exact = X.double()
-    for a, b, c in schedule:
+def fault(run: Callable[[Tensor], Tensor], X: Tensor, allowed: float) -> str | None:
+    """In words, where run(X) leaves the polynomials in float64 on the first two matrices of X."""
+    exact = X[:2].double()
+    for a, b, c in coefficient_schedule(COEFFICIENTS, STEPS):
         left = exact.shape[1] <= exact.shape[2]
         A = exact @ exact.mT if left else exact.mT @ exact
         B = b * A + c * A @ A
         exact = a * exact + (B @ exact if left else exact @ B)
-    error = ((iterate(X.to(work), schedule, "auto").double() - exact).norm() / exact.norm()).item()
-    if not error < 0.02:
-        sys.exit(f"{name}: relative error {error:.3g} against float64, not timed")
+    error = ((run(X)[:2].double() - exact).norm() / exact.norm()).item()
+    return None if error < allowed else f"relative error {error:.3g} against float64, not timed"
+
+
+def cublas_flops(device: torch.device, repeats: int) -> float:
+    """FLOP/s of this device's own matmul at Newton-Schulz's precision: the best of one large and two batched shapes."""
+    dtype, cuda = (torch.float16, True) if device.type == "cuda" else (torch.float32, False)
+    shapes = [(1, 8192, 8192), (44, 512, 512), (44, 2048, 2048)] if cuda else [(1, 1024, 1024), (8, 128, 128)]
+    best = 0.0
+    for shape in shapes:
+        A = torch.randn(shape, device=device, dtype=dtype)
+        median = statistics.median(measure({"": lambda i, A=A: torch.bmm(A, A)}, device, repeats)[""])
+        rate = 2 * shape[0] * shape[1] ** 3 / median
+        print(f"cuBLAS or CPU matmul, {shape[0]} x {shape[1]}x{shape[2]} {dtype}: {rate / 1e12:.2f} TFLOP/s")
+        best = max(best, rate)
+    return best
 
 
 def measure(candidates: dict[str, Callable[[int], Any]], device: torch.device, repeats: int) -> dict[str, list[float]]:
@@ -184,17 +198,18 @@ def captured(run: Callable[[], Any]) -> Callable[[], Any]:
     return graph.replay
 
 
-def bench_group(name: str, shape: tuple[int, int, int], device: torch.device, repeats: int) -> list[dict[str, Any]]:
+def bench_group(
+    name: str, shape: tuple[int, int, int], device: torch.device, repeats: int, device_flops: float
+) -> list[dict[str, Any]]:
     """Rows of one shape group: every candidate, eager and captured, cold and hot."""
     cuda = device.type == "cuda"
     ours_dtype, theirs_dtype = (torch.float16, torch.bfloat16) if cuda else (torch.float32, torch.float32)
-    check(name, shape, device, ours_dtype)
     method, schedule = method_of(shape), coefficient_schedule(COEFFICIENTS, STEPS)
     bytes_each = 2 * shape[0] * shape[1] * shape[2]
     copies = max(1, -(-3 * configs.l2_bytes(device) // bytes_each)) if cuda else 3
-    inputs = [normalize_reference(torch.randn(shape, device=device), 1.06) for _ in range(min(copies, 16))]
-    ours = [X.to(ours_dtype) for X in inputs]
-    wide = [(X if X.shape[1] <= X.shape[2] else X.mT.contiguous()).to(theirs_dtype) for X in inputs]
+    inputs = [normalize_reference(torch.randn(shape, device=device), 1.0) for _ in range(min(copies, 16))]
+    ours = [(X / NORM_MARGIN[COEFFICIENTS]).to(ours_dtype) for X in inputs]
+    wide = [(X if X.shape[1] <= X.shape[2] else X.mT.contiguous()).to(theirs_dtype) for X in ours]
     torch._dynamo.reset()  # it counts specialisations per function, and gives up after 8
     compiled = torch.compile(reference, dynamic=False)
     runs: dict[str, Callable[[int], Any]] = {
@@ -202,24 +217,58 @@ def bench_group(name: str, shape: tuple[int, int, int], device: torch.device, re
         "reference": lambda i: compiled(wide[i], schedule),
         "ideal": lambda i: ideal(wide[i], method),
     }
+    wrong = fault(lambda X: iterate(X, schedule, "auto"), ours[0], 0.02) or fault(
+        lambda X: compiled(X, schedule), wide[0], 0.05
+    )
+    if wrong:
+        sys.exit(f"{name}: {wrong}")
+    for other, run in others.installed(schedule, device).items():
+        wrong = fault(run, inputs[0], 0.05)
+        if wrong:
+            print(f"{name}, {other}: {wrong}")
+        else:
+            runs[other] = lambda i, run=run: run(inputs[i])
     rows = []
+    ceiling = device_flops * dense_flops(shape) / half_product_flops(shape, method)[0]
     for memory in ("cold", "hot"):
         picks = {n: (lambda i, r=r: r(i % len(inputs) if memory == "cold" else 0)) for n, r in runs.items()}  # noqa: B023 (used in this pass of the loop only)
-        timed = {("eager", n): t for n, t in measure(picks, device, repeats).items()}
+        timed = {"eager": measure(picks, device, repeats)}
         if cuda:
-            graphs = {n: [captured(lambda r=r, i=i: r(i)) for i in range(len(inputs))] for n, r in runs.items()}
+            graphs = {n: g for n, r in runs.items() if (g := _graphs(n, r, len(inputs)))}
             picks = {n: (lambda i, g=g: g[i % len(g) if memory == "cold" else 0]()) for n, g in graphs.items()}  # noqa: B023 (as above)
-            timed |= {("graph", n): t for n, t in measure(picks, device, repeats).items()}
-        for (mode, candidate), seconds in timed.items():
-            quartiles = statistics.quantiles(seconds, n=4)
-            median = quartiles[1]
-            baseline = statistics.median(timed[mode, "reference"])
-            row = {"group": name, "method": method, "candidate": candidate, "mode": mode, "memory": memory}
-            row |= {"median_us": 1e6 * median, "quartiles_us": [1e6 * q for q in quartiles]}
-            row |= {"dense_tflops": dense_flops(shape) / median / 1e12, "speedup": baseline / median}
-            row["ceiling_speedup"] = dense_flops(shape) / half_product_flops(shape, method)[0]
-            rows.append(row)
+            timed["graph"] = measure(picks, device, repeats)
+        for mode, times in timed.items():
+            for row in _rows({"group": name, "method": method, "mode": mode, "memory": memory}, times, "reference"):
+                reached = dense_flops(shape) / row["median_us"] * 1e6
+                row |= {"dense_tflops": reached / 1e12, "ceiling_tflops": ceiling / 1e12, "share": reached / ceiling}
+                rows.append(row)
     return rows
+
+
+def _graphs(name: str, run: Callable[[int], Any], inputs: int) -> list[Callable[[], Any]] | None:
+    """One CUDA graph for each input; None, and a line, for a package that cannot be captured."""
+    try:
+        return [captured(lambda i=i: run(i)) for i in range(inputs)]
+    except RuntimeError as error:
+        if name not in others.OTHERS:
+            raise
+        print(f"{name}: cannot be captured as a CUDA graph ({str(error).splitlines()[0]})")
+        return None
+
+
+def _rows(fields: dict[str, str], times: dict[str, list[float]], baseline: str) -> list[dict[str, Any]]:
+    """One row per candidate: median, quartiles, and the baseline's median divided by its own."""
+    quartiles = {candidate: statistics.quantiles(seconds, n=4) for candidate, seconds in times.items()}
+    return [
+        {
+            **fields,
+            "candidate": candidate,
+            "median_us": 1e6 * q[1],
+            "quartiles_us": [1e6 * value for value in q],
+            "speedup": quartiles[baseline][1] / q[1],
+        }
+        for candidate, q in quartiles.items()
+    ]
 
 
 def bench_squares(device: torch.device, repeats: int, shapes: dict[str, tuple[int, int, int]]) -> list[dict[str, Any]]:
@@ -227,51 +276,76 @@ def bench_squares(device: torch.device, repeats: int, shapes: dict[str, tuple[in
     rows = []
     for name, shape in shapes.items():
         X = torch.randn(shape, device=device, dtype=torch.float16 if device.type == "cuda" else torch.float32)
+        exact = X.double() @ X.double().mT
+        error = ((gram(X).double() - exact).norm() / exact.norm()).item()
+        if not error < 1e-3:
+            sys.exit(f"X Xt {name}: relative error {error:.3g} against float64, not timed")
         runs = {"ours": lambda i, X=X: gram(X), "torch.bmm": lambda i, X=X: torch.bmm(X, X.mT)}
-        times = {n: statistics.median(t) for n, t in measure(runs, device, repeats).items()}
-        for n, median in times.items():
-            row = {"group": f"X Xt {name}", "method": "gram", "candidate": n, "mode": "eager", "memory": "hot"}
-            rows.append(
-                row | {"median_us": 1e6 * median, "speedup": times["torch.bmm"] / median, "ceiling_speedup": 2.0}
-            )
+        fields = {"group": f"X Xt {name}", "method": "gram", "mode": "eager", "memory": "hot"}
+        rows += _rows(fields, measure(runs, device, repeats), "torch.bmm")
     return rows
 
 
-def bench_step(model: str, device: torch.device, repeats: int) -> list[dict[str, Any]]:
+def bench_step(model: str, device: torch.device, repeats: int, device_flops: float) -> list[dict[str, Any]]:
     """The whole Muon step, momentum to updated weights: ours, the stacked compiled form, torch.optim.Muon's loop."""
+    lr = 0.02
     net = Transformer(SIZES[model], vocab_size=64).to(device)
     banks = net.banks()
     for bank in banks:
         bank.parameter.grad = torch.randn_like(bank.parameter)
-    ours = Muon([{"params": [b.parameter], "transposed": b.transposed} for b in banks])
+    groups = [{"params": [b.parameter], "transposed": b.transposed} for b in banks]
+    ours = Muon(groups, lr=lr)
     singles = [torch.nn.Parameter(W.detach().clone()) for b in banks for W in b.parameter]
     for W, g in zip(singles, (g for b in banks for g in b.parameter.grad), strict=True):
         W.grad = g.clone()
-    loop = torch.optim.Muon(singles)
+    loop = torch.optim.Muon(singles, lr=lr)
     schedule = coefficient_schedule(COEFFICIENTS, STEPS)
-    state = [(b.parameter.detach().clone(), b.parameter.grad, torch.zeros_like(b.parameter)) for b in banks]
+    before = [b.parameter.detach().clone() for b in banks]
+    scales = [
+        torch.tensor(scales_of(W.shape, group), device=device)
+        for W, group in zip(before, ours.param_groups, strict=True)
+    ]
+    state = [
+        (W.clone(), bank.parameter.grad, torch.zeros_like(W), scale.view(-1, 1, 1))
+        for W, bank, scale in zip(before, banks, scales, strict=True)
+    ]
 
     @torch.compile(dynamic=False)
-    def stacked(W: Tensor, g: Tensor, m: Tensor) -> None:
+    def stacked(W: Tensor, g: Tensor, m: Tensor, scale: Tensor) -> None:
         m.lerp_(g, 0.05)
         u = g.lerp(m, 0.95).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
         u = u if u.shape[1] <= u.shape[2] else u.mT
-        X = u / (u.norm(dim=(1, 2), keepdim=True) * 1.01 + 1e-7)
+        X = u / (u.norm(dim=(1, 2), keepdim=True) * NORM_MARGIN[COEFFICIENTS] + 1e-7)
         out = reference(X, schedule)
-        W.sub_(0.02 * (out if out.shape == W.shape else out.mT))
+        W.sub_(lr * scale * (out if out.shape == W.shape else out.mT))
 
     def run_stacked(i: int) -> None:
         with torch.no_grad():
             for tensors in state:
                 stacked(*tensors)
 
+    ours.step()
+    run_stacked(0)
+    for W, bank, (theirs, *_) in zip(before, banks, state, strict=True):
+        error = ((bank.parameter.detach() - theirs).norm() / (theirs - W).norm()).item()
+        if not error < 0.05:
+            sys.exit(f"whole step, {tuple(W.shape)}: ours and the reference differ by {error:.3g}, not timed")
     runs = {"ours": lambda i: ours.step(), "reference": run_stacked, "torch.optim.Muon": lambda i: loop.step()}
-    times = {n: statistics.median(t) for n, t in measure(runs, device, repeats).items()}
-    rows = []
-    for n, median in times.items():
-        row = {"group": f"{model} whole step", "method": "auto", "candidate": n, "mode": "as used", "memory": "hot"}
-        rows.append(row | {"median_us": 1e6 * median, "speedup": times["reference"] / median, "ceiling_speedup": None})
-    return rows
+    fields = {"group": f"{model} whole step", "method": "auto", "mode": "as used", "memory": "hot"}
+    shapes = [tuple(W.shape) for W in before]
+    products = sum(half_product_flops(shape, method_of(shape))[0] for shape in shapes)
+    moved = STEP_BYTES * sum(W.numel() for W in before)
+    light_us = 1e6 * (products / device_flops + moved / bytes_per_second(device, repeats))
+    rows = _rows(fields, measure(runs, device, repeats), "reference")
+    return [row | {"light_us": light_us, "light_share": light_us / row["median_us"]} for row in rows]
+
+
+def bytes_per_second(device: torch.device, repeats: int) -> float:
+    """This device's memory bandwidth by a copy, read and write counted."""
+    source = torch.empty(2**28 if device.type == "cuda" else 2**25, device=device)
+    target = torch.empty_like(source)
+    median = statistics.median(measure({"": lambda i: target.copy_(source)}, device, min(repeats, 20))[""])
+    return 2 * 4 * source.numel() / median
 
 
 @dataclass(frozen=True)
@@ -298,19 +372,18 @@ def main() -> None:
     repeats = arguments.repeats if cuda else max(5, arguments.repeats // 10)
     rows: list[dict[str, Any]] = []
     print(f"{torch.cuda.get_device_name() if cuda else 'cpu'}, torch {torch.__version__}; losses are printed like wins")
-    for package in ("gram_newton_schulz", "emerging_optimizers"):
-        if importlib.util.find_spec(package) is None:
-            print(f"{package}: absent")
-    columns = f"{'group':22} {'candidate':18} {'mode':8} {'memory':6} {'median us':>10}"
-    print(f"{columns} {'speedup':>8} {'ceiling':>8} {'dense TFLOP/s':>13}")
+    device_flops = cublas_flops(device, repeats)
+    others.report_absent()
+    columns = f"{'group':22} {'candidate':19} {'mode':8} {'memory':6} {'median us':>10} {'quartiles':>19}"
+    print(f"{columns} {'speedup':>8} {'dense TFLOP/s':>14} {'ceiling':>8} {'share':>6}")
     for name, shape in (SMALL_GROUPS if small else GROUPS).items():
-        rows += _show(bench_group(name, shape, device, repeats))
+        rows += _show(bench_group(name, shape, device, repeats, device_flops))
     rows += _show(
         bench_squares(
             device, repeats, {"8 x 128x128": (8, 128, 128)} if small else SQUARES | {"44 x 512x512": GROUPS["88m q, o"]}
         )
     )
-    rows += _show(bench_step("nano" if small else "88m", device, repeats))
+    rows += _show(bench_step("nano" if small else "88m", device, repeats, device_flops))
     if arguments.json:
         described = {"device": torch.cuda.get_device_name() if cuda else "cpu", "date": time.strftime("%Y-%m-%d")}
         described |= {"command": " ".join(sys.argv), **runfiles.provenance(), "rows": rows}
@@ -319,14 +392,14 @@ def main() -> None:
 
 def _show(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for r in rows:
-        ceiling = "" if r["ceiling_speedup"] is None else f"{r['ceiling_speedup']:8.2f}"
+        spread = f"{r['quartiles_us'][0]:9.1f} {r['quartiles_us'][2]:9.1f}"
+        row = f"{r['group']:22} {r['candidate']:19} {r['mode']:8} {r['memory']:6} {r['median_us']:10.1f} {spread}"
+        row += f" {r['speedup']:7.2f}x"
         if "dense_tflops" in r:
-            ceiling += f" {r['dense_tflops']:12.2f}"
-        print(
-            f"{r['group']:22} {r['candidate']:18} {r['mode']:8} {r['memory']:6} {r['median_us']:10.1f} "
-            f"{r['speedup']:7.2f}x {ceiling}",
-            flush=True,
-        )
+            row += f" {r['dense_tflops']:14.2f} {r['ceiling_tflops']:8.1f} {r['share']:6.1%}"
+        if "light_us" in r:
+            row += f"   speed of light {r['light_us']:.1f} us, {r['light_share']:.1%} of it"
+        print(row, flush=True)
     return rows
 
 
