@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cli import BadInput
+from kernels.cross_entropy import linear_cross_entropy
+from kernels.relu2_mlp import relu2_mlp
 
 INIT_STD = 0.02
 ROPE_BASE = 10_000.0
@@ -115,11 +117,15 @@ def rotate(x_BTHE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
 
 
 class Transformer(nn.Module):
-    """A decoder of `config`'s shape. Weights are fp32; activations have `compute_dtype` (fp32 unless set)."""
+    """A decoder of `config`'s shape. Weights are fp32; activations have `compute_dtype` (fp32 unless set).
+
+    With `kernels` the training loss runs in fused kernels; validation never does, so that no kernel flatters a score.
+    """
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
-        self.config, self.vocab_size, self.compute_dtype = config, vocab_size, torch.float32
+        self.config, self.vocab_size = config, vocab_size
+        self.compute_dtype, self.kernels = torch.float32, False
         D, L, E = config.d_model, config.layers, config.head_width
         self.embedding = nn.Parameter(torch.empty(vocab_size, D))
         stored = {"q": (D, D), "k": (config.kv_heads * E, D), "v": (config.kv_heads * E, D), "o": (D, D)}
@@ -178,7 +184,10 @@ class Transformer(nn.Module):
             w = {name: matrices[layer] for name, matrices in per_layer.items()}
             x = x + self._drop(self._attention(rms_norm(x, self.attention_gain[layer]), w, layer, B, T))
             x = x + self._drop(self._ffn(rms_norm(x, self.ffn_gain[layer]), w))
-        logits = F.linear(rms_norm(x, self.final_gain), self.embedding.to(dtype))
+        x = rms_norm(x, self.final_gain)
+        if targets_BT is not None and self.kernels and self.training:
+            return linear_cross_entropy(x.flatten(0, 1), self.embedding.to(dtype), targets_BT.flatten())
+        logits = F.linear(x, self.embedding.to(dtype))
         if targets_BT is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets_BT.flatten())
@@ -201,10 +210,16 @@ class Transformer(nn.Module):
         return F.linear(y.transpose(1, 2).reshape(B, T, -1), w["o"])
 
     def _ffn(self, x: Tensor, w: dict[str, Tensor]) -> Tensor:
+        if self.fuses_ffn and self.training:
+            return relu2_mlp(x, w["up"], w["down"])
         activation = ACTIVATIONS[self.config.ffn]
         up = F.linear(x, w["up"])
         hidden = activation(F.linear(x, w["gate"])) * up if "gate" in w else activation(up)
         return hidden @ w["down"]
+
+    @property
+    def fuses_ffn(self) -> bool:
+        return self.kernels and self.config.ffn == "relu2"
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
@@ -216,6 +231,7 @@ class Transformer(nn.Module):
         """Parameters that multiply activations: the block matrices and the tied head."""
         return self.embedding.numel() + sum(p.numel() for p in self.weights.values())
 
-    def flops_per_token(self, seq_len: int) -> int:
-        """Forward and backward, attention counted in full (PaLM, appendix B): 6 N + 12 L d T."""
-        return 6 * self.matmul_parameter_count() + 12 * self.config.layers * self.config.d_model * seq_len
+    def flops_per_token(self, seq_len: int, causal: bool = False) -> int:
+        """Forward and backward, 6 N + 12 L d T: attention in full (PaLM, appendix B) or its causal half."""
+        attention = 12 * self.config.layers * self.config.d_model * seq_len
+        return 6 * self.matmul_parameter_count() + (attention // 2 if causal else attention)

@@ -16,13 +16,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels import configs
-from kernels.muon import launch_normalize, launch_update
-from kernels.newton_schulz import COEFFICIENTS, METHODS, NORM_MARGIN, coefficient_schedule, iterate, orthogonalize
+from kernels.muon import Momentum, launch_normalize, launch_update
+from kernels.newton_schulz import (
+    COEFFICIENTS,
+    METHODS,
+    NORM_MARGIN,
+    coefficient_schedule,
+    half_product_cost,
+    iterate,
+    method_of,
+    orthogonalize,
+)
 from model import Transformer
 
 SCHEDULES = ("constant", "cosine", "linear", "step", "wsd")
 LR_SCALES = ("spectral", "rms", "none")
 WSD_DECAY_SHARE = 0.2
+# Per parameter and step. Muon: gradient, momentum and weight read, the last two written in fp32, X and the update once
+# each in fp16. AdamW: gradient, weight and two moments read, all but the gradient written.
+MUON_BYTES, ADAMW_BYTES = 24, 28
 GRAPHS_KEPT = 4  # of Muon's step; gradients usually return to the same addresses every step
 KEYS_SEEN = 64
 
@@ -70,6 +82,8 @@ class Muon(torch.optim.Optimizer):
     `transposed`: for each matrix of a bank, True where the map is the transpose of what is stored (for `lr_scale`);
     `row_splits`: row counts of the projections fused into one matrix, each orthogonalised by itself. Without it a
     fused matrix is orthogonalised as one.
+    Speaks GradScaler's protocol for fused optimizers: with attributes `grad_scale` and `found_inf` (0-D tensors)
+    gradients are divided by the one, and nothing happens where the other is not zero; on CUDA the host never waits.
     On CUDA sm_80 or newer the step runs in Triton kernels with fp16 iterates and, with `capture`, as one CUDA graph
     launch once the addresses of the gradients repeat.
     With torch.distributed initialised each rank orthogonalises its share of every bank and gathers the rest; gradients
@@ -110,18 +124,20 @@ class Muon(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
         self.capture = capture
+        self._step_supports_amp_scaling = True
         self._forget_graphs()
 
     def _forget_graphs(self) -> None:
         """What was captured read tensors that no longer count, as after load_state_dict."""
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
         self.seen_keys: set[tuple] = set()
-        self.rates: list[Tensor] = []
+        self.scalars: list[Tensor] = []
         self.constants: dict[tuple, Tensor] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("capture", True)
+        self.__dict__.setdefault("_step_supports_amp_scaling", True)
         self._forget_graphs()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -156,7 +172,7 @@ class Muon(torch.optim.Optimizer):
         if not all(configs.runs_triton(p) for group in self.param_groups for p in group["params"]):
             self._step_reference()
         elif any(True for _ in self._with_gradient()):
-            self._set_rates()
+            self._set_scalars()
             if self.capture and not dist.is_initialized() and not torch.cuda.is_current_stream_capturing():
                 self._step_captured()
             else:
@@ -164,18 +180,22 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _step_reference(self) -> None:
-        """The step in PyTorch operations."""
+        """The step in PyTorch operations; the host reads `found_inf`."""
+        grad_scale, found_inf = self._scaling()
+        if found_inf:
+            return
         for group, p in self._with_gradient():
-            momentum = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-            update = p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+            gradient = p.grad / grad_scale if grad_scale != 1.0 else p.grad
+            momentum = self.state[p]["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+            update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(_scaled_orthogonal(update, group), alpha=-group["lr"])
 
     def _step_fused(self) -> None:
         """The step in Triton kernels: three passes over each bank besides Newton-Schulz."""
-        rates = {id(group): rate for group, rate in zip(self.param_groups, self.rates, strict=True)}
+        grad_scale, found_inf, *rates = self.scalars
+        rate_of = {id(group): rate for group, rate in zip(self.param_groups, rates, strict=True)}
         for group, p in self._with_gradient():
-            rate = rates[id(group)]
             schedule = coefficient_schedule(group["ns_coefficients"], group["ns_steps"])
             margin = NORM_MARGIN[group["ns_coefficients"]]
             rows = group["row_splits"] or (p.shape[-2],)
@@ -183,10 +203,11 @@ class Muon(torch.optim.Optimizer):
             bank = (p.view(flat), p.grad.reshape(flat), self.state[p]["momentum_buffer"].view(flat))
             parts = zip(*(t.split(rows, dim=1) for t in bank), strict=True)
             for W, gradient, buffer in parts:
-                X = launch_normalize(gradient, buffer, group["momentum"], group["nesterov"], margin, torch.float16)
+                state = Momentum(buffer, group["momentum"], group["nesterov"], grad_scale, found_inf)
+                X = launch_normalize(gradient, margin, torch.float16, state)
                 out = _shared(X, partial(iterate, schedule=schedule, method=group["ns_method"]))
                 scale = self._constant(tuple(scales_of(W.shape, group)), p.device)
-                launch_update(W, out, rate, scale, group["weight_decay"])
+                launch_update(W, out, rate_of[id(group)], scale, found_inf, group["weight_decay"])
 
     def _step_captured(self) -> None:
         """`_step_fused` as a CUDA graph, one for each set of addresses and settings that comes back.
@@ -218,12 +239,18 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     yield group, p
 
-    def _set_rates(self) -> None:
-        """Each group's learning rate into a tensor on the device, where a captured step reads it."""
-        for group in self.param_groups[len(self.rates) :]:
-            self.rates.append(torch.zeros((), device=group["params"][0].device))
-        for rate, group in zip(self.rates, self.param_groups, strict=True):
-            rate.fill_(group["lr"])
+    def _scaling(self) -> tuple[Tensor | float, Tensor | float]:
+        """GradScaler's two tensors, or what leaves a step as it is."""
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        return 1.0 if grad_scale is None else grad_scale, 0.0 if found_inf is None else found_inf
+
+    def _set_scalars(self) -> None:
+        """grad_scale, found_inf and each group's learning rate into tensors that a captured step reads."""
+        values = [*self._scaling(), *(group["lr"] for group in self.param_groups)]
+        for _ in values[len(self.scalars) :]:
+            self.scalars.append(torch.zeros((), device=self.param_groups[0]["params"][0].device))
+        for scalar, value in zip(self.scalars, values, strict=True):
+            scalar.copy_(value) if isinstance(value, Tensor) else scalar.fill_(value)
 
     def _constant(self, values: tuple[float, ...], device: torch.device) -> Tensor:
         if (values, device) not in self.constants:
@@ -264,6 +291,20 @@ def _shared(bank: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
     gathered = bank.new_empty(share * world_size, *bank.shape[1:])
     dist.all_gather_into_tensor(gathered, padded)
     return gathered[: len(bank)]
+
+
+def step_cost(optimizers: Sequence[torch.optim.Optimizer]) -> tuple[float, float]:
+    """FLOPs of Newton-Schulz's half products and bytes of gradients, weights and moments in one step of all."""
+    flops = moved = 0.0
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                moved += (MUON_BYTES if isinstance(optimizer, Muon) else ADAMW_BYTES) * p.numel()
+                if isinstance(optimizer, Muon):
+                    shape, method = (p[..., 0, 0].numel(), *p.shape[-2:]), group["ns_method"]
+                    method = method_of(shape) if method == "auto" else method
+                    flops += half_product_cost(shape, method, group["ns_steps"])[0]
+    return flops, moved
 
 
 def build_optimizers(

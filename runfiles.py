@@ -10,9 +10,12 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from cli import BadInput, first_line
 
@@ -115,3 +118,29 @@ def load_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadInput(f"{path}: holds a JSON {type(value).__name__}, not an object")
     return value
+
+
+class Output:
+    """What rank 0 says: to the terminal, around the progress bar if there is one, and to log.txt."""
+
+    def __init__(self, speaks: bool) -> None:
+        self.speaks, self.log, self.bar = speaks, None, None
+
+    def say(self, line: str, terminal: bool = True) -> None:
+        if not self.speaks:
+            return
+        if terminal and self.bar is not None:
+            self.bar.write(line)
+        elif terminal:
+            print(line, flush=True)
+        if self.log is not None:
+            self.log.write(line + "\n")
+            self.log.flush()
+
+    def start_bar(self, done: int, total: int) -> None:
+        if self.speaks and sys.stderr.isatty():
+            self.bar = tqdm(initial=done, total=total, unit="update")
+
+    def line(self, values: dict[str, Any], terminal: bool = True) -> None:
+        """A line of `key:value` pairs."""
+        self.say(" ".join(f"{key}:{value}" for key, value in values.items() if value is not None), terminal)

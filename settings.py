@@ -25,7 +25,7 @@ from optim import LR_SCALES, SCHEDULES
 # sizes were not swept yet: Muon's are the 88M speedrun's of the prior work, AdamW's lie between its 0.006 and 0.0005.
 NANO_LR = {"muon": (0.04, 0.02), "adamw": (0.005, 0.02)}
 DEFAULT_LR = {"muon": (0.024, 0.006), "adamw": (0.002, 0.006)}
-MICRO_BATCH_TOKENS = {"cuda": 16_384, "cpu": 1024}  # per forward pass under --micro-batch auto; on a CPU, what fits L2
+CPU_MICRO_BATCH_TOKENS = 1024  # per forward pass under --micro-batch auto: what fits a CPU's L2 cache (bench/LOG.md)
 BATCH_TOKENS, EVAL_TOKENS = 16_384, 131_072
 NANO_BATCH_TOKENS, NANO_EVAL_TOKENS = 8192, 16_384  # for a first look on a CPU
 EVENTS_PER_RUN = 20  # validation and spectra, unless their flags say otherwise
@@ -61,7 +61,7 @@ class Settings:
     batch_tokens: Count | None = None
     """Tokens per update over all ranks (default: 16,384; nano 8,192)."""
     micro_batch: Literal["auto"] | int = "auto"
-    """Sequences per forward pass and rank; auto fits about 16k tokens on a GPU, 1k on a CPU."""
+    """Sequences per forward pass and rank; auto is the most that is counted to fit a GPU, 1k tokens on a CPU."""
     seq_len: int | None = None
     """Tokens per sequence, instead of the size's."""
     seed: int = 0
@@ -110,6 +110,8 @@ class Settings:
     """Updates between printed step lines; metrics.jsonl has every update."""
     resume: bool = False
     """Continue the run of this --name from its last checkpoint."""
+    kernels: Literal["auto", "on", "off"] = "auto"
+    """Fused kernels of the training loss; auto = those that a record in runs/records shows to pay: none yet."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile the model; auto = on CUDA only."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -125,7 +127,7 @@ class Settings:
 # Settings that do not change what is learned; two runs that differ only here have the same config_hash.
 NOT_IN_HASH = {
     *("data", "micro_batch", "eval_every", "eval_tokens", "spectra_every", "checkpoint_every", "log_every"),
-    *("resume", "compile", "device", "runs_dir", "name"),
+    *("resume", "compile", "kernels", "device", "runs_dir", "name"),
 }
 
 
@@ -160,6 +162,7 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
         "adamw_lr": adamw_lr if given.adamw_lr is None else given.adamw_lr,
         "device": "cuda" if cuda else "cpu",
         "compile": given.compile if given.compile != "auto" else ("on" if cuda else "off"),
+        "kernels": "on" if given.kernels == "on" else "off",
         "precision": given.precision if given.precision != "auto" else ("bf16" if bf16 else "fp32"),
         "data": given.data or default_data(given.model),
         "name": given.name or f"{given.model}-{given.optimizer}-{given.seed}-{utc_time}",
@@ -181,19 +184,18 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
     unit = f"--seq-len {s.seq_len} x {rank.count} rank{'s' * (rank.count > 1)}"
     if remainder or not sequences:
         raise BadInput(f"--batch-tokens {s.batch_tokens}: not divisible by {unit}")
-    if s.micro_batch == "auto":
-        fitting = max(1, MICRO_BATCH_TOKENS[s.device] // s.seq_len)
-        micro_batch = next(m for m in range(min(fitting, sequences), 0, -1) if sequences % m == 0)
-    else:
-        micro_batch = s.micro_batch
-        if micro_batch < 1 or sequences % micro_batch:
-            raise BadInput(f"--batch-tokens {s.batch_tokens}: not divisible by --micro-batch {micro_batch} x {unit}")
+    if s.micro_batch == "auto" and not cuda:  # on a GPU decided once the model is there, by its memory
+        fitting = max(1, CPU_MICRO_BATCH_TOKENS // s.seq_len)
+        s = dataclasses.replace(
+            s, micro_batch=next(m for m in range(min(fitting, sequences), 0, -1) if not sequences % m)
+        )
+    elif s.micro_batch != "auto" and (s.micro_batch < 1 or sequences % s.micro_batch):
+        raise BadInput(f"--batch-tokens {s.batch_tokens}: not divisible by --micro-batch {s.micro_batch} x {unit}")
     updates = math.ceil(s.tokens / s.batch_tokens)
     cadence = max(1, updates // EVENTS_PER_RUN)
     spectra_cadence = cadence if s.model == "nano" else max(1, updates // LARGE_SPECTRA_PER_RUN)
     s = dataclasses.replace(
         s,
-        micro_batch=micro_batch,
         eval_every=cadence if s.eval_every is None else s.eval_every,
         spectra_every=spectra_cadence if s.spectra_every is None else s.spectra_every,
     )

@@ -6,106 +6,55 @@
 The clock (train_seconds) runs over updates and their spectra; compilation, warm-up, validation and checkpoints are off.
 """
 
+import dataclasses
+import gc
 import math
 import os
 import resource
 import signal
 import sys
 import time
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
-from torch import Tensor
-from tqdm import tqdm
 
+import devices
 import runfiles
 from cli import BadInput, exit_with_a_sentence, make_folder
+from clock import Point, Stopwatch, Times, point, seconds_between
 from data import Loader, Shards, TokenStream, validation_batches
+from memory import GIB, MemoryCount
 from metrics import JsonlWriter, SpectraRecorder, cut_jsonl, finite
 from model import ModelConfig, Transformer
 from optim import build_optimizers, lr_factor, set_lr
 from settings import NOT_IN_HASH, Rank, Settings, resolve
+from step import Deferred, Numbers, TrainingStep
 
 WARMUP_UPDATES = 2  # untimed; the second runs with optimizer state in place
+VALIDATION_TOKENS = 8192  # per forward pass at most: its logits are whole, and in fp32
 COMPILE_CACHE = Path(__file__).resolve().parent / ".cache" / "inductor"
-
-# Dense bf16 peak in FLOP/s with fp32 accumulation, without sparsity (vendor data sheets), by the device's name.
-PEAK_BF16_FLOPS = {
-    "NVIDIA GeForce RTX 3090": 71.2e12,
-    "NVIDIA GeForce RTX 4090": 165.2e12,
-    "NVIDIA GeForce RTX 5090": 209.5e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
 
 
 class TrainingFailed(RuntimeError):
     """The run cannot go on; the message is the reason that summary.json records."""
 
 
-class Stopwatch:
-    """Adds up the seconds between start and stop; the device's queue is drained at both ends.
+class Update(NamedTuple):
+    """One update on its way through the device: known at once, and what `Run.settle` reads when it has arrived."""
 
-    Used as a context it does the reverse: what happens inside is off the clock.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.total, self.started = device, 0.0, None
-
-    def start(self) -> None:
-        self._drain()
-        self.started = time.perf_counter()
-
-    def stop(self) -> None:
-        self._drain()
-        self.total, self.started = self.seconds(), None
-
-    def __enter__(self) -> None:
-        self.stop()
-
-    def __exit__(self, *error: object) -> None:
-        self.start()
-
-    def seconds(self) -> float:
-        return self.total + (time.perf_counter() - self.started if self.started is not None else 0.0)
-
-    def _drain(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
-class Output:
-    """What rank 0 says: to the terminal, around the progress bar if there is one, and to log.txt."""
-
-    def __init__(self, speaks: bool) -> None:
-        self.speaks, self.log, self.bar = speaks, None, None
-
-    def say(self, line: str, terminal: bool = True) -> None:
-        if not self.speaks:
-            return
-        if terminal and self.bar is not None:
-            self.bar.write(line)
-        elif terminal:
-            print(line, flush=True)
-        if self.log is not None:
-            self.log.write(line + "\n")
-            self.log.flush()
-
-    def start_bar(self, done: int, total: int) -> None:
-        if self.speaks and sys.stderr.isatty():
-            self.bar = tqdm(initial=done, total=total, unit="update")
-
-    def line(self, values: dict[str, Any], terminal: bool = True) -> None:
-        """A line of `key:value` pairs."""
-        self.say(" ".join(f"{key}:{value}" for key, value in values.items() if value is not None), terminal)
+    step: int
+    factor: float
+    numbers: Deferred
+    times: Times
+    start: Point
+    stop: Point
 
 
 class Run:
@@ -114,13 +63,16 @@ class Run:
     def __init__(self, s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> None:
         self.s, self.rank, self.shards = s, rank, shards
         self.folder = s.runs_dir / s.name
-        self.out = Output(speaks=rank.index == 0)
+        self.out = runfiles.Output(speaks=rank.index == 0)
         self.device = torch.device(s.device, rank.local) if s.device == "cuda" else torch.device("cpu")
         self.updates = math.ceil(s.tokens / s.batch_tokens)
         torch.manual_seed(s.seed)
         self.model = Transformer(config, shards.vocab_size)  # on the CPU first: the same weights on every device
         self.model.to(self.device).compute_dtype = torch.bfloat16 if s.precision == "bf16" else torch.float32
-        self.forward = torch.compile(self.model, dynamic=False) if s.compile == "on" else self.model
+        self.model.kernels = s.kernels == "on"
+        self.memory = MemoryCount(self.model, s.optimizer, s.batch_tokens // (s.seq_len * rank.count), s.seq_len)
+        if s.micro_batch == "auto":
+            s = self.s = dataclasses.replace(s, micro_batch=self.memory.largest_micro_batch())
         muon = ("momentum", "nesterov", "ns_steps", "ns_coefficients", "ns_method", "lr_scale")
         self.optimizers = build_optimizers(
             self.model,
@@ -131,6 +83,14 @@ class Run:
             betas=(s.beta1, s.beta2),
             adam_eps=s.adam_eps,
             **{key: getattr(s, key) for key in muon},
+        )
+        self.work = TrainingStep(
+            self.model,
+            self.optimizers,
+            micro_batch=s.micro_batch,
+            grad_clip=s.grad_clip,
+            compiled=s.compile == "on",
+            world_size=rank.count,
         )
         self.loader = Loader(
             TokenStream(shards, "train"),
@@ -145,41 +105,43 @@ class Run:
         self.val_stream = TokenStream(shards, "val")
         self.step, self.watch = 0, Stopwatch(self.device)
         self.signalled = self.stop_asked = False  # a signal reached this rank; all ranks agreed to stop
+        self.under_way: deque[Update] = deque()
+        self.last_stop: Point = 0.0
         self.began, self.earlier_wall_seconds = time.perf_counter(), 0.0
         self.metrics = self.spectra = self.loaded = None  # opened with the folder, the first two by rank 0 only
         self.config = self.describe()
         self.last_val: dict[str, float | None] = {"val_loss": None, "val_accuracy": None}
         self.best_val_loss, self.last_train_loss = math.inf, None
-        peak = PEAK_BF16_FLOPS.get(self.device_name())
-        self.flops_share = self.model.flops_per_token(s.seq_len) / (peak * rank.count) if peak else None
+        self.gpu = devices.find(self.device_name())
 
     def train(self) -> str:
         """Run from the current step to the end or to a signal; returns the summary's status."""
         s = self.s
+        self.out.say(f"memory of one update: {self.memory.describe(s.micro_batch)}")
         self.warm_up()
         if self.loaded is not None:
             self.load(self.loaded)
             self.out.say(f"{self.folder}: resuming at step {self.step} of {self.updates}")
         self.out.start_bar(self.step, self.updates)
-        self.watch.start()
+        gc.collect()
+        gc.freeze()  # what exists now stays: collections need not walk it again in every step
+        self.start_clock()
         if self.loaded is None:
             self.spectra_event()
-            with self.watch:
-                self.validate()
-        while self.step < self.updates and not self.stop_asked:
+            self.off_clock(self.validate)
+        while self.step < self.updates and not self.stops():
             event = s.spectra_every and self.is_event(self.step + 1, s.spectra_every)
-            before = self.watch.seconds()
-            stats = self.update(event)
-            self.step += 1
+            self.update(event)
             if event:
                 self.spectra_event()
-            self.log_step(stats, self.watch.seconds() - before)
-            if self.is_event(self.step, s.eval_every):
-                with self.watch:
-                    self.validate()
-            if self.step % s.checkpoint_every == 0 and self.step < self.updates:
-                with self.watch:
-                    self.checkpoint()
+            validates = self.is_event(self.step, s.eval_every)
+            saves = self.step % s.checkpoint_every == 0 and self.step < self.updates
+            self.settle(0 if event or validates or saves or self.device.type == "cpu" else 1)
+            if validates:
+                self.off_clock(self.validate)
+            if saves:
+                self.off_clock(self.checkpoint)
+        self.settle(0)
         self.watch.stop()
         self.checkpoint()
         return "finished" if self.step == self.updates else "stopped"
@@ -187,75 +149,72 @@ class Run:
     def is_event(self, step: int, every: int) -> bool:
         return step % every == 0 or step == self.updates
 
-    def update(self, keep_for_spectra: bool) -> dict[str, float]:
-        """One optimizer step on one global batch; raises TrainingFailed before it touches a weight."""
+    def stops(self) -> bool:
+        """Whether to stop now; several ranks must learn it from the same update, a single one just looks."""
+        return self.stop_asked or (self.signalled and self.rank.count == 1)
+
+    def start_clock(self) -> None:
+        self.watch.start()
+        self.last_stop = point(self.device)
+
+    def off_clock(self, task: Callable[[], None]) -> None:
+        self.watch.stop()
+        task()
+        self.start_clock()
+
+    def update(self, keep_for_spectra: bool) -> None:
+        """Send one optimizer step on one global batch to the device; `settle` learns what came of it."""
         s = self.s
         factor = lr_factor(self.step, self.updates, s.schedule, s.warmup, s.min_lr)
         set_lr(self.optimizers, factor)
         if s.dropout:  # masks depend on (seed, step, rank) alone, so a resumed run draws the same ones
             torch.manual_seed(int(np.random.SeedSequence([s.seed, self.step, self.rank.index]).generate_state(1)[0]))
-        loss = self.forward_backward(next(self.loader))
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
-        train_loss, norm = torch.stack((loss, grad_norm)).tolist()
-        if not (math.isfinite(train_loss) and math.isfinite(norm)):
-            bad = [name for name, p in self.model.named_parameters() if not p.grad.isfinite().all()]
-            raise TrainingFailed(
-                f"step {self.step + 1}: loss {train_loss}, gradient norm {norm}"
-                + (f"; not finite in {', '.join(bad)}" if bad else "")
-            )
+        numbers = self.work.gradients(next(self.loader), self.signalled)
         if keep_for_spectra and self.spectra is not None:
             self.spectra.before_update()
-        if s.grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), s.grad_clip, grad_norm)
-        self.optimizer_step()
-        return {
-            "train_loss": train_loss,
-            "grad_norm": norm,
-            "lr": s.lr * factor,
-            "adamw_lr": s.adamw_lr * factor,
-        }
+        times = self.work.apply()
+        self.step += 1
+        stop = point(self.device)
+        self.under_way.append(Update(self.step, factor, numbers, times, self.last_stop, stop))
+        self.last_stop = stop
 
-    def forward_backward(self, batch: Tensor) -> Tensor:
-        """Gradients of the mean loss over the global batch, accumulated over micro-batches and summed over ranks.
+    def settle(self, keep: int) -> None:
+        """Read and log all but the last `keep` updates under way; raises TrainingFailed for one that was not finite.
 
-        Returns that loss. A stop asked of any rank becomes known to all.
+        On a GPU one update stays under way, so that the device always has work. A failed one changed no weight.
         """
-        micro_batches = batch.to(self.device, non_blocking=True).long().split(self.s.micro_batch)
-        total = torch.zeros((), device=self.device)
-        for rows in micro_batches:
-            loss = self.forward(rows[:, :-1], rows[:, 1:]) / (len(micro_batches) * self.rank.count)
-            loss.backward()
-            total += loss.detach()
-        if self.rank.count > 1:
-            shared = torch.stack((total, total.new_tensor(float(self.signalled))))
-            for tensor in (shared, *(p.grad for p in self.model.parameters())):
-                dist.all_reduce(tensor)
-            total, self.stop_asked = shared[0], bool(shared[1])
-        else:
-            self.stop_asked = self.signalled
-        return total
+        while len(self.under_way) > keep:
+            update = self.under_way.popleft()
+            numbers = update.numbers.read()
+            if not numbers.finite:
+                self.step = update.step - 1
+                where = f"; not finite in {', '.join(numbers.not_finite)}" if numbers.not_finite else ""
+                raise TrainingFailed(
+                    f"step {update.step}: loss {numbers.loss}, gradient norm {numbers.grad_norm}" + where
+                )
+            self.log_step(update, numbers)
+            self.stop_asked = self.stop_asked or numbers.stop_asked
 
     def ask_to_stop(self, signal_number: int, frame: object) -> None:
         """Finish the step, then stop; a second signal stops at once."""
         self.signalled = True
         signal.signal(signal_number, signal.SIG_DFL)
 
-    def optimizer_step(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
     def warm_up(self) -> None:
         """Untimed updates on random tokens, so that compilation and first launches are off the clock; all undone.
 
         Runs before a checkpoint is loaded: there is no optimizer state yet to keep.
         """
-        weights = [p.detach().clone() for p in self.model.parameters()]
+        s, weights = self.s, [p.detach().clone() for p in self.model.parameters()]
         cpu_rng, cuda_rng = torch.get_rng_state(), torch.cuda.get_rng_state_all()
         set_lr(self.optimizers, 1e-3)
-        for _ in range(WARMUP_UPDATES):
-            self.forward_backward(torch.randint(self.shards.vocab_size, (self.s.micro_batch, self.s.seq_len + 1)))
-            self.optimizer_step()
+        tokens = torch.randint(self.shards.vocab_size, (s.micro_batch, s.seq_len + 1))
+        try:
+            for _ in range(WARMUP_UPDATES):
+                self.work.gradients(tokens)
+                self.work.apply()
+        except torch.OutOfMemoryError:
+            raise TrainingFailed(self.memory.misfit(s.micro_batch)) from None
         with torch.no_grad():
             for p, weight in zip(self.model.parameters(), weights, strict=True):
                 p.copy_(weight)
@@ -273,7 +232,8 @@ class Run:
         """Mean loss and next-token accuracy over the first --eval-tokens validation tokens, shared out over ranks."""
         self.model.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, tokens
-        batches = validation_batches(self.val_stream, self.s.eval_tokens, self.s.seq_len, self.s.micro_batch)
+        rows_at_once = min(self.s.micro_batch, max(1, VALIDATION_TOKENS // self.s.seq_len))
+        batches = validation_batches(self.val_stream, self.s.eval_tokens, self.s.seq_len, rows_at_once)
         for i, batch in enumerate(batches):
             if i % self.rank.count != self.rank.index:
                 continue
@@ -303,28 +263,61 @@ class Run:
             }
         )
 
-    def log_step(self, stats: dict[str, float], seconds: float) -> None:
-        self.last_train_loss = stats["train_loss"]
+    def log_step(self, update: Update, numbers: Numbers) -> None:
+        seconds = seconds_between(update.start, update.stop)
+        self.last_train_loss, factor = numbers.loss, update.factor
         tokens_per_second = self.s.batch_tokens / seconds
-        mfu = None if self.flops_share is None else tokens_per_second * self.flops_share
-        speed = {"step_ms": finite(1e3 * seconds), "tokens_per_second": finite(tokens_per_second), "mfu": mfu}
-        self.write({"kind": "train", **self.progress(), **{k: finite(v) for k, v in stats.items()}, **speed})
+        rates = {"lr": self.s.lr * factor, "adamw_lr": self.s.adamw_lr * factor}
+        record = {"train_loss": numbers.loss, "grad_norm": numbers.grad_norm, **rates, "step_ms": 1e3 * seconds}
+        record["tokens_per_second"] = tokens_per_second
+        place = {"step": update.step, "tokens": update.step * self.s.batch_tokens}
+        self.write(
+            {
+                "kind": "train",
+                **place,
+                **{key: finite(value) for key, value in record.items()},
+                "mfu": self.mfu(tokens_per_second),
+            }
+        )
         if self.out.bar is not None:
             self.out.bar.update()
-            self.out.bar.set_postfix_str(f"loss {stats['train_loss']:.4f}, {tokens_per_second:,.0f} tok/s")
-        if self.is_event(self.step, self.s.log_every):
+            self.out.bar.set_postfix_str(f"loss {numbers.loss:.4f}, {tokens_per_second:,.0f} tok/s")
+        if self.is_event(update.step, self.s.log_every):
             self.out.line(  # on a terminal the bar shows them
                 {
-                    "step": f"{self.step}/{self.updates}",
-                    "train_loss": f"{stats['train_loss']:.4f}",
-                    "grad_norm": f"{stats['grad_norm']:.3f}",
-                    "lr": f"{stats['lr']:.5f}",
+                    "step": f"{update.step}/{self.updates}",
+                    "train_loss": f"{numbers.loss:.4f}",
+                    "grad_norm": f"{numbers.grad_norm:.3f}",
+                    "lr": f"{rates['lr']:.5f}",
                     "step_ms": f"{1e3 * seconds:.1f}",
                     "tok/s": f"{tokens_per_second:.0f}",
-                    "mfu": None if mfu is None else f"{mfu:.3f}",
+                    **self.speed_fields(update, seconds),
                 },
                 terminal=self.out.bar is None,
             )
+
+    def mfu(self, tokens_per_second: float, causal: bool = False) -> float | None:
+        """Model FLOPs utilisation of all ranks' GPUs, attention counted in full or its causal half."""
+        if self.gpu is None:
+            return None
+        flops = tokens_per_second * self.model.flops_per_token(self.s.seq_len, causal)
+        return flops / (self.gpu.bf16_flops * self.rank.count)
+
+    def speed_fields(self, update: Update, seconds: float) -> dict[str, str]:
+        """Where the step's time went, and on a known GPU how far from the best possible it is."""
+        phases = update.times.milliseconds()
+        fields = {f"{phase}_ms": f"{phases[phase]:.1f}" for phase in ("forward", "backward", "optimizer")}
+        if self.device.type == "cuda":
+            fields["memory_gib"] = f"{torch.cuda.max_memory_allocated(self.device) / GIB:.2f}"
+        if self.gpu is not None:
+            s = self.s
+            least = devices.light_seconds(
+                self.model, self.optimizers, s.batch_tokens, s.seq_len, self.gpu, self.rank.count
+            )
+            speed = s.batch_tokens / seconds
+            fields["mfu"], fields["mfu_causal"] = f"{self.mfu(speed):.3f}", f"{self.mfu(speed, causal=True):.3f}"
+            fields["light"] = f"{least / seconds:.3f}"
+        return fields
 
     def progress(self) -> dict[str, int]:
         return {"step": self.step, "tokens": self.step * self.s.batch_tokens}
@@ -447,7 +440,7 @@ class Run:
             "train_seconds": seconds,
             "wall_seconds": self.wall_seconds(),
             "tokens_per_second": speed,
-            "mfu": speed * self.flops_share if speed and self.flops_share else None,
+            "mfu": self.mfu(speed) if speed else None,
             "peak_memory_bytes": peak_memory_bytes,
             **{key: self.config[key] for key in ("params", "data_fingerprint", "config_hash")},
         }
@@ -497,6 +490,7 @@ def run_training(run: Run) -> int:
         run.summarize("failed", f"{type(error).__name__}: {error}")
         raise
     finally:
+        gc.unfreeze()
         run.loader.close()
     run.summarize(status, None if status == "finished" else f"signal after step {run.step}")
     if status == "finished" and run.rank.index == 0:

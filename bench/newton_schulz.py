@@ -26,15 +26,12 @@ import runfiles
 from bench import others
 from kernels import configs
 from kernels.muon import normalize_reference
-from kernels.newton_schulz import GRAM_ASPECT, NORM_MARGIN, RESTARTS, coefficient_schedule, iterate
+from kernels.newton_schulz import NORM_MARGIN, RESTARTS, coefficient_schedule, half_product_cost, iterate, method_of
 from kernels.symmetric import gram
 from model import SIZES, Transformer
-from optim import Muon, scales_of
+from optim import MUON_BYTES, Muon, scales_of
 
 STEPS, COEFFICIENTS = 5, "polar_express"
-STEP_BYTES = (
-    24  # per parameter: gradient and momentum read, momentum, X written, update and weight read, weight written
-)
 GROUPS = {
     "88m q, o": (44, 512, 512),
     "88m k, v": (44, 256, 512),
@@ -65,29 +62,10 @@ PREDICTED = (
 )
 
 
-def half_product_flops(shape: tuple[int, int, int], method: str, steps: int = STEPS) -> tuple[float, float, int]:
-    """FLOPs, bytes if every operand came from memory once, and launches of one group; symmetric products count half."""
-    batch, m, n = shape[0], min(shape[1:]), max(shape[1:])
-    if method == "standard":
-        return batch * steps * (3.0 * m * m * n + m**3), batch * steps * 2.0 * (4 * m * n + 5 * m * m), 3 * steps
-    segments = 1 + sum(i < steps for i in RESTARTS)
-    squares = 4 * steps - 3 * segments
-    flops = segments * 3.0 * m * m * n + squares * 1.0 * m**3
-    return (
-        batch * flops,
-        batch * 2.0 * (segments * (3 * m * n + 2 * m * m) + 3.5 * squares * m * m),
-        2 * segments + squares,
-    )
-
-
 def dense_flops(shape: tuple[int, int, int], steps: int = STEPS) -> float:
     """What the same iterations cost with full products: 4 m² n + 2 m³ each."""
     batch, m, n = shape[0], min(shape[1:]), max(shape[1:])
     return batch * steps * (4.0 * m * m * n + 2.0 * m**3)
-
-
-def method_of(shape: tuple[int, int, int]) -> str:
-    return "gram" if max(shape[1:]) >= GRAM_ASPECT * min(shape[1:]) else "standard"
 
 
 def predict() -> None:
@@ -99,15 +77,15 @@ def predict() -> None:
     print(header + "".join(f" {d.name + ' us':>12}" for d in PREDICTED))
     for name, shape in GROUPS.items():
         method = method_of(shape)
-        flops, moved, launches = half_product_flops(shape, method)
+        flops, moved, launches = half_product_cost(shape, method, STEPS)
         floors = [max(flops / d.flops, moved / d.bytes_per_second) + launches * d.launch_seconds for d in PREDICTED]
         row = f"{name:18} {method:9} {flops / 1e9:8.1f} {dense_flops(shape) / 1e9:8.1f} {moved / 1e6:8.0f} {launches:8}"
         print(row + "".join(f" {1e6 * floor:12.0f}" for floor in floors))
     groups = [GROUPS[name] for name in list(GROUPS)[:3]]
-    flops = sum(half_product_flops(g, method_of(g))[0] for g in groups)
+    flops = sum(half_product_cost(g, method_of(g), STEPS)[0] for g in groups)
     parameters = sum(b * m * n for b, m, n in groups)
     for d in PREDICTED:
-        light = flops / d.flops + STEP_BYTES * parameters / d.bytes_per_second
+        light = flops / d.flops + MUON_BYTES * parameters / d.bytes_per_second
         print(f"whole 88m step, {d.name}: {1e3 * light:.2f} ms at the speed of light (24 B per parameter)")
 
 
@@ -229,7 +207,7 @@ def bench_group(
         else:
             runs[other] = lambda i, run=run: run(inputs[i])
     rows = []
-    ceiling = device_flops * dense_flops(shape) / half_product_flops(shape, method)[0]
+    ceiling = device_flops * dense_flops(shape) / half_product_cost(shape, method, STEPS)[0]
     for memory in ("cold", "hot"):
         picks = {n: (lambda i, r=r: r(i % len(inputs) if memory == "cold" else 0)) for n, r in runs.items()}  # noqa: B023 (used in this pass of the loop only)
         timed = {"eager": measure(picks, device, repeats)}
@@ -333,8 +311,8 @@ def bench_step(model: str, device: torch.device, repeats: int, device_flops: flo
     runs = {"ours": lambda i: ours.step(), "reference": run_stacked, "torch.optim.Muon": lambda i: loop.step()}
     fields = {"group": f"{model} whole step", "method": "auto", "mode": "as used", "memory": "hot"}
     shapes = [tuple(W.shape) for W in before]
-    products = sum(half_product_flops(shape, method_of(shape))[0] for shape in shapes)
-    moved = STEP_BYTES * sum(W.numel() for W in before)
+    products = sum(half_product_cost(shape, method_of(shape), STEPS)[0] for shape in shapes)
+    moved = MUON_BYTES * sum(W.numel() for W in before)
     light_us = 1e6 * (products / device_flops + moved / bytes_per_second(device, repeats))
     rows = _rows(fields, measure(runs, device, repeats), "reference")
     return [row | {"light_us": light_us, "light_share": light_us / row["median_us"]} for row in rows]

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import tyro
 
-from kernels import configs, matmul_add, muon, symmetric
+from kernels import configs, cross_entropy, matmul_add, muon, symmetric
 from kernels.configs import Tile
 
 
@@ -44,7 +44,10 @@ LIMITS = {
 }
 SM_REGISTERS, REGISTER_UNIT, RESERVED_SHARED_BYTES = 65_536, 256, 1024
 TRITON_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-INTEGERS = ("M", "N", "K", "ROWS", "COLS", "ROWS_PADDED", "COLS_PADDED", "blocks", "sums")
+INTEGERS = ("M", "N", "K", "ROWS", "COLS", "ROWS_PADDED", "COLS_PADDED", "blocks", "sums", "V")
+UNALIGNED = ("blocks", "sums")  # every other size and stride is a multiple of 16: the cast pass pads rows
+POINTERS = {"partial_ptr": "*fp32", "sums_ptr": "*fp32", "losses_ptr": "*fp32", "targets_ptr": "*i64"}
+POINTERS |= dict.fromkeys(("lr_ptr", "scale_ptr", "grad_scale_ptr", "found_inf_ptr"), "*fp32")
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ KERNELS = {
     "momentum": muon.momentum_kernel,
     "rescale": muon.rescale_kernel,
     "update": muon.update_kernel,
+    "softmax_gradient": cross_entropy.softmax_gradient_kernel,
 }
 
 
@@ -139,6 +143,9 @@ def variants(capability: int) -> list[Variant]:
         ("update", block, ("stride_wc", "stride_oc")),
     ):
         found[_variant(name, capability, torch.float32, constants, unit, tile)] = None
+    tile = Tile(1, cross_entropy.BLOCK_V, 0, cross_entropy.SOFTMAX_WARPS, 1)
+    for dtype in (torch.bfloat16, torch.float32):
+        found[_variant("softmax_gradient", capability, dtype, {"BLOCK_V": tile.block_n}, (), tile)] = None
     return list(found)
 
 
@@ -161,7 +168,7 @@ def compile_variant(variant: Variant) -> Result:
             signature[name] = "constexpr"
             continue
         half = name in ("x_ptr", "o_ptr") and variant.dtype == "fp32"
-        pointer = "*fp16" if half else "*fp32" if name in ("partial_ptr", "sums_ptr") else f"*{variant.dtype}"
+        pointer = "*fp16" if half else POINTERS.get(name, f"*{variant.dtype}")
         is_integer = name in INTEGERS or name.startswith("stride")
         signature[name] = pointer if name.endswith("_ptr") else "i32" if is_integer else "fp32"
         if name.endswith("_ptr") or (

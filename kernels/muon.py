@@ -1,13 +1,16 @@
 """The passes of a Muon step around Newton-Schulz: momentum and norm in one, then the update with weight decay in one.
 
-    m <- lerp(m, g, 1 - mu)        u = lerp(g, m, mu) with Nesterov, else m
+    g <- g / grad_scale, m <- lerp(m, g, 1 - mu), u = lerp(g, m, mu) with Nesterov, else m
     X = u / (margin |u|_F) in fp16, rows and columns padded to multiples of 16
     W <- (1 - lr wd) W - lr scale O
 
+With found_inf not zero, m and W stay as they are: no step is taken, and the host need not know before it is over.
 Norms of 1e-30 and 1e30 do not survive fp32 squares, so each block of u is stored divided by the power of two of its
 largest entry, beside (exponent, sum of squares); a second pass brings all blocks of a matrix to its norm. Bytes per
 parameter 14 + 4 + 10 = 28, all of them memory-bound.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +49,8 @@ def momentum_kernel(
     m_ptr,
     x_ptr,
     partial_ptr,
+    grad_scale_ptr,
+    found_inf_ptr,
     ROWS,
     COLS,
     ROWS_PADDED,
@@ -73,10 +78,12 @@ def momentum_kernel(
     ).to(tl.float32)
     u = g
     if HAS_MOMENTUM:
+        g = g / tl.load(grad_scale_ptr)
         m_ptrs = m_ptr + batch * stride_mb + offs_r[:, None] * stride_mr + offs_c[None, :] * stride_mc
         m = tl.load(m_ptrs, mask=inside, other=0.0).to(tl.float32)
         m = m + (1.0 - momentum) * (g - m)
-        tl.store(m_ptrs, m.to(m_ptr.dtype.element_ty), mask=inside)
+        if tl.load(found_inf_ptr) == 0.0:
+            tl.store(m_ptrs, m.to(m_ptr.dtype.element_ty), mask=inside)
         u = m
         if NESTEROV:
             u = g + momentum * (m - g)
@@ -137,6 +144,7 @@ def update_kernel(
     o_ptr,
     lr_ptr,
     scale_ptr,
+    found_inf_ptr,
     ROWS,
     COLS,
     blocks,
@@ -160,7 +168,9 @@ def update_kernel(
     o = tl.load(o_ptr + batch * stride_ob + offs_r[:, None] * stride_or + offs_c[None, :] * stride_oc, mask=inside).to(
         tl.float32
     )
-    tl.store(w_ptrs, (w * (1.0 - lr * weight_decay) - lr * scale * o).to(w_ptr.dtype.element_ty), mask=inside)
+    w = w * (1.0 - lr * weight_decay) - lr * scale * o
+    if tl.load(found_inf_ptr) == 0.0:
+        tl.store(w_ptrs, w.to(w_ptr.dtype.element_ty), mask=inside)
 
 
 def _blocks(rows: int, cols: int) -> tuple[int, int, int]:
@@ -170,17 +180,25 @@ def _blocks(rows: int, cols: int) -> tuple[int, int, int]:
     return block_r, block_c, triton.cdiv(rows, block_r) * triton.cdiv(cols, block_c)
 
 
-def launch_normalize(
-    G: Tensor, buffer: Tensor | None, momentum: float, nesterov: bool, margin: float, dtype: torch.dtype
-) -> Tensor:
+class Momentum(NamedTuple):
+    """What makes an update out of a gradient: the buffer, changed in place, and 0-D fp32 tensors on its device."""
+
+    buffer: Tensor
+    momentum: float
+    nesterov: bool
+    grad_scale: Tensor
+    found_inf: Tensor
+
+
+def launch_normalize(G: Tensor, margin: float, dtype: torch.dtype, state: Momentum | None = None) -> Tensor:
     """u / (margin |u|_F) of a (batch, rows, cols) bank as `dtype`, zero-padded to multiples of 16; u is G, or with a
-    momentum buffer (updated in place) what Muon makes of both. Two launches up to 2^20 elements a matrix, then 8."""
+    `state` what Muon makes of both. Two launches up to 2^20 elements a matrix, then 8."""
     batch, rows, cols = G.shape
     rows_padded, cols_padded = configs.padded(rows), configs.padded(cols)
     block_r, block_c, blocks = _blocks(rows_padded, cols_padded)
     X = G.new_empty(batch, rows_padded, cols_padded, dtype=dtype)
     partial = G.new_empty(batch, blocks, 2, dtype=torch.float32)
-    m = G if buffer is None else buffer
+    m, momentum, nesterov, grad_scale, found_inf = state or Momentum(G, 0.0, False, partial, partial)
     configs.launch(
         momentum_kernel,
         (batch * blocks,),
@@ -188,6 +206,8 @@ def launch_normalize(
         m,
         X,
         partial,
+        grad_scale,
+        found_inf,
         rows,
         cols,
         rows_padded,
@@ -197,7 +217,7 @@ def launch_normalize(
         *G.stride(),
         *m.stride(),
         *X.stride()[:2],
-        HAS_MOMENTUM=buffer is not None,
+        HAS_MOMENTUM=state is not None,
         NESTEROV=nesterov,
         BLOCK_R=block_r,
         BLOCK_C=block_c,
@@ -232,8 +252,9 @@ def _gathered(partial: Tensor) -> Tensor:
     return torch.stack((greatest, total), dim=2)
 
 
-def launch_update(W: Tensor, update: Tensor, lr: Tensor, scale: Tensor, weight_decay: float) -> None:
-    """W <- (1 - lr weight_decay) W - lr scale update, in place; lr is a 0-D and scale a (batch,) fp32 tensor."""
+def launch_update(W: Tensor, update: Tensor, lr: Tensor, scale: Tensor, found_inf: Tensor, weight_decay: float) -> None:
+    """W <- (1 - lr weight_decay) W - lr scale update, in place, unless found_inf is not zero; lr and found_inf are 0-D
+    fp32 tensors, scale is (batch,)."""
     batch, rows, cols = W.shape
     block_r, block_c, blocks = _blocks(rows, cols)
     configs.launch(
@@ -243,6 +264,7 @@ def launch_update(W: Tensor, update: Tensor, lr: Tensor, scale: Tensor, weight_d
         update,
         lr,
         scale,
+        found_inf,
         rows,
         cols,
         blocks,

@@ -12,6 +12,7 @@ All products but the last of each form are symmetric (kernels/symmetric.py). 5 s
 it pays, batches are cut into chunks for that.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -105,10 +106,26 @@ def chunk_count(shape: torch.Size, method: str, item_bytes: int, l2_bytes: int) 
     return min(batch, -(-batch * items * item_bytes // int(L2_SHARE * l2_bytes)))
 
 
+def method_of(shape: Sequence[int]) -> str:
+    """What `auto` means for a (batch, rows, cols)."""
+    return "gram" if max(shape[1:]) >= GRAM_ASPECT * min(shape[1:]) else "standard"
+
+
+def half_product_cost(shape: Sequence[int], method: str, steps: int) -> tuple[float, float, int]:
+    """FLOPs (symmetric products count half), bytes if every operand came from memory once, and launches."""
+    batch, m, n = shape[0], min(shape[1:]), max(shape[1:])
+    if method == "standard":
+        return batch * steps * (3.0 * m * m * n + m**3), batch * steps * 2.0 * (4 * m * n + 5 * m * m), 3 * steps
+    segments = 1 + sum(i < steps for i in RESTARTS)
+    squares = 4 * steps - 3 * segments
+    moved = segments * (3 * m * n + 2 * m * m) + 3.5 * squares * m * m
+    return batch * (segments * 3.0 * m * m * n + squares * m**3), batch * 2.0 * moved, 2 * segments + squares
+
+
 def iterate(X: Tensor, schedule: list[tuple[float, float, float]], method: str) -> Tensor:
     """Newton-Schulz on a normalised (batch, rows, cols), in chunks where they pay."""
     if method == "auto":
-        method = "gram" if max(X.shape[1:]) >= GRAM_ASPECT * min(X.shape[1:]) else "standard"
+        method = method_of(X.shape)
     run = iterate_gram if method == "gram" else iterate_standard
     if not (configs.runs_triton(X) and configs.row(configs.capability(X.device)).chunked):
         return run(X, schedule)
@@ -121,7 +138,7 @@ def _orthogonalize_op(G: Tensor, steps: int, coefficients: str, method: str) -> 
     schedule, margin = coefficient_schedule(coefficients, steps), NORM_MARGIN[coefficients]
     with torch.autocast(G.device.type, enabled=False):
         if configs.runs_triton(G):
-            X = launch_normalize(G, None, 0.0, False, margin, torch.float16)
+            X = launch_normalize(G, margin, torch.float16)
         else:
             X = normalize_reference(G, margin)
         return iterate(X, schedule, method)[:, : G.shape[1], : G.shape[2]].to(G.dtype).contiguous()

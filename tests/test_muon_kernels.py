@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import configs, muon
-from kernels.muon import launch_normalize, launch_update, normalize_reference
+from kernels.muon import Momentum, launch_normalize, launch_update, normalize_reference
 from kernels.newton_schulz import orthogonalize
 from optim import Muon
 from tests.test_symmetric import DEVICE, poisoned_memory, pytestmark  # noqa: F401 (a fixture and a mark of this module)
@@ -20,7 +20,7 @@ def kernels_on(monkeypatch):
 @pytest.mark.parametrize("shape", [(2, 5, 7), (1, 16, 16), (3, 70, 33), (2, 33, 300), (1, 129, 512)])
 def test_normalize_matches_float64_at_any_scale_and_pads_with_zeros(shape, scale):
     G = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * scale).to(DEVICE)
-    X = launch_normalize(G, None, 0.0, False, 1.01, torch.float16)
+    X = launch_normalize(G, 1.01, torch.float16)
     batch, rows, cols = shape
     assert X.shape == (batch, configs.padded(rows), configs.padded(cols))
     inside = X[:, :rows, :cols]
@@ -34,7 +34,7 @@ def test_normalize_keeps_zeros_and_shows_nan_and_infinity():
     G[0] = 0
     G[1, 3, 4] = torch.nan
     G[2, 5, 6] = torch.inf
-    X = launch_normalize(G, None, 0.0, False, 1.0, torch.float16)
+    X = launch_normalize(G, 1.0, torch.float16)
     assert (X[0] == 0).all()
     assert X[1, :20, :30].isnan().all()
     assert X[2].isnan().any()
@@ -42,18 +42,34 @@ def test_normalize_keeps_zeros_and_shows_nan_and_infinity():
     assert (normalize_reference(torch.zeros(1, 3, 3), 1.0) == 0).all()
 
 
+def scalar(value):
+    return torch.tensor(value, device=DEVICE)
+
+
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_momentum_pass_updates_the_buffer_and_normalizes_what_muon_uses(nesterov):
     generator = torch.Generator().manual_seed(1)
     g, m = (torch.randn(2, 40, 50, generator=generator).to(DEVICE) for _ in range(2))
     g = g.mT.contiguous().mT  # a gradient need not lie in C order
-    expected = 0.9 * m.double() + 0.1 * g.double()
-    u = 0.1 * g.double() + 0.9 * expected if nesterov else expected
-    X = launch_normalize(g, m, 0.9, nesterov, 1.0, torch.float16)
+    scaled = g.double() / 4
+    expected = 0.9 * m.double() + 0.1 * scaled
+    u = 0.1 * scaled + 0.9 * expected if nesterov else expected
+    state = Momentum(m, 0.9, nesterov, grad_scale=scalar(4.0), found_inf=scalar(0.0))
+    X = launch_normalize(g, 1.0, torch.float16, state)
     torch.testing.assert_close(m.double(), expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(
         X[:, :40, :50].double(), u / torch.linalg.matrix_norm(u, keepdim=True), rtol=2e-3, atol=1e-7
     )
+
+
+def test_found_inf_leaves_momentum_and_weights_as_they_are():
+    g, m, W = (torch.randn(2, 20, 30, device=DEVICE) for _ in range(3))
+    g[1, 2, 3] = torch.inf
+    before = m.clone(), W.clone()
+    X = launch_normalize(g, 1.0, torch.float16, Momentum(m, 0.9, True, scalar(1.0), scalar(1.0)))
+    launch_update(W, X[:, :20, :30], scalar(0.1), torch.ones(2, device=DEVICE), scalar(1.0), 0.5)
+    assert torch.equal(m, before[0])
+    assert torch.equal(W, before[1])
 
 
 def test_the_norm_is_put_together_from_many_blocks(monkeypatch):
@@ -61,7 +77,7 @@ def test_the_norm_is_put_together_from_many_blocks(monkeypatch):
     monkeypatch.setattr(muon, "PARTIALS_AT_ONCE", 4)
     G = torch.randn(2, 60, 70, generator=torch.Generator().manual_seed(4)).to(DEVICE)
     G[:, :10] *= 1e-20
-    X = launch_normalize(G, None, 0.0, False, 1.0, torch.float16)[:, :60, :70]
+    X = launch_normalize(G, 1.0, torch.float16)[:, :60, :70]
     expected = G.double() / torch.linalg.matrix_norm(G.double(), keepdim=True)
     torch.testing.assert_close(X.double(), expected, rtol=2e-3, atol=1e-7)
 
@@ -71,7 +87,7 @@ def test_update_pass_decays_and_scales_each_matrix():
     update = torch.randn(3, 48, 32, device=DEVICE).half()[:, :37, :21]
     scale = torch.tensor([1.0, 2.0, 0.5], device=DEVICE)
     expected = W.double() * (1 - 0.1 * 0.3) - 0.1 * scale.double().view(-1, 1, 1) * update.double()
-    launch_update(W, update, torch.tensor(0.1, device=DEVICE), scale, 0.3)
+    launch_update(W, update, scalar(0.1), scale, scalar(0.0), 0.3)
     torch.testing.assert_close(W.double(), expected, rtol=1e-6, atol=1e-6)
 
 
@@ -108,8 +124,11 @@ def test_the_fused_step_agrees_with_the_reference_step(shape, options, monkeypat
         monkeypatch.setattr(configs, "runs_triton", lambda x, fused=fused: fused)
         p = torch.nn.Parameter(start.clone().to(device))
         optimizer = Muon([{"params": [p], **options}], lr=0.1, weight_decay=0.2, capture=False)
-        for gradient in gradients:
+        for i, gradient in enumerate(gradients):
             p.grad = gradient.to(device)
+            optimizer.grad_scale, optimizer.found_inf = (
+                torch.tensor(v, device=device) for v in (1.0 + i, float(i == 1))
+            )
             optimizer.step()
         results.append(p.detach().cpu())
     moved = (results[1] - start).norm()

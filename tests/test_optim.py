@@ -215,10 +215,10 @@ def test_muon_refuses_parameters_that_are_no_matrices(shape, options):
 
 def test_loading_a_state_or_copying_forgets_captured_steps():
     optimizer = Muon([torch.nn.Parameter(torch.zeros(2, 2))], capture=False)
-    optimizer.graphs, optimizer.rates = {("stale",): None}, [torch.zeros(())]
+    optimizer.graphs, optimizer.scalars = {("stale",): None}, [torch.zeros(())]
     duplicate = copy.deepcopy(optimizer)
     optimizer.load_state_dict(optimizer.state_dict())
     for muon in (optimizer, duplicate):
         assert muon.graphs == {}
-        assert muon.rates == []
+        assert muon.scalars == []
     assert duplicate.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]

@@ -26,7 +26,12 @@ LAYOUTS = ("rows", "tall", "sliced")
 def poisoned_memory(monkeypatch):
     """Whatever a kernel forgets to write stays NaN."""
     new_empty = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(torch.nan))
+
+    def poisoned(*arguments, **options):
+        fresh = new_empty(*arguments, **options)
+        return fresh.fill_(torch.nan) if fresh.is_floating_point() else fresh
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 
 
 def matrix(batch, m, k, layout, dtype, seed=0):

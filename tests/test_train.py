@@ -11,6 +11,7 @@ import torch
 
 import data
 import train
+from step import TrainingStep
 from tests.conftest import SMALL_MODEL, random_documents
 from tests.test_data import damage
 
@@ -232,15 +233,18 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(train_small):
 
 
 def test_a_non_finite_loss_stops_before_the_update(train_small, monkeypatch):
-    backward = train.Run.forward_backward
+    gradients, calls = TrainingStep.gradients, []
 
-    def poisoned(run, batch):
-        loss = backward(run, batch)
-        if run.step == 5:
-            run.model.weights["k_v"].grad[0, 0, 0] = math.nan
-        return loss
+    def poisoned(step, *arguments):
+        calls.append(step)
+        if len(calls) != train.WARMUP_UPDATES + 6:
+            return gradients(step, *arguments)
+        hook = step.model.weights["k_v"].register_hook(lambda gradient: gradient * torch.nan)
+        numbers = gradients(step, *arguments)
+        hook.remove()
+        return numbers
 
-    monkeypatch.setattr(train.Run, "forward_backward", poisoned)
+    monkeypatch.setattr(TrainingStep, "gradients", poisoned)
     code, folder, out, _ = train_small("run", "--tokens", 2560, "--checkpoint-every", 5)
     assert code == 1
     summary = json.loads((folder / "summary.json").read_text())

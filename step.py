@@ -1,0 +1,111 @@
+"""One training step that never waits for the device: gradients of a global batch, then every optimizer.
+
+    step = TrainingStep(model, optimizers, micro_batch=8, grad_clip=1.0, compiled=True)
+    numbers = step.gradients(batch_BT1); times = step.apply()      # later: numbers.read(), times.milliseconds()
+
+A loss or gradient norm that is not finite turns the update into nothing on the device itself, so that the host may
+learn of it a step later. train.py runs this class, bench/train.py times it.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from clock import Times
+from model import Transformer
+
+
+class Numbers(NamedTuple):
+    """A step's results on the host. `not_finite` names the parameters whose gradients are not."""
+
+    loss: float
+    grad_norm: float
+    stop_asked: bool
+    not_finite: tuple[str, ...]
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+class Deferred:
+    """Numbers on their way from the device; only `read` waits, and for them alone."""
+
+    def __init__(self, values: Tensor, names: Sequence[str]) -> None:
+        self.names, self.arrived = names, None
+        self.values = values
+        if values.is_cuda:
+            self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self.values.copy_(values, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> Numbers:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        loss, grad_norm, stop, *norms = self.values.tolist()
+        bad = tuple(name for name, norm in zip(self.names, norms, strict=True) if not math.isfinite(norm))
+        return Numbers(loss, grad_norm, bool(stop), bad)
+
+
+class TrainingStep:
+    """The model, compiled if asked for, and its optimizers; micro_batch sequences per forward pass."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        optimizers: Sequence[torch.optim.Optimizer],
+        *,
+        micro_batch: int,
+        grad_clip: float = 1.0,
+        compiled: bool = False,
+        world_size: int = 1,
+    ) -> None:
+        self.model, self.optimizers = model, optimizers
+        self.micro_batch, self.grad_clip, self.world_size = micro_batch, grad_clip, world_size
+        self.forward = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
+        self.names = [name for name, _ in model.named_parameters()]
+        self.device = model.embedding.device
+        self.times = Times(self.device)
+
+    def gradients(self, batch_BT1: Tensor, stop_asked: bool = False) -> Deferred:
+        """Gradients of the mean loss over the global batch, accumulated over micro-batches and summed over ranks.
+
+        Returns that loss, the norm before clipping, and whether any rank was asked to stop.
+        """
+        self.times = Times(self.device)
+        micro_batches = batch_BT1.to(self.device, non_blocking=True).long().split(self.micro_batch)
+        self.times.mark("transfer")
+        loss = torch.zeros((), device=self.device)
+        for rows in micro_batches:
+            share = self.forward(rows[:, :-1], rows[:, 1:]) / (len(micro_batches) * self.world_size)
+            self.times.mark("forward")
+            share.backward()
+            self.times.mark("backward")
+            loss += share.detach()
+        parameters = list(self.model.parameters())
+        stop = torch.full((), float(stop_asked), device=self.device)
+        if self.world_size > 1:
+            shared = torch.stack((loss, stop))
+            for tensor in (shared, *(p.grad for p in parameters)):
+                dist.all_reduce(tensor)
+            loss, stop = shared
+        norms = torch.stack([torch.linalg.vector_norm(p.grad) for p in parameters])
+        grad_norm = torch.linalg.vector_norm(norms)
+        found_inf = (~torch.isfinite(loss + grad_norm)).float()
+        clip = torch.clamp(grad_norm / self.grad_clip, min=1.0) if self.grad_clip else torch.ones_like(loss)
+        for optimizer in self.optimizers:
+            optimizer.grad_scale, optimizer.found_inf = clip, found_inf
+        return Deferred(torch.cat((torch.stack((loss, grad_norm, stop)), norms)), self.names)
+
+    def apply(self) -> Times:
+        """The optimizers' step on the gradients, clipped, or nothing where they are not finite; frees the gradients."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.times.mark("optimizer")
+        return self.times
