@@ -33,7 +33,13 @@ class Times:
     """How long each phase of a step took; marks are events in the device's queue, read when the step is over."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.names, self.points = device, [], [point(device)]
+        self.device = device
+        self.start()
+
+    def start(self) -> None:
+        """Forget what was marked; the first phase begins now."""
+        self.names: list[str] = []
+        self.points = [point(self.device)]
 
     def mark(self, phase: str) -> None:
         """What lies between the mark before and this one was `phase`."""

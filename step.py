@@ -72,12 +72,12 @@ class TrainingStep:
         self.device = model.embedding.device
         self.times = Times(self.device)
 
-    def gradients(self, batch_BT1: Tensor, stop_asked: bool = False) -> Deferred:
+    def gradients(self, batch_BT1: Tensor, stop_asked: bool = False, times: Times | None = None) -> Deferred:
         """Gradients of the mean loss over the global batch, accumulated over micro-batches and summed over ranks.
 
         Returns that loss, the norm before clipping, and whether any rank was asked to stop.
         """
-        self.times = Times(self.device)
+        self.times = times or Times(self.device)
         micro_batches = batch_BT1.to(self.device, non_blocking=True).long().split(self.micro_batch)
         self.times.mark("transfer")
         loss = torch.zeros((), device=self.device)

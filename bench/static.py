@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import tyro
 
-from kernels import configs, cross_entropy, matmul_add, muon, symmetric
+from kernels import configs, cross_entropy, matmul_add, muon, relu2_mlp, symmetric
 from kernels.configs import Tile
 
 
@@ -85,7 +85,7 @@ class Result:
 
     def faults(self) -> list[str]:
         """What must not be, in words."""
-        is_matmul = self.kernel.split()[0] in ("symmetric_matmul", "matmul_add")
+        is_matmul = self.kernel.split()[0] in ("symmetric_matmul", "matmul_add", "relu2_mlp")
         return [
             words
             for wrong, words in (
@@ -104,6 +104,7 @@ KERNELS = {
     "momentum": muon.momentum_kernel,
     "rescale": muon.rescale_kernel,
     "update": muon.update_kernel,
+    "relu2_mlp": relu2_mlp.relu2_kernel,
     "softmax_gradient": cross_entropy.softmax_gradient_kernel,
 }
 
@@ -128,8 +129,14 @@ def variants(capability: int) -> list[Variant]:
                     constants = {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "HAS_C": has_c}
                     constants |= {"HAS_D": has_d, "MASKED": masked, "WIDEN": False}
                     found[_variant(f"symmetric_matmul {name}", capability, dtype, constants, unit, tile)] = None
+                tile, masked = configs.full_tile(pair, dtype, m, 4 * m, m)
+                for backward in (False, True):
+                    constants = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+                    constants |= {"BACKWARD": backward, "MASKED": masked, "WIDEN": False}
+                    unit = ("stride_ak", "stride_bk", "stride_hn")
+                    name = f"relu2_mlp {'backward' if backward else 'forward'}"
+                    found[_variant(name, capability, dtype, constants, unit, tile)] = None
                 if dtype == torch.float16:
-                    tile, masked = configs.full_tile(pair, dtype, m, 4 * m, m)
                     constants = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
                     constants |= {"MASKED": masked, "WIDEN": False}
                     unit = ("stride_ak", "stride_bn", "stride_cn")

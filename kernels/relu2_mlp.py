@@ -82,7 +82,7 @@ def relu2_kernel(
             h = tl.load(h_ptrs)
         x = acc * (2.0 * tl.sqrt(h.to(tl.float32)))
     else:
-        x = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)  # the default would turn NaN into 0
+        x = tl.where(acc < 0.0, 0.0, acc)  # NaN stays; tl.maximum drops it on a GPU but not in the interpreter
         x = x * x
     out_ptrs = out_ptr + offs_m[:, None] * stride_om + offs_n[None, :]
     if MASKED:

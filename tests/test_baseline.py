@@ -83,19 +83,20 @@ def test_logits_and_loss_equal_ours_for_copied_weights(config):
 def test_adamw_loses_what_ours_loses():
     ours, theirs = our_curve("adamw"), baseline_curve("adamw")
     assert ours[-5:].mean() < ours[0] - 1.5
-    assert largest_difference(ours, theirs) < 1e-4  # measured over 4 seeds: 7e-7
+    assert largest_difference(ours, theirs) < 1e-4  # 7e-7 over 12 seeds; without weight decay 1e-3
 
 
 def test_stacked_muon_loses_what_ours_loses_to_rounding():
     ours, theirs = our_curve("muon"), baseline_curve("stacked")
     assert ours[-5:].mean() < ours[0] - 1.5
-    assert largest_difference(ours, theirs) < 1e-4  # both iterate in fp32; measured over 4 seeds: 2e-6
+    assert largest_difference(ours, theirs) < 1e-4  # both iterate in fp32: 2e-6 over 12 seeds
 
 
 def test_muon_in_a_loop_loses_what_ours_loses_to_bf16():
     loop = baseline_curve("loop")
-    for other in (our_curve("muon"), baseline_curve("stacked")):  # these iterate in fp32, torch in bf16
-        assert 1e-5 < largest_difference(loop, other) < 0.01
+    for other in (our_curve("muon"), baseline_curve("stacked")):
+        # torch iterates in bf16, these in fp32: 0.001 to 0.0033 over 12 seeds; without weight decay 0.01
+        assert largest_difference(loop, other) < 0.005
 
 
 @pytest.mark.parametrize("optimizer", baseline.OPTIMIZERS)

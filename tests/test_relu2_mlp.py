@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import configs
-from kernels.relu2_mlp import relu2_mlp
+from kernels.relu2_mlp import launch_relu2, relu2_mlp
 from tests.test_symmetric import SIZES, assert_as_exact_as_torch, poisoned_memory  # noqa: F401 (a fixture)
 from tests.test_symmetric import pytestmark as needs_kernels
 
@@ -88,6 +88,19 @@ def test_leading_dimensions_and_an_expanded_gradient_match_float64():
     dy = torch.ones((), device=DEVICE).expand(x.shape)
     assert_all_as_exact_as_torch(x, up, down, dy)
     assert_all_as_exact_as_torch(x[0, 0, 0], up, down, dy[0, 0, 0])
+
+
+@pytest.mark.gpu
+@needs_kernels[1]
+@pytest.mark.parametrize("width", [33, 64])
+def test_the_kernel_writes_nothing_beside_its_result(width, monkeypatch):
+    whole = torch.full((140, 140), torch.nan, device=DEVICE)
+    monkeypatch.setattr(configs, "empty_matrices", lambda like, batch, m, n: whole[None, :m, :n])
+    _, up, down, dy = problem(70, 16, width)
+    h = launch_relu2(dy, up, None).clone()
+    for out in (h, launch_relu2(dy, down, h)):
+        assert out.isfinite().all()
+        assert whole.isfinite().sum() == 70 * width
 
 
 @pytest.mark.usefixtures("path")
