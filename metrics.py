@@ -1,22 +1,21 @@
-"""Spectral metrics of every weight matrix, and the JSONL files they are written to.
+"""Spectral metrics of every weight matrix, each defined once, and the JSONL files they are written to.
 
-    recorder = SpectraRecorder(model, path); recorder.before_update(); optimizer.step(); recorder.record(step, tokens)
+    spectrum = decompose(W_BMN); record = projection_record(spectrum[0], of_update[0], grad_norm)
 
-One singular value decomposition of W and one of its update dW per projection and event, in float64 on the CPU. A value
-that is undefined is None (JSON null), never 0.0 or NaN.
+Float64 throughout, by the symmetric eigenproblem of the smaller Gram matrix: `python -m bench.spectra` shows its error
+and its time beside those of an SVD. A value that is undefined is None (JSON null), never 0.0 or NaN.
 """
 
 import functools
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import runfiles
-from model import Transformer
 
 SUBSPACE_RANK = 5  # of the singular subspaces whose alignment is measured
 UPDATE_KEYS = (
@@ -25,17 +24,21 @@ UPDATE_KEYS = (
     "grad_norm",
     "update_norm",
     "update_effective_rank",
+    "update_gap",
 )
+# Eigenvalues of a Gram matrix below this share of the largest are rounding: singular values below 1.5e-8 of the largest
+# read as 0. Weights in fp32 have no more digits.
+ROUNDING = torch.finfo(torch.float64).eps
 
 
 class JsonlWriter:
-    """Appends one JSON object per line; a killed run leaves whole lines but for the last."""
+    """Appends one JSON object per line; a killed run leaves whole lines but perhaps for the last."""
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("a", encoding="utf-8")
 
-    def write(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record, allow_nan=False) + "\n")
+    def write(self, *records: dict[str, Any]) -> None:
+        self.file.write("".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
         self.file.flush()
 
 
@@ -88,20 +91,52 @@ def spectral_metrics(singular_values: Tensor) -> dict[str, Any]:
     return {"singular_values": [finite(v) for v in s.tolist()]} | {k: finite(v) for k, v in values.items()}
 
 
-def top_subspaces(matrix: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Left (m, k) and right (n, k) singular subspaces and all singular values; None where it fails."""
-    if not matrix.isfinite().all():
-        return None
+class Spectrum(NamedTuple):
+    """Singular values (r,), descending, and the leading left (m, k) and right (n, k) subspaces of one matrix, or of a
+    batch of them with one more dimension in front; all NaN for a matrix that is not finite."""
+
+    singular_values: Tensor
+    left: Tensor
+    right: Tensor
+
+    @property
+    def mT(self) -> "Spectrum":
+        """The spectrum of the transpose."""
+        return Spectrum(self.singular_values, self.right, self.left)
+
+    def of(self, i: int) -> "Spectrum":
+        """The spectrum of one matrix of a batch."""
+        return Spectrum(*(tensor[i] for tensor in self))
+
+
+def decompose(matrices: Tensor) -> Spectrum:
+    """The spectra of a batch (B, m, n): singular values to 1e-5 of themselves wherever they exceed 1e-3 of the largest
+    (in fact to about 1e-9), subspaces as an SVD gives them. Full eigenvectors cost no more than the top five alone."""
+    X = matrices.double()
+    finite = X.isfinite().all(dim=-1).all(dim=-1)
+    X = torch.where(finite[:, None, None], X, 0.0)
+    m, n = X.shape[1:]
+    k = min(SUBSPACE_RANK, m, n)
+    small = X.mT if m > n else X
+    eigenvalues, vectors = _eigh(small @ small.mT)
+    eigenvalues, near = eigenvalues.flip(-1), vectors[:, :, -k:].flip(-1)
+    largest = eigenvalues[:, :1].clamp(min=0.0)
+    eigenvalues = torch.where(eigenvalues <= max(m, n) * ROUNDING * largest, 0.0, eigenvalues)  # NaN stays
+    s = torch.where(finite[:, None], eigenvalues.sqrt(), math.nan)
+    far = small.mT @ near
+    far = far / torch.linalg.vector_norm(far, dim=1, keepdim=True)  # NaN where s_k is 0: there is no such direction
+    return Spectrum(s, far, near) if m > n else Spectrum(s, near, far)
+
+
+def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Ascending eigenvalues and vectors; NaN for a matrix on which LAPACK does not converge."""
     try:
-        U, s, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        return torch.linalg.eigh(gram)
     except torch.linalg.LinAlgError:
-        return None
-    return U[:, :k], s, Vh[:k].mT
-
-
-def has_rank(singular_values: Tensor, k: int, shape: tuple[int, int]) -> bool:
-    """Whether s_k is above the rounding of a float64 decomposition."""
-    return bool(singular_values[k - 1] > singular_values[0] * max(shape) * torch.finfo(torch.float64).eps)
+        if len(gram) == 1:
+            return torch.full_like(gram[:, 0], math.nan), torch.full_like(gram, math.nan)
+        halves = [_eigh(half) for half in gram.tensor_split(2)]
+        return tuple(torch.cat(parts) for parts in zip(*halves, strict=True))
 
 
 def alignment(subspace_a: Tensor, subspace_b: Tensor) -> float:
@@ -123,56 +158,25 @@ def chance_alignment(dimension: int, k: int, trials: int = 1000) -> float:
     return total / trials
 
 
-def projection_record(weight: Tensor, update: Tensor | None, gradient: Tensor | None) -> dict[str, Any]:
-    """Every metric of one projection (out, in); update keys are None without an update."""
-    shape = tuple(weight.shape)
-    k = min(SUBSPACE_RANK, *shape)
-    of_weight = top_subspaces(weight.double(), k)
-    singular_values = of_weight[1] if of_weight else torch.full((min(shape),), math.nan, dtype=torch.float64)
-    record = spectral_metrics(singular_values) | dict.fromkeys(UPDATE_KEYS)
-    record["left_alignment_chance"] = finite(chance_alignment(shape[0], k))
-    record["right_alignment_chance"] = finite(chance_alignment(shape[1], k))
-    if gradient is not None:
-        record["grad_norm"] = finite(torch.linalg.vector_norm(gradient.double()).item())
+def projection_record(weight: Spectrum, update: Spectrum | None, grad_norm: float | None) -> dict[str, Any]:
+    """Every metric of one projection (out, in) from its spectra; update keys are None without an update.
+
+    update_gap is s_k - s_{k+1} of the update (k = 5): where it is small beside s_k, the update's top directions are
+    arbitrary, and so is their alignment.
+    """
+    k, rows, cols = weight.left.shape[1], len(weight.left), len(weight.right)
+    record = spectral_metrics(weight.singular_values) | dict.fromkeys(UPDATE_KEYS)
+    record["left_alignment_chance"] = finite(chance_alignment(rows, k))
+    record["right_alignment_chance"] = finite(chance_alignment(cols, k))
+    if grad_norm is not None:
+        record["grad_norm"] = finite(grad_norm)
     if update is not None:
-        record["update_norm"] = finite(torch.linalg.vector_norm(update.double()).item())
-        of_update = top_subspaces(update.double(), k)
-        if of_update:
-            record["update_effective_rank"] = finite(math.exp(entropy_nats(of_update[1])))
-        if of_weight and of_update and has_rank(of_weight[1], k, shape) and has_rank(of_update[1], k, shape):
-            record["left_alignment"] = finite(alignment(of_weight[0], of_update[0]))
-            record["right_alignment"] = finite(alignment(of_weight[2], of_update[2]))
+        s = update.singular_values
+        record["update_norm"] = finite(torch.linalg.vector_norm(s).item())
+        record["update_effective_rank"] = finite(math.exp(entropy_nats(s)))
+        if len(s) > k:
+            record["update_gap"] = finite((s[k - 1] - s[k]).item())
+        if weight.singular_values[k - 1] > 0 and s[k - 1] > 0:
+            record["left_alignment"] = finite(alignment(weight.left, update.left))
+            record["right_alignment"] = finite(alignment(weight.right, update.right))
     return record
-
-
-class SpectraRecorder:
-    """Writes one line per projection to manifold_stats.jsonl at each event."""
-
-    def __init__(self, model: Transformer, path: Path) -> None:
-        self.model, self.writer = model, JsonlWriter(path)
-        self.gradients: list[Tensor] | None = None
-        self.weights_before: list[Tensor] | None = None
-
-    def before_update(self) -> None:
-        """Keep weights and gradients as they are before clipping and before the optimizer touches either."""
-        self.weights_before = [bank.parameter.detach().clone() for bank in self.model.banks()]
-        self.gradients = [bank.parameter.grad.detach().clone() for bank in self.model.banks()]
-
-    @torch.no_grad()
-    def record(self, step: int, tokens: int) -> None:
-        """Measure the weights now and, if `before_update` was called, the update since."""
-        weights = [p.weight.cpu() for p in self.model.projections()]
-        before = self._views(self.weights_before)
-        gradients = self._views(self.gradients)
-        for i, projection in enumerate(self.model.projections()):
-            values = projection_record(
-                weights[i], weights[i] - before[i] if before else None, gradients[i] if gradients else None
-            )
-            line = {"step": step, "tokens": tokens, "layer": projection.layer, "proj": projection.name}
-            if projection.expert is not None:
-                line["expert"] = projection.expert
-            self.writer.write(line | values)
-        self.gradients = self.weights_before = None
-
-    def _views(self, banks: list[Tensor] | None) -> list[Tensor] | None:
-        return banks and [p.weight.cpu() for p in self.model.projections(banks)]

@@ -85,6 +85,17 @@ class Projection(NamedTuple):
     weight: Tensor
 
 
+class Place(NamedTuple):
+    """Where a projection is stored: matrix `index` of bank number `bank`, as its map or as the transpose."""
+
+    layer: int
+    name: str
+    expert: int | None
+    bank: int
+    index: int
+    transposed: bool
+
+
 class Bank(NamedTuple):
     """All projections of one stored shape: `parameter` (members x layers, rows, cols), member by member."""
 
@@ -154,19 +165,25 @@ class Transformer(nn.Module):
         """Every block matrix, grouped by stored shape; the embedding and the gains are in none."""
         return [Bank(p, tuple(name.split("_")), self.config.layers) for name, p in self.weights.items()]
 
+    def places(self) -> Iterator[Place]:
+        """Where each block matrix is stored, layer by layer."""
+        banks = self.banks()
+        for layer in range(self.config.layers):
+            for name in PROJECTIONS:
+                for number, bank in enumerate(banks):
+                    if name in bank.members:
+                        index = bank.members.index(name) * bank.layers + layer
+                        yield Place(layer, name, None, number, index, name in STORED_TRANSPOSED)
+
     def projections(self, tensors: Sequence[Tensor] | None = None) -> Iterator[Projection]:
         """Each block matrix as its (out, in) map, layer by layer; views, so they follow the weights.
 
         `tensors`, one shaped like each of `banks()`, are mapped in place of the weights: gradients, or a copy.
         """
-        banks = self.banks()
-        tensors = [bank.parameter for bank in banks] if tensors is None else tensors
-        for layer in range(self.config.layers):
-            for name in PROJECTIONS:
-                for bank, tensor in zip(banks, tensors, strict=True):
-                    if name in bank.members:
-                        matrix = tensor[bank.members.index(name) * bank.layers + layer]
-                        yield Projection(layer, name, None, matrix.mT if name in STORED_TRANSPOSED else matrix)
+        tensors = [bank.parameter for bank in self.banks()] if tensors is None else tensors
+        for place in self.places():
+            matrix = tensors[place.bank].flatten(0, -3)[place.index]
+            yield Projection(place.layer, place.name, place.expert, matrix.mT if place.transposed else matrix)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
         """Logits (B, T, V), or with targets the mean cross-entropy in nats, a 0-D fp32 tensor."""

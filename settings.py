@@ -9,6 +9,7 @@ import dataclasses
 import math
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,6 +109,8 @@ class Settings:
     """Updates between checkpoints; the end always writes one."""
     log_every: int = 10
     """Updates between printed step lines; metrics.jsonl has every update."""
+    log: Literal["jsonl", "tensorboard"] = "jsonl"
+    """A live view beside the JSONL files; tensorboard needs that package installed."""
     resume: bool = False
     """Continue the run of this --name from its last checkpoint."""
     kernels: Literal["auto", "on", "off"] = "auto"
@@ -126,7 +129,7 @@ class Settings:
 
 # Settings that do not change what is learned; two runs that differ only here have the same config_hash.
 NOT_IN_HASH = {
-    *("data", "micro_batch", "eval_every", "eval_tokens", "spectra_every", "checkpoint_every", "log_every"),
+    *("data", "micro_batch", "eval_every", "eval_tokens", "spectra_every", "checkpoint_every", "log_every", "log"),
     *("resume", "compile", "kernels", "device", "runs_dir", "name"),
 }
 
@@ -151,6 +154,8 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
             raise BadInput(f"--{flag.replace('_', '-')} {getattr(given, flag)}: choose from {', '.join(choices)}")
     if given.resume and given.name is None:
         raise BadInput("--resume needs the --name of the run to continue")
+    if given.log == "tensorboard" and find_spec("tensorboard") is None:
+        raise BadInput("--log tensorboard: the package is not installed; pip install tensorboard")
     lr, adamw_lr = (NANO_LR if given.model == "nano" else DEFAULT_LR)[given.optimizer]
     cuda = given.device == "cuda" or (given.device == "auto" and torch.cuda.is_available())
     if cuda and not torch.cuda.is_available():

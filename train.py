@@ -30,11 +30,13 @@ import runfiles
 from cli import BadInput, exit_with_a_sentence, make_folder
 from clock import Point, Stopwatch, Times, point, seconds_between
 from data import Loader, Shards, TokenStream, validation_batches
+from live import TensorBoard
 from memory import GIB, MemoryCount
-from metrics import JsonlWriter, SpectraRecorder, cut_jsonl, finite
+from metrics import JsonlWriter, cut_jsonl, finite
 from model import ModelConfig, Transformer
 from optim import build_optimizers, lr_factor, set_lr
 from settings import NOT_IN_HASH, Rank, Settings, resolve
+from spectra import SpectraRecorder, WorkerFailed
 from step import Deferred, Numbers, TrainingStep
 
 WARMUP_UPDATES = 2  # untimed; the second runs with optimizer state in place
@@ -108,7 +110,9 @@ class Run:
         self.under_way: deque[Update] = deque()
         self.last_stop: Point = 0.0
         self.began, self.earlier_wall_seconds = time.perf_counter(), 0.0
-        self.metrics = self.spectra = self.loaded = None  # opened with the folder, the first two by rank 0 only
+        self.metrics = self.spectra = self.live = self.loaded = (
+            None  # opened with the folder, all but the last by rank 0
+        )
         self.config = self.describe()
         self.last_val: dict[str, float | None] = {"val_loss": None, "val_accuracy": None}
         self.best_val_loss, self.last_train_loss = math.inf, None
@@ -130,13 +134,14 @@ class Run:
             self.spectra_event()
             self.off_clock(self.validate)
         while self.step < self.updates and not self.stops():
-            event = s.spectra_every and self.is_event(self.step + 1, s.spectra_every)
+            event = bool(s.spectra_every) and self.is_event(self.step + 1, s.spectra_every)
             self.update(event)
             if event:
+                self.settle(0)  # an update that failed is no event
                 self.spectra_event()
             validates = self.is_event(self.step, s.eval_every)
             saves = self.step % s.checkpoint_every == 0 and self.step < self.updates
-            self.settle(0 if event or validates or saves or self.device.type == "cpu" else 1)
+            self.settle(0 if validates or saves or self.device.type == "cpu" else 1)
             if validates:
                 self.off_clock(self.validate)
             if saves:
@@ -170,8 +175,10 @@ class Run:
         if s.dropout:  # masks depend on (seed, step, rank) alone, so a resumed run draws the same ones
             torch.manual_seed(int(np.random.SeedSequence([s.seed, self.step, self.rank.index]).generate_state(1)[0]))
         numbers = self.work.gradients(next(self.loader), self.signalled)
-        if keep_for_spectra and self.spectra is not None:
-            self.spectra.before_update()
+        if self.spectra is not None:
+            self.spectra.check()
+            if keep_for_spectra:
+                self.spectra.before_update()
         times = self.work.apply()
         self.step += 1
         stop = point(self.device)
@@ -224,7 +231,7 @@ class Run:
         torch.cuda.set_rng_state_all(cuda_rng)
 
     def spectra_event(self) -> None:
-        if self.spectra is not None and self.s.spectra_every:
+        if self.spectra is not None:
             self.spectra.record(self.step, self.step * self.s.batch_tokens)
 
     @torch.no_grad()
@@ -323,8 +330,9 @@ class Run:
         return {"step": self.step, "tokens": self.step * self.s.batch_tokens}
 
     def write(self, record: dict[str, Any]) -> None:
-        if self.metrics is not None:
-            self.metrics.write(record)
+        for writer in (self.metrics, self.live):
+            if writer is not None:
+                writer.write(record)
 
     def open_folder(self) -> bool:
         """Create the run's folder, or load its last checkpoint; False if the run is finished already."""
@@ -353,7 +361,11 @@ class Run:
             runfiles.write_json(self.folder / runfiles.CONFIG, self.config)
             self.out.log = (self.folder / runfiles.LOG).open("a", encoding="utf-8")
             self.metrics = JsonlWriter(self.folder / runfiles.METRICS)
-            self.spectra = SpectraRecorder(self.model, self.folder / runfiles.SPECTRA)
+            if self.s.log == "tensorboard":
+                self.live = TensorBoard(self.folder)
+            if self.s.spectra_every:
+                listener = self.live and self.live.write_spectra
+                self.spectra = SpectraRecorder(self.model, self.folder / runfiles.SPECTRA, listener)
         return True
 
     def describe(self) -> dict[str, Any]:
@@ -383,9 +395,11 @@ class Run:
             raise BadInput(f"--resume {self.s.name}: its settings differ ({said}); repeat them or choose another name")
 
     def checkpoint(self) -> None:
-        """Write everything that the rest of the run depends on, from rank 0."""
+        """Write everything that the rest of the run depends on, from rank 0, after the spectra so far."""
         if self.rank.index != 0:
             return
+        if self.spectra is not None:
+            self.spectra.flush()
         cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         contents = {
             "model": self.model.state_dict(),
@@ -415,6 +429,12 @@ class Run:
         if self.device.type == "cuda" and contents["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(contents["rng"]["cuda"], self.device)
 
+    def close(self) -> None:
+        """Stop the threads; what they still hold is written first."""
+        for part in (self.loader, self.spectra, self.live):
+            if part is not None:
+                part.close()
+
     def wall_seconds(self) -> float:
         return self.earlier_wall_seconds + time.perf_counter() - self.began
 
@@ -439,6 +459,7 @@ class Run:
             "steps": self.step,
             "train_seconds": seconds,
             "wall_seconds": self.wall_seconds(),
+            "spectra_seconds_blocked": self.spectra.seconds_blocked if self.spectra else 0.0,
             "tokens_per_second": speed,
             "mfu": self.mfu(speed) if speed else None,
             "peak_memory_bytes": peak_memory_bytes,
@@ -482,7 +503,7 @@ def run_training(run: Run) -> int:
         signal.signal(signal_number, run.ask_to_stop)
     try:
         status = run.train()
-    except TrainingFailed as failure:
+    except (TrainingFailed, WorkerFailed) as failure:
         run.summarize("failed", str(failure))
         run.out.say(f"failed: {failure}")
         return 1
@@ -491,7 +512,7 @@ def run_training(run: Run) -> int:
         raise
     finally:
         gc.unfreeze()
-        run.loader.close()
+        run.close()
     run.summarize(status, None if status == "finished" else f"signal after step {run.step}")
     if status == "finished" and run.rank.index == 0:
         draw_plots(run.folder)

@@ -31,10 +31,10 @@ from cli import BadInput, Count, exit_with_a_sentence
 from clock import Times, point, seconds_between
 from data import Loader, TokenStream, build_shards, open_shards
 from memory import GIB, MemoryCount
-from metrics import SpectraRecorder
 from model import SIZES, Transformer
 from optim import build_optimizers, step_cost
 from settings import BATCH_TOKENS, CPU_MICRO_BATCH_TOKENS, DEFAULT_LR, NANO_BATCH_TOKENS, NANO_LR
+from spectra import SpectraRecorder
 from step import TrainingStep
 from train import COMPILE_CACHE
 

@@ -5,11 +5,16 @@ import numpy as np
 import pytest
 import torch
 
-from metrics import SpectraRecorder, chance_alignment, cut_jsonl, projection_record
-from model import ModelConfig, Transformer
-from optim import build_optimizers
+from metrics import chance_alignment, cut_jsonl, decompose, projection_record
+from model import SIZES, Transformer
 
 UPDATE_KEYS = ("left_alignment", "right_alignment", "update_norm", "update_effective_rank")
+
+
+def record_of(W, dW=None, G=None):
+    """The record of single matrices, as the worker makes it."""
+    weight, update = (None if M is None else decompose(M[None]).of(0) for M in (W, dW))
+    return projection_record(weight, update, None if G is None else torch.linalg.vector_norm(G.double()).item())
 
 
 def numpy_record(W, dW, G):
@@ -35,6 +40,7 @@ def numpy_record(W, dW, G):
     pd = sd[sd > 0] / sd.sum()
     record["update_effective_rank"] = math.exp(-(pd * np.log(pd)).sum())
     k = min(5, r)
+    record["update_gap"] = sd[4] - sd[5] if r > 5 else None
     record["left_alignment"] = np.linalg.svd(U[:, :k].T @ Ud[:, :k], compute_uv=False).mean()
     record["right_alignment"] = np.linalg.svd(Vt[:k] @ Vdt[:k].T, compute_uv=False).mean()
     return record
@@ -44,7 +50,7 @@ def numpy_record(W, dW, G):
 def test_every_metric_agrees_with_numpy(shape):
     rng = np.random.default_rng(0)
     W, dW, G = (rng.standard_normal(shape).astype(np.float32) for _ in range(3))
-    found = projection_record(*map(torch.from_numpy, (W, dW, G)))
+    found = record_of(*map(torch.from_numpy, (W, dW, G)))
     for key, expected in numpy_record(*(M.astype(np.float64) for M in (W, dW, G))).items():
         assert found[key] == (None if expected is None else pytest.approx(expected, rel=1e-5)), key
     np.testing.assert_allclose(
@@ -52,9 +58,90 @@ def test_every_metric_agrees_with_numpy(shape):
     )
 
 
+def with_singular_values(s, m, n, seed=0):
+    rng = np.random.default_rng(seed)
+    U, V = (np.linalg.qr(rng.standard_normal((size, len(s))))[0] for size in (m, n))
+    return U * s @ V.T
+
+
+@pytest.mark.parametrize(("m", "n"), [(64, 64), (96, 32), (32, 96)])
+def test_decomposition_is_as_exact_as_an_svd_down_to_a_thousandth_of_the_largest(m, n):
+    s = 10.0 ** np.linspace(2, -4, 32)
+    matrices = np.stack([with_singular_values(s, m, n, seed) for seed in range(3)])
+    found = decompose(torch.from_numpy(matrices))
+    U, exact, Vt = np.linalg.svd(matrices, full_matrices=False)
+    strong = exact[0, : len(s)] > 1e-3 * exact[0, 0]
+    np.testing.assert_allclose(found.singular_values[:, : len(s)][:, strong], exact[:, : len(s)][:, strong], rtol=1e-9)
+    assert (found.singular_values[:, len(s) :] < 1e-6).all()
+    for ours, theirs in ((found.left.numpy(), U[:, :, :5]), (found.right.numpy(), Vt[:, :5].transpose(0, 2, 1))):
+        cosines = np.linalg.svd(ours.transpose(0, 2, 1) @ theirs, compute_uv=False)
+        assert np.arccos(np.clip(cosines, 0, 1)).max() < 1e-6  # principal angles
+        np.testing.assert_allclose(ours.transpose(0, 2, 1) @ ours, np.tile(np.eye(5), (3, 1, 1)), atol=1e-10)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_decomposition_does_not_mind_the_scale_of_fp32(scale):
+    W = torch.randn(2, 20, 30, generator=torch.Generator().manual_seed(0)) * scale
+    exact = torch.linalg.svdvals(W.double())
+    torch.testing.assert_close(decompose(W).singular_values, exact, rtol=1e-10, atol=0)
+
+
+def test_a_matrix_that_is_not_finite_or_does_not_converge_spoils_no_other(monkeypatch):
+    W = torch.randn(5, 8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    exact = torch.linalg.svdvals(W)
+    W[1, 2, 3] = torch.nan
+    eigh = torch.linalg.eigh
+
+    def stubborn(gram):
+        if (gram.diagonal(dim1=1, dim2=2).sum(dim=1) == (W[3] ** 2).sum()).any():
+            raise torch.linalg.LinAlgError("did not converge")
+        return eigh(gram)
+
+    monkeypatch.setattr(torch.linalg, "eigh", stubborn)
+    W[3] = torch.eye(8, 6, dtype=torch.float64)
+    found = decompose(W).singular_values
+    assert found[[1, 3]].isnan().all()
+    torch.testing.assert_close(found[[0, 2, 4]], exact[[0, 2, 4]], rtol=1e-9, atol=1e-9)
+
+
+def test_low_rank_has_exact_zeros_and_the_entropy_of_what_is_left():
+    s = np.array([3.0, 2.0, 1.0])
+    found = record_of(torch.from_numpy(with_singular_values(s, 40, 30)))
+    p = s / s.sum()
+    assert found["singular_values"][3:] == [0.0] * 27
+    assert found["entropy"] == pytest.approx(-(p * np.log(p)).sum(), rel=1e-6)
+    assert found["stable_rank"] == pytest.approx(14 / 9)
+
+
+def test_the_gap_tells_a_flat_update_from_one_with_five_leading_directions():
+    flat = with_singular_values(np.ones(20), 20, 30)
+    leading = with_singular_values(np.array([1.0] * 5 + [0.25] * 15), 20, 30)
+    W = torch.randn(20, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert record_of(W, torch.from_numpy(flat))["update_gap"] == pytest.approx(0, abs=1e-9)
+    assert record_of(W, torch.from_numpy(leading))["update_gap"] == pytest.approx(0.75)
+    assert record_of(W[:5], torch.from_numpy(leading)[:5])["update_gap"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "spectral_norm", "effective_rank", "spectral_entropy"),
+    [("q", 0.90, 412, 0.920), ("k", 0.77, 237, 0.954), ("up", 1.35, 495, 0.980)],
+)
+def test_the_88m_model_starts_at_the_design_s_reference_values(name, spectral_norm, effective_rank, spectral_entropy):
+    torch.manual_seed(0)
+    bank = next(b for b in Transformer(SIZES["88m"], vocab_size=8).banks() if name in b.members)
+    spectra = decompose(bank.parameter.detach()[:4])
+    records = [projection_record(spectra.of(i), None, None) for i in range(4)]
+    for key, expected in (
+        ("spectral_norm", spectral_norm),
+        ("effective_rank", effective_rank),
+        ("spectral_entropy", spectral_entropy),
+    ):
+        assert np.mean([record[key] for record in records]) == pytest.approx(expected, rel=0.01)
+
+
 def test_an_orthogonal_matrix_has_full_rank_and_no_error():
     Q = torch.linalg.qr(torch.randn(40, 24, dtype=torch.float64)).Q
-    found = projection_record(3 * Q, None, None)
+    found = record_of(3 * Q, None, None)
     assert found["spectral_norm"] == pytest.approx(3)
     assert found["effective_rank"] == pytest.approx(24)
     assert found["stable_rank"] == pytest.approx(24)
@@ -64,25 +151,25 @@ def test_an_orthogonal_matrix_has_full_rank_and_no_error():
 
 def test_alignment_is_one_for_the_same_subspace_and_null_for_too_low_a_rank():
     W = torch.randn(30, 20, dtype=torch.float64)
-    same = projection_record(W, -0.1 * W, W)
+    same = record_of(W, -0.1 * W, W)
     assert same["left_alignment"] == pytest.approx(1)
     assert same["right_alignment"] == pytest.approx(1)
     low_rank = torch.randn(30, 3, dtype=torch.float64) @ torch.randn(3, 20, dtype=torch.float64)
     for weight, update in ((low_rank, W), (W, low_rank), (W, torch.zeros(30, 20))):
-        found = projection_record(weight, update, W)
+        found = record_of(weight, update, W)
         assert found["left_alignment"] is None
         assert found["right_alignment"] is None
 
 
 def test_undefined_values_are_null_and_the_line_is_strict_json():
     zero = torch.zeros(8, 6)
-    found = projection_record(zero, zero, zero)
+    found = record_of(zero, zero, zero)
     assert found["spectral_norm"] == 0.0
     assert found["weight_norm"] == 0.0
     for key in ("entropy", "effective_rank", "spectral_entropy", "stable_rank", "orthogonality_error"):
         assert found[key] is None, key
     assert found["update_effective_rank"] is None
-    broken = projection_record(torch.full((8, 6), math.nan), torch.ones(8, 6), torch.full((8, 6), math.inf))
+    broken = record_of(torch.full((8, 6), math.nan), torch.ones(8, 6), torch.full((8, 6), math.inf))
     assert broken["spectral_norm"] is None
     assert broken["grad_norm"] is None
     for record in (found, broken):
@@ -90,7 +177,7 @@ def test_undefined_values_are_null_and_the_line_is_strict_json():
 
 
 def test_without_an_update_the_update_keys_are_null():
-    found = projection_record(torch.randn(8, 6), None, None)
+    found = record_of(torch.randn(8, 6), None, None)
     for key in (*UPDATE_KEYS, "grad_norm"):
         assert found[key] is None, key
     assert found["left_alignment_chance"] is not None
@@ -104,39 +191,10 @@ def test_chance_level_of_alignment_equals_the_published_simulation(dimension, ex
 def test_random_updates_are_aligned_at_the_chance_level():
     generator = torch.Generator().manual_seed(0)
     pairs = torch.randn(40, 2, 64, 96, generator=generator)
-    records = [projection_record(W, dW, W) for W, dW in pairs]
+    records = [record_of(W, dW, W) for W, dW in pairs]
     for side in ("left", "right"):
         mean = np.mean([record[f"{side}_alignment"] for record in records])
         assert mean == pytest.approx(records[0][f"{side}_alignment_chance"], rel=0.1)
-
-
-def test_recorded_gradient_norm_is_the_gradients_and_the_update_is_this_steps(tmp_path):
-    torch.manual_seed(0)
-    model = Transformer(ModelConfig(32, 2, 4, 2, 48, seq_len=16), vocab_size=40)
-    optimizers = build_optimizers(model, "muon", lr=0.05, adamw_lr=0.01)
-    recorder = SpectraRecorder(model, tmp_path / "spectra.jsonl")
-    recorder.record(0, 0)
-    tokens = torch.randint(40, (2, 17))
-    loss = model(tokens[:, :-1], tokens[:, 1:])
-    projections = [(p.layer, p.name, p.weight) for p in model.projections()]
-    banks = [bank.parameter for bank in model.banks()]
-    gradients = torch.autograd.grad(loss, banks, retain_graph=True)
-    expected = {(p.layer, p.name): p.weight.norm().item() for p in model.projections(gradients)}
-    before = {(layer, name): weight.detach().clone() for layer, name, weight in projections}
-    loss.backward()
-    recorder.before_update()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
-    for optimizer in optimizers:
-        optimizer.step()
-    recorder.record(1, 32)
-    lines = [json.loads(line) for line in (tmp_path / "spectra.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0] * 12 + [1] * 12
-    for line in lines[12:]:
-        key = line["layer"], line["proj"]
-        weight = next(w for layer, name, w in projections if (layer, name) == key)
-        assert line["grad_norm"] == pytest.approx(expected[key], rel=1e-5)
-        assert line["update_norm"] == pytest.approx((weight - before[key]).norm().item(), rel=1e-5)
-        assert len(line["singular_values"]) == min(weight.shape)
 
 
 def test_cutting_a_jsonl_drops_later_steps_and_a_torn_line(tmp_path):

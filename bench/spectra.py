@@ -1,0 +1,99 @@
+"""One spectra event, ours against float64 SVDs, and what spectra cost a run.
+
+    python -m bench.spectra [--model 88m] [--json FILE]
+
+Correctness first: singular values above 1e-3 of the largest to 1e-5, leading subspaces by principal angles. Then both are
+timed in turns on the same matrices, every projection's weight and update; medians.
+"""
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor
+
+import runfiles
+from cli import BadInput, exit_with_a_sentence
+from kernels.newton_schulz import orthogonalize
+from metrics import SUBSPACE_RANK
+from model import SIZES, Transformer
+from spectra import decompose_bank
+
+SINGULAR_VALUE_TOLERANCE, ANGLE_TOLERANCE = 1e-5, 1e-4
+STRONG = 1e-3  # of the largest singular value
+SEPARATED = 1e-3  # of s_5: where s_5 - s_6 is less, the subspace is arbitrary and no two methods agree on it
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Time one spectra event on this machine's CPU."""
+
+    model: str = "88m"
+    """Named size."""
+    repeats: int = 3
+    """Events timed of each kind."""
+    json: Path | None = None
+    """Write the figures here too."""
+
+
+def by_svd(bank: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """What one would write first: a full float64 decomposition of each matrix."""
+    return [torch.linalg.svd(W.double(), full_matrices=False) for W in bank.flatten(0, -3)]
+
+
+def check(bank: Tensor) -> None:
+    """SystemExit where ours leaves the SVD's values."""
+    ours = decompose_bank(bank)
+    for i, (U, s, Vh) in enumerate(by_svd(bank)):
+        strong = s > STRONG * s[0]
+        error = ((ours.singular_values[i] - s).abs() / s)[strong].max().item()
+        if not error <= SINGULAR_VALUE_TOLERANCE:
+            sys.exit(f"matrix {i} of {tuple(bank.shape)}: singular values off by {error:.2g}, not timed")
+        k = SUBSPACE_RANK
+        if s[k - 1] - s[k] < SEPARATED * s[k - 1]:
+            continue
+        for found, exact in ((ours.left[i], U[:, :k]), (ours.right[i], Vh[:k].mT)):
+            sines = torch.linalg.svdvals(exact - found @ (found.mT @ exact))
+            if not sines.max() <= ANGLE_TOLERANCE:
+                sys.exit(f"matrix {i} of {tuple(bank.shape)}: subspace off by {sines.max():.2g} rad, not timed")
+
+
+@exit_with_a_sentence
+def main() -> int:
+    a = tyro.cli(Arguments, description=__doc__)
+    if a.model not in SIZES:
+        raise BadInput(f"--model {a.model}: choose from {', '.join(SIZES)}")
+    if a.repeats < 1:
+        raise BadInput(f"--repeats {a.repeats}: must be at least 1")
+    torch.manual_seed(0)
+    weights = [bank.parameter.detach() for bank in Transformer(SIZES[a.model], vocab_size=64).banks()]
+    updates = [0.02 * orthogonalize(torch.randn_like(W)) for W in weights]  # Muon's: nearly flat spectra
+    banks = weights + updates
+    for bank in banks:
+        check(bank[:2])
+    seconds: dict[str, list[float]] = {"eigenproblems": [], "svd": []}
+    for _ in range(a.repeats):
+        for name, run in (("eigenproblems", decompose_bank), ("svd", by_svd)):
+            start = time.perf_counter()
+            for bank in banks:
+                run(bank)
+            seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    speedup = medians["svd"] / medians["eigenproblems"]
+    matrices = sum(bank.flatten(0, -3).shape[0] for bank in weights)
+    print(f"{a.model}: {matrices} matrices, weight and update, float64, {torch.get_num_threads()} threads")
+    for name, median in medians.items():
+        print(f"{name:14} {median:7.2f} s   {min(seconds[name]):.2f} to {max(seconds[name]):.2f}")
+    print(f"ratio          {speedup:7.2f}x")
+    if a.json:
+        described = {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), **runfiles.provenance()}
+        runfiles.write_json(a.json, described | {"model": a.model, "seconds": seconds, "speedup": speedup})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

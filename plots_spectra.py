@@ -1,0 +1,500 @@
+"""Figures of the weights' spectra: loaded runs that have logged spectra -> a Matplotlib figure, in the look of plots.py.
+
+    figure = metric_heatmap(runs, "effective_rank"); plots.save(figure, Path("plots"), "effective_rank_heatmap")
+
+Rows are runs or groups, columns the projections; scales are shared where runs are compared; the level at
+initialisation, or of chance, is drawn in.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import LineCollection
+from matplotlib.colors import CenteredNorm, LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+from plots import (
+    Look,
+    REFERENCE_COLOR,
+    WIDTH,
+    group_handles,
+    group_labels,
+    legend_below,
+    looks,
+    run_labels,
+)
+from stats import Group, Run, chance_spread, group_seeds
+
+HEATMAP_COLORS = "cividis"
+DIFFERENCE_COLORS = "PuOr_r"
+# Early to late, or largest to smallest: one dark-to-light ramp whose light end still shows on white.
+ORDER_COLORS = LinearSegmentedColormap.from_list("order", plt.get_cmap("cividis")(np.linspace(0, 0.88, 256)))
+METRIC_TITLES = {
+    "spectral_norm": "Spectral norm, the largest singular value",
+    "spectral_entropy": "Spectral entropy of s² / Σs², 1 = all singular values s equal",
+    "effective_rank": "Effective rank, exp of the entropy of s / Σs (s: singular values)",
+    "left_alignment": "Alignment of update and weight, top-5 output directions",
+    "right_alignment": "Alignment of update and weight, top-5 input directions",
+    "weight_norm": "Frobenius norm of the weight",
+    "update_norm": "Frobenius norm of the update",
+    "grad_norm": "Frobenius norm of the gradient before clipping",
+}
+PROJECTION_TITLES = {"q": "Q", "k": "K", "v": "V", "o": "O", "up": "MLP up", "down": "MLP down"}
+# The Okabe-Ito colours that no optimizer has; dashed for the feed-forward projections.
+PROJECTION_LOOKS = {
+    "q": {"color": "#E69F00"},
+    "k": {"color": "#56B4E9"},
+    "v": {"color": "#009E73"},
+    "o": {"color": "#CC79A7"},
+    "up": {"color": "#000000", "linestyle": (0, (5, 1.6))},
+    "down": {"color": "#8C8C8C", "linestyle": (0, (5, 1.6))},
+}
+SUBSPACE_RANK = 5
+
+
+def group_grid(group: Group, proj: str, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps at which every run of the group has an event (E,), and the mean over the runs as (layers, E)."""
+    grids = [run.grid(proj, key) for run in group.runs]
+    steps = grids[0][0]
+    for other, _ in grids[1:]:
+        steps = np.intersect1d(steps, other)
+    return steps, np.mean([values[:, np.isin(at, steps)] for at, values in grids], axis=0)
+
+
+def relative_rank(run: Run, proj: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and effective rank as a share of the smaller side, (layers, E)."""
+    steps, values = run.grid(proj, "effective_rank")
+    return steps, values / run.full_rank(proj)
+
+
+def _panels(projections: Sequence[str], sharey: bool) -> tuple[Figure, list[tuple[str, plt.Axes]]]:
+    """A 2 x 3 figure with a panel for each projection."""
+    figure, axes = plt.subplots(2, 3, figsize=(WIDTH, 5.8), sharex=True, sharey=sharey)
+    panels = list(zip(projections, axes.flat, strict=False))
+    for name, ax in panels:
+        ax.set_title(PROJECTION_TITLES[name])
+    for ax in axes.flat[len(panels) :]:
+        ax.set_visible(False)
+    return figure, panels
+
+
+def _initial_handle(words: str = "at initialisation") -> Line2D:
+    return Line2D([], [], color=REFERENCE_COLOR, linestyle=":", label=words)
+
+
+def _layer_ticks(ax: plt.Axes, layers: int, most: int = 8, axis: str = "x") -> None:
+    ticks = np.unique(np.linspace(0, layers - 1, min(layers, most)).round())
+    (ax.set_xticks if axis == "x" else ax.set_yticks)(ticks)
+
+
+def _log_axis(ax: plt.Axes) -> None:
+    """Plain numbers on a log axis, 1-2-5 where it spans less than two decades."""
+    ax.set_yscale("log")
+    narrow = np.ptp(np.log10(ax.get_ylim())) < 2
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,), numticks=9))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def spectral_norm_by_depth(runs: Sequence[Run]) -> Figure:
+    """Largest singular value of each projection by layer, at initialisation and at the last event."""
+    groups = group_seeds(runs)
+    figure, panels = _panels(runs[0].projections(), sharey=False)
+    for name, ax in panels:
+        for group, look in zip(groups, looks(groups), strict=True):
+            _, values = group_grid(group, name, "spectral_norm")
+            layers = np.arange(len(values))
+            ax.plot(layers, values[:, 0], color=REFERENCE_COLOR, linestyle=":", linewidth=1.2)
+            ax.plot(layers, values[:, -1], marker="o", markersize=4, **look.line())
+        ax.set_ylim(0, 1.08 * ax.dataLim.ymax)
+        _layer_ticks(ax, max(run.layers for run in runs))
+    for ax in figure.axes[3:]:
+        ax.set_xlabel("layer")
+    for ax in figure.axes[::3]:
+        ax.set_ylabel("spectral norm")
+    figure.suptitle("Spectral norm against depth, at the last event")
+    legend_below(figure, [*group_handles(groups), _initial_handle()])
+    return figure
+
+
+def depth_profiles(runs: Sequence[Run], key: str, steps: Sequence[int] | None = None) -> Figure:
+    """A metric against layer at chosen updates (default: five from first to last), a row per run, dark to light."""
+    names = runs[0].projections()
+    size = (12, 1.5 + 1.75 * len(runs))
+    figure, axes = plt.subplots(len(runs), len(names), figsize=size, sharey="col", sharex="row", squeeze=False)
+    for row, run in enumerate(runs):
+        defined = [at[~np.isnan(values).all(axis=0)] for at, values in (run.grid(name, key) for name in names)]
+        events = defined[0] if steps is None else np.intersect1d(defined[0], steps)
+        if steps is None:
+            events = events[np.unique(np.linspace(0, len(events) - 1, min(5, len(events))).round().astype(int))]
+        colors = ORDER_COLORS(np.linspace(0, 1, max(2, len(events))))
+        for column, name in enumerate(names):
+            ax = axes[row, column]
+            at, values = run.grid(name, key)
+            for event, color in zip(events, colors, strict=False):
+                profile = values[:, np.searchsorted(at, event)]
+                ax.plot(np.arange(len(values)), profile, color=color, marker="o", markersize=3, linewidth=1.4)
+            _layer_ticks(ax, len(values), 6)
+        handles = [Line2D([], [], color=c, marker="o", markersize=3) for c, _ in zip(colors, events, strict=False)]
+        words = [f"{int(event)}" for event in events]
+        axes[row, -1].legend(
+            handles, words, title="update", loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, title_fontsize=8
+        )
+    for row, label in enumerate(run_labels(runs)):
+        axes[row, 0].set_ylabel(f"{label}\n{key.replace('_', ' ')}")
+    for column, name in enumerate(names):
+        axes[0, column].set_title(PROJECTION_TITLES[name])
+        axes[-1, column].set_xlabel("layer")
+    figure.suptitle(f"{METRIC_TITLES[key]}\nagainst layer at chosen updates; one vertical scale down each column")
+    return figure
+
+
+def metric_over_time(runs: Sequence[Run], key: str) -> Figure:
+    """A metric averaged over layers and seeds against updates, a panel per projection; band = least to greatest layer.
+
+    Dotted grey: the value at initialisation, where the metric has one.
+    """
+    groups = group_seeds(runs)
+    figure, panels = _panels(runs[0].projections(), sharey=False)
+    for name, ax in panels:
+        for group, look in zip(groups, looks(groups), strict=True):
+            _mean_and_band(ax, *group_grid(group, name, key), look)
+            initial = group_grid(group, name, key)[1]
+            if initial.size and np.isfinite(initial[:, 0]).any():
+                ax.axhline(np.nanmean(initial[:, 0]), color=REFERENCE_COLOR, linestyle=":", linewidth=1.2)
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    for ax in figure.axes[3:]:
+        ax.set_xlabel("updates")
+    for ax in figure.axes[::3]:
+        ax.set_ylabel(key.replace("_", " "))
+    figure.suptitle(f"{METRIC_TITLES[key]}\nmean over layers, band from the lowest to the highest layer")
+    legend_below(figure, [*group_handles(groups), _initial_handle()])
+    return figure
+
+
+def _mean_and_band(ax: plt.Axes, steps: np.ndarray, values: np.ndarray, look: Look) -> None:
+    defined = ~np.isnan(values).all(axis=0)
+    steps, values = steps[defined], values[:, defined]
+    if not len(steps):
+        return
+    if look.strong:
+        low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
+        ax.fill_between(steps, low, high, color=look.color, alpha=0.15, linewidth=0)
+    ax.plot(steps, np.nanmean(values, axis=0), marker="o" if len(steps) == 1 else None, **look.line())
+
+
+def has_gap(runs: Sequence[Run]) -> bool:
+    """Whether s_5 - s_6 of the updates was logged; records before it was have no such key."""
+    return any(line.get("update_gap") is not None for run in runs for line in run.spectra)
+
+
+def alignment_with_chance(runs: Sequence[Run], side: str = "left") -> Figure:
+    """Alignment of update and weight over time, with its chance band, and below it how distinct the update's top 5 are.
+
+    Grey: the middle 95 % of random pairs of subspaces of that dimension around the logged chance level, for one
+    matrix. Lower row: s_5 - s_6 of the update as a share of the r.m.s. of its singular values; near zero, its five
+    strongest directions are arbitrary. Runs that did not log the gap have the upper row alone.
+    """
+    key = f"{side}_alignment"
+    names, groups, rows = runs[0].projections(), group_seeds(runs), 1 + has_gap(runs)
+    size = (12, 1.2 + 2.5 * rows)
+    figure, axes = plt.subplots(rows, len(names), figsize=size, sharex=True, sharey="row", squeeze=False)
+    for column, name in enumerate(names):
+        ax = axes[0, column]
+        chance = float(np.nanmean(runs[0].grid(name, f"{key}_chance")[1]))
+        low, high = chance_spread(min(SUBSPACE_RANK, runs[0].full_rank(name)))
+        ax.axhspan(chance * low, chance * high, color=REFERENCE_COLOR, alpha=0.16, linewidth=0)
+        ax.axhline(chance, color=REFERENCE_COLOR, linestyle=":", linewidth=1.2)
+        for group, look in zip(groups, looks(groups), strict=True):
+            _mean_and_band(ax, *group_grid(group, name, key), look)
+            if rows > 1:
+                steps, gap = group_grid(group, name, "update_gap")
+                rms = group_grid(group, name, "update_norm")[1] / np.sqrt(group.runs[0].full_rank(name))
+                relative = np.divide(gap, rms, out=np.full_like(gap, np.nan), where=rms > 0)
+                relative[relative <= 0] = np.nan
+                _mean_and_band(axes[1, column], steps, relative, look)
+        ax.set_title(PROJECTION_TITLES[name])
+        axes[-1, column].set_xlabel("updates")
+        axes[-1, column].xaxis.set_major_locator(MaxNLocator(3, integer=True))
+    axes[0, 0].set_ylim(bottom=0)
+    axes[0, 0].set_ylabel("alignment")
+    if rows > 1:
+        _log_axis(axes[1, 0])
+        axes[1, 0].set_ylabel("gap s₅ − s₆ of the update,\nin r.m.s. singular values")
+    figure.suptitle(f"{METRIC_TITLES[key]}\nmean over layers, band from the lowest to the highest layer")
+    band = Patch(facecolor=REFERENCE_COLOR, alpha=0.16, label="95 % of random pairs of subspaces")
+    legend_below(figure, [*group_handles(groups), _initial_handle("chance, their mean"), band])
+    return figure
+
+
+def _heat(ax: plt.Axes, steps: np.ndarray, values: np.ndarray, **look: object) -> ScalarMappable:
+    """Rows x events as an image whose cells are centred on their events."""
+    mesh = ax.pcolormesh(steps, np.arange(len(values)), values, shading="nearest", rasterized=True, **look)
+    ax.grid(False)
+    ax.set_facecolor("#f4f4f4")  # where a value is undefined
+    _layer_ticks(ax, len(values), 5, axis="y")
+    ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+    return mesh
+
+
+def metric_heatmap(runs: Sequence[Run], key: str) -> Figure:
+    """Layer x update heatmaps, a row per run and a column per projection; one colour scale per column.
+
+    The line on each colour bar is the value at initialisation (alignment: the level of chance).
+    """
+    names = runs[0].projections()
+    size = (12, 1.6 + 1.5 * len(runs))
+    figure, axes = plt.subplots(len(runs), len(names), figsize=size, sharex=True, sharey="row", squeeze=False)
+    is_alignment = key.endswith("_alignment")
+    marked = False
+    for column, name in enumerate(names):
+        axes[0, column].set_title(PROJECTION_TITLES[name])
+        axes[-1, column].set_xlabel("updates")
+        grids = [run.grid(name, key) for run in runs]
+        known = np.concatenate([values[np.isfinite(values)] for _, values in grids])
+        if not len(known):
+            for ax in axes[:, column]:
+                ax.annotate("undefined", (0.5, 0.5), xycoords="axes fraction", ha="center", color=REFERENCE_COLOR)
+            continue
+        start = runs[0].grid(name, f"{key}_chance")[1] if is_alignment else grids[0][1][:, :1]
+        mark = float(np.nanmean(start)) if np.isfinite(start).any() else None
+        scale = known if mark is None else [*known, mark]
+        for row, (steps, values) in enumerate(grids):
+            mesh = _heat(axes[row, column], steps, values, vmin=min(scale), vmax=max(scale), cmap=HEATMAP_COLORS)
+        bar = figure.colorbar(mesh, ax=axes[:, column], location="bottom", aspect=12, shrink=0.95)
+        bar.ax.tick_params(labelsize=8)
+        bar.locator = MaxNLocator(3)
+        bar.update_ticks()
+        if mark is not None:
+            marked = True
+            bar.ax.axvline(mark, color="white", linewidth=3.0)
+            bar.ax.axvline(mark, color="black", linewidth=1.4)
+    for row, label in enumerate(run_labels(runs)):
+        axes[row, 0].set_ylabel(f"{label}\nlayer")
+    words = "colour shared down each column"
+    if marked:
+        words += f"; line on each bar: {'chance' if is_alignment else 'the value at initialisation'}"
+    figure.suptitle(f"{METRIC_TITLES[key]}\n{words}")
+    return figure
+
+
+def quick_scan(runs: Sequence[Run]) -> Figure:
+    """Effective rank of every matrix of up to six runs at a glance: a strip of scans on one colour scale.
+
+    Each scan stacks the projections, layers downwards within each; the colour is the effective rank as a share of the
+    smaller side.
+    """
+    runs = runs[:6]
+    names = runs[0].projections()
+    scans = []
+    for run in runs:
+        per_name = [relative_rank(run, name) for name in names]
+        scans.append((per_name[0][0], np.concatenate([values for _, values in per_name])))
+    low = min(float(np.nanmin(values)) for _, values in scans)
+    high = max(float(np.nanmax(values)) for _, values in scans)
+    size = (max(6.0, 1.6 + 1.75 * len(runs)), 5.4)
+    figure, axes = plt.subplots(1, len(runs), figsize=size, sharex=True, squeeze=False)
+    for ax, run, label, (steps, values) in zip(axes[0], runs, run_labels(runs), scans, strict=True):
+        mesh = _heat(ax, steps, values, vmin=low, vmax=high, cmap=HEATMAP_COLORS)
+        ax.set_title(label.replace(", ", "\n"), fontsize=9)
+        ax.set_xlabel("updates")
+        ax.invert_yaxis()
+        for border in range(1, len(names)):
+            ax.axhline(border * run.layers - 0.5, color="white", linewidth=1.6)
+        middles = (np.arange(len(names)) + 0.5) * run.layers - 0.5
+        ax.set_yticks(middles, [PROJECTION_TITLES[name] for name in names] if ax is axes[0, 0] else [""] * len(names))
+        ax.tick_params(axis="y", length=0)
+    axes[0, 0].set_ylabel("projection, layers from the first (top) to the last")
+    figure.colorbar(mesh, ax=axes, label="effective rank / smaller side", aspect=30)
+    figure.suptitle("Quick scan: effective rank of every matrix")
+    return figure
+
+
+def rank_grid(runs: Sequence[Run]) -> Figure:
+    """Effective rank by layer and update, mean over projections: a row per group, a column per seed, one scale."""
+    groups = group_seeds(runs)
+    columns = max(len(group.runs) for group in groups)
+    size = (max(5.0, 1.9 + 2.6 * columns), 1.5 + 1.9 * len(groups))
+    figure, axes = plt.subplots(len(groups), columns, figsize=size, sharex=True, sharey="row", squeeze=False)
+    grids = {}
+    for group in groups:
+        for run in group.runs:
+            per_name = [relative_rank(run, name) for name in run.projections()]
+            grids[run.path] = per_name[0][0], np.mean([values for _, values in per_name], axis=0)
+    low = min(float(np.nanmin(values)) for _, values in grids.values())
+    high = max(float(np.nanmax(values)) for _, values in grids.values())
+    for row, (group, label) in enumerate(zip(groups, group_labels(groups), strict=True)):
+        for column, ax in enumerate(axes[row]):
+            if column >= len(group.runs):
+                ax.set_visible(False)
+                continue
+            run = group.runs[column]
+            mesh = _heat(ax, *grids[run.path], vmin=low, vmax=high, cmap=HEATMAP_COLORS)
+            ax.set_title(f"seed {run.config['seed']}")
+            ax.set_xlabel("updates") if row == len(groups) - 1 else None
+        axes[row, 0].set_ylabel(f"{label}\nlayer")
+    figure.colorbar(mesh, ax=axes, label="effective rank / smaller side")
+    figure.suptitle("Effective rank, mean over the six projections, every seed on one scale")
+    return figure
+
+
+def pair_grid(a: Run, b: Run, key: str) -> Figure:
+    """Two runs, say two seeds of one setting, on a shared scale per projection, and their difference below."""
+    names = a.projections()
+    figure, axes = plt.subplots(3, len(names), figsize=(12, 6.4), sharex=True, sharey=True, squeeze=False)
+    label_a, label_b = run_labels([a, b])
+    reach = 0.0
+    for column, name in enumerate(names):
+        (steps_a, values_a), (steps_b, values_b) = a.grid(name, key), b.grid(name, key)
+        steps = np.intersect1d(steps_a, steps_b)
+        values_a, values_b = values_a[:, np.isin(steps_a, steps)], values_b[:, np.isin(steps_b, steps)]
+        both = np.concatenate([values_a, values_b])
+        scale = {"vmin": np.nanmin(both), "vmax": np.nanmax(both), "cmap": HEATMAP_COLORS}
+        mesh = _heat(axes[0, column], steps, values_a, **scale)
+        _heat(axes[1, column], steps, values_b, **scale)
+        bar = figure.colorbar(mesh, ax=axes[:2, column], location="bottom", aspect=12, shrink=0.95)
+        gap = _heat(axes[2, column], steps, values_a - values_b, norm=CenteredNorm(), cmap=DIFFERENCE_COLORS)
+        gap_bar = figure.colorbar(gap, ax=axes[2, column], location="bottom", aspect=12, shrink=0.95)
+        reach = max(reach, float(np.nanmax(np.abs(values_a - values_b) / np.nanmean(both))))
+        for one in (bar, gap_bar):
+            one.ax.tick_params(labelsize=8)
+            one.locator = MaxNLocator(3)
+            one.update_ticks()
+        axes[0, column].set_title(PROJECTION_TITLES[name])
+        axes[2, column].set_xlabel("updates")
+    for ax, label in zip(axes[:, 0], (label_a, label_b, "difference"), strict=True):
+        ax.set_ylabel(f"{label}\nlayer")
+    figure.suptitle(
+        f"{METRIC_TITLES[key]}\ntwo runs on one scale per projection; they differ by at most {100 * reach:.1f} % of a mean"
+    )
+    return figure
+
+
+def _largest_to_smallest(values: np.ndarray) -> tuple[float, float]:
+    """Limits of a log axis: a value under a thousandth of the largest would only stretch it."""
+    positive = values[values > 0]
+    if not len(positive):
+        return 0.1, 1.0
+    return float(max(positive.min(), positive.max() / 1e3) / 1.15), float(positive.max() * 1.15)
+
+
+def middle_layer(run: Run) -> int:
+    return run.layers // 2
+
+
+def singular_value_fan(runs: Sequence[Run], layer: int | None = None) -> Figure:
+    """Every singular value of one layer (default: the middle one) against updates: a fan, largest dark, smallest light.
+
+    A row per run, one log scale down each column; values under a thousandth of the largest fall off the panel.
+    """
+    layer = middle_layer(runs[0]) if layer is None else layer
+    names = runs[0].projections()
+    size = (12, 1.5 + 2.1 * len(runs))
+    figure, axes = plt.subplots(len(runs), len(names), figsize=size, sharex="row", sharey="col", squeeze=False)
+    for column, name in enumerate(names):
+        spectra = [run.singular_values(name, layer) for run in runs]
+        limits = _largest_to_smallest(np.concatenate([values.ravel() for _, values in spectra]))
+        for row, (steps, values) in enumerate(spectra):
+            ax = axes[row, column]
+            lines = [np.column_stack([steps, trace]) for trace in np.maximum(values, 1e-12).T]
+            order = np.linspace(0, 1, len(lines))
+            ax.add_collection(LineCollection(lines, array=order, cmap=ORDER_COLORS, linewidth=0.6, rasterized=True))
+            ax.set_xlim(steps.min(), max(steps.max(), steps.min() + 1))
+            ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+        axes[0, column].set_ylim(*limits)
+        _log_axis(axes[0, column])
+        axes[0, column].set_ylim(*limits)
+        axes[0, column].set_title(PROJECTION_TITLES[name])
+        axes[-1, column].set_xlabel("updates")
+    for row, label in enumerate(run_labels(runs)):
+        axes[row, 0].set_ylabel(f"{label}\nsingular value")
+    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), ORDER_COLORS), ax=axes, aspect=30)
+    bar.set_ticks([0, 1], labels=["largest", "smallest"])
+    bar.ax.invert_yaxis()
+    figure.suptitle(f"All singular values of layer {layer} while it trains, one log scale down each column")
+    return figure
+
+
+def singular_value_spectrum(runs: Sequence[Run], layer: int | None = None) -> Figure:
+    """All singular values of one layer (default: the middle one) by index, at initialisation and at the last event."""
+    layer = middle_layer(runs[0]) if layer is None else layer
+    groups = group_seeds(runs)
+    figure, panels = _panels(runs[0].projections(), sharey=False)
+    for name, ax in panels:
+        drawn = []
+        for group, look in zip(groups, looks(groups), strict=True):
+            spectra = [run.singular_values(name, layer)[1] for run in group.runs]
+            spectra = [values for values in spectra if len(values)]
+            if not spectra:
+                continue
+            last, first = (np.mean([values[i] for values in spectra], axis=0) for i in (-1, 0))
+            index = np.arange(1, len(last) + 1)
+            ax.plot(index, first, color=REFERENCE_COLOR, linestyle=":", linewidth=1.2)
+            ax.plot(index, last, **look.line())
+            drawn += [first, last]
+        ax.set_ylim(*_largest_to_smallest(np.concatenate(drawn)) if drawn else (0.1, 1))
+        limits = ax.get_ylim()
+        _log_axis(ax)
+        ax.set_ylim(limits)
+    for ax in figure.axes[3:]:
+        ax.set_xlabel("index of the singular value")
+    for ax in figure.axes[::3]:
+        ax.set_ylabel("singular value")
+    for ax in figure.axes[:3]:
+        ax.tick_params(labelbottom=True)  # the panels have different lengths
+    figure.suptitle(f"Singular values of layer {layer}, at the last event")
+    legend_below(figure, [*group_handles(groups), _initial_handle()])
+    return figure
+
+
+MRI_PANELS = (
+    ("spectral_norm", "spectral norm"),
+    ("spectral_entropy", "spectral entropy"),
+    ("effective_rank", "effective rank\n/ smaller side"),
+    ("stable_rank", "stable rank"),
+    ("left_alignment", "alignment − chance\n(output directions)"),
+    ("update_norm", "update norm\n/ weight norm"),
+)
+
+
+def layer_mri(runs: Sequence[Run], layer: int | None = None) -> Figure:
+    """One layer (default: the middle one) over training: six metrics, a line per projection, a row per run."""
+    layer = middle_layer(runs[0]) if layer is None else layer
+    names = runs[0].projections()
+    columns = len(MRI_PANELS)
+    size = (13, 1.7 + 2.1 * len(runs))
+    figure, axes = plt.subplots(len(runs), columns, figsize=size, sharex="row", sharey="col", squeeze=False)
+    for row, run in enumerate(runs):
+        for column, (key, words) in enumerate(MRI_PANELS):
+            ax = axes[row, column]
+            for name in names:
+                steps, values = run.grid(name, key)
+                if layer >= len(values):
+                    continue
+                line = values[layer]
+                if key == "effective_rank":
+                    line = line / run.full_rank(name)
+                elif key == "left_alignment":
+                    line = line - run.grid(name, "left_alignment_chance")[1][layer]
+                elif key == "update_norm":
+                    line = line / run.grid(name, "weight_norm")[1][layer]
+                ax.plot(steps, line, linewidth=1.5, label=PROJECTION_TITLES[name], **PROJECTION_LOOKS[name])
+            if key == "left_alignment":
+                ax.axhline(0, color=REFERENCE_COLOR, linestyle=":", linewidth=1.2)
+            if key == "update_norm" and any(np.nanmax(line.get_ydata(), initial=0) > 0 for line in ax.lines):
+                ax.set_yscale("log")
+            axes[0, column].set_title(words, fontsize=9)
+            ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+    for ax in axes[-1]:
+        ax.set_xlabel("updates")
+    for row, label in enumerate(run_labels(runs)):
+        axes[row, 0].set_ylabel(label)
+    figure.suptitle(f"MRI of layer {layer}: its six projections while it trains")
+    handles = [Line2D([], [], linewidth=1.8, label=PROJECTION_TITLES[n], **PROJECTION_LOOKS[n]) for n in names]
+    figure.legend(handles=handles, loc="outside lower center", ncols=6)
+    return figure

@@ -1,0 +1,156 @@
+"""The recorder: what it measures is this update, and nothing of it is lost, reordered or hidden."""
+
+import json
+import threading
+
+import pytest
+import torch
+
+import metrics
+import settings
+import spectra
+import train
+from metrics import decompose, projection_record
+from model import ModelConfig, Transformer
+from optim import build_optimizers
+from spectra import QUEUE_EVENTS, SpectraRecorder, WorkerFailed
+
+CONFIG = ModelConfig(32, 2, 4, 2, 48, seq_len=16)
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def small_model():
+    torch.manual_seed(0)
+    return Transformer(CONFIG, vocab_size=40)
+
+
+def test_recorded_gradient_norm_is_the_gradients_and_the_update_is_this_steps(tmp_path):
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(32, 2, 4, 2, 48, seq_len=16), vocab_size=40)
+    optimizers = build_optimizers(model, "muon", lr=0.05, adamw_lr=0.01)
+    recorder = SpectraRecorder(model, tmp_path / "spectra.jsonl")
+    recorder.record(0, 0)
+    tokens = torch.randint(40, (2, 17))
+    loss = model(tokens[:, :-1], tokens[:, 1:])
+    projections = [(p.layer, p.name, p.weight) for p in model.projections()]
+    banks = [bank.parameter for bank in model.banks()]
+    gradients = torch.autograd.grad(loss, banks, retain_graph=True)
+    expected = {(p.layer, p.name): p.weight.norm().item() for p in model.projections(gradients)}
+    before = {(layer, name): weight.detach().clone() for layer, name, weight in projections}
+    loss.backward()
+    recorder.before_update()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    for optimizer in optimizers:
+        optimizer.step()
+    recorder.record(1, 32)
+    recorder.close()
+    lines = [json.loads(line) for line in (tmp_path / "spectra.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0] * 12 + [1] * 12
+    for line in lines[12:]:
+        key = line["layer"], line["proj"]
+        weight = next(w for layer, name, w in projections if (layer, name) == key)
+        assert line["grad_norm"] == pytest.approx(expected[key], rel=1e-5)
+        assert line["update_norm"] == pytest.approx((weight - before[key]).norm().item(), rel=1e-5)
+        assert len(line["singular_values"]) == min(weight.shape)
+
+
+def test_every_projection_of_the_batched_worker_equals_one_measured_alone(tmp_path):
+    model = small_model()
+    recorder = SpectraRecorder(model, tmp_path / "s.jsonl")
+    recorder.record(0, 0)
+    recorder.close()
+    lines = lines_of(tmp_path / "s.jsonl")
+    for line, p in zip(lines, model.projections(), strict=True):
+        assert (line["layer"], line["proj"]) == (p.layer, p.name)
+        alone = projection_record(decompose(p.weight.detach()[None]).of(0), None, None)
+        assert line.pop("singular_values") == pytest.approx(alone.pop("singular_values"))
+        assert {key: line[key] for key in alone} == pytest.approx(alone)
+
+
+def test_the_loop_goes_on_while_the_worker_measures_and_waits_when_the_queue_is_full(tmp_path, monkeypatch):
+    gate, started = threading.Event(), threading.Event()
+    decompose_bank = spectra.decompose_bank
+
+    def slow(bank):
+        started.set()
+        gate.wait(20)
+        return decompose_bank(bank)
+
+    monkeypatch.setattr(spectra, "decompose_bank", slow)
+    model = small_model()
+    recorder = SpectraRecorder(model, tmp_path / "s.jsonl")
+    recorder.record(0, 0)
+    assert started.wait(20)
+    for step in range(1, 1 + QUEUE_EVENTS):
+        recorder.record(step, 0)  # returns although nothing was measured yet
+    assert (tmp_path / "s.jsonl").read_text() == ""
+    unblocked = recorder.seconds_blocked
+    with torch.no_grad():  # a snapshot is not the weights themselves
+        for p in model.parameters():
+            p.zero_()
+    threading.Timer(0.5, gate.set).start()
+    recorder.record(1 + QUEUE_EVENTS, 0)  # the queue is full: waits
+    assert recorder.seconds_blocked - unblocked > 0.4
+    recorder.flush()
+    lines = lines_of(tmp_path / "s.jsonl")
+    assert [line["step"] for line in lines] == [step for step in range(2 + QUEUE_EVENTS) for _ in range(12)]
+    assert all(line["spectral_norm"] > 0 for line in lines[: 12 * (1 + QUEUE_EVENTS)])
+    assert all(line["spectral_norm"] == 0 for line in lines[-12:])
+    recorder.close()
+
+
+def test_a_failing_worker_raises_in_the_loop_and_never_hangs(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "finite", lambda value: 1 / 0)
+    model = small_model()
+    recorder = SpectraRecorder(model, tmp_path / "s.jsonl")
+    recorder.record(0, 0)
+    with pytest.raises(WorkerFailed, match="ZeroDivisionError"):
+        recorder.flush()
+    with pytest.raises(WorkerFailed, match="ZeroDivisionError"):
+        recorder.record(1, 0)
+    recorder.close()
+    assert not recorder.worker.is_alive()
+
+
+def test_a_run_whose_worker_fails_ends_failed_with_the_reason(train_small, monkeypatch):
+    monkeypatch.setattr(spectra, "decompose_bank", lambda bank: 1 / 0)
+    code, folder, out, _ = train_small("run", "--tokens", 2560)
+    assert code == 1
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert "spectra: ZeroDivisionError" in summary["reason"]
+    assert "failed: spectra" in out
+
+
+def test_a_run_says_how_long_spectra_held_it_up(train_small):
+    _, with_spectra, _, _ = train_small("with", "--tokens", 512)
+    _, without, _, _ = train_small("without", "--tokens", 512, "--spectra-every", 0)
+    blocked = [json.loads((f / "summary.json").read_text())["spectra_seconds_blocked"] for f in (with_spectra, without)]
+    assert 0 < blocked[0] < 1
+    assert blocked[1] == 0
+    assert not (without / "manifold_stats.jsonl").exists()
+
+
+def test_a_checkpoint_waits_for_the_spectra_before_it(train_small, monkeypatch):
+    written = []
+    save = train.runfiles.save_checkpoint
+
+    def look(folder, contents, *name):
+        if not name:
+            written.append((contents["step"], {line["step"] for line in lines_of(folder / "manifold_stats.jsonl")}))
+        save(folder, contents, *name)
+
+    monkeypatch.setattr(train.runfiles, "save_checkpoint", look)
+    train_small("run", "--tokens", 1024, "--checkpoint-every", 1, "--spectra-every", 1)
+    assert written == [(step, set(range(step + 1))) for step in range(1, 5)]
+
+
+def test_tensorboard_without_the_package_is_one_sentence(train_small, monkeypatch):
+    monkeypatch.setattr(settings, "find_spec", lambda name: None)
+    code, folder, _, err = train_small("run", "--tokens", 512, "--log", "tensorboard")
+    assert code == 2
+    assert err.splitlines() == ["error: --log tensorboard: the package is not installed; pip install tensorboard"]
+    assert not folder.exists()
