@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from clock import Times
+from memory import GIB
 from model import Transformer
 from optim import step_cost
 
@@ -55,3 +57,40 @@ def light_seconds(
     update_flops, update_bytes = step_cost(optimizers)
     flops = tokens * model.flops_per_token(seq_len, causal=True) + update_flops
     return (flops / device.bf16_flops + update_bytes / device.bytes_per_second) / ranks
+
+
+class Speed:
+    """What tokens/s mean for one run: shares of what its GPUs could do, None on a device that is not in the table."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        optimizers: Sequence[torch.optim.Optimizer],
+        batch_tokens: int,
+        seq_len: int,
+        name: str,
+        ranks: int = 1,
+    ) -> None:
+        self.model, self.batch_tokens, self.seq_len, self.ranks = model, batch_tokens, seq_len, ranks
+        self.device = find(name)
+        work = (model, optimizers, batch_tokens, seq_len)
+        self.light_seconds = None if self.device is None else light_seconds(*work, self.device, ranks)
+
+    def mfu(self, tokens_per_second: float | None, causal: bool = False) -> float | None:
+        """Model FLOPs utilisation, 0 to 1, with attention counted in full or its causal half."""
+        if self.device is None or tokens_per_second is None:
+            return None
+        flops = tokens_per_second * self.model.flops_per_token(self.seq_len, causal)
+        return flops / (self.device.bf16_flops * self.ranks)
+
+    def fields(self, times: Times, seconds: float) -> dict[str, str]:
+        """For a step's line: where its `seconds` went, and how far from the best possible they are."""
+        phases = times.milliseconds()
+        fields = {f"{phase}_ms": f"{phases[phase]:.1f}" for phase in ("forward", "backward", "optimizer")}
+        if self.model.embedding.is_cuda:
+            fields["memory_gib"] = f"{torch.cuda.max_memory_allocated() / GIB:.2f}"
+        if self.light_seconds is not None:
+            speed = self.batch_tokens / seconds
+            fields["mfu"], fields["mfu_causal"] = f"{self.mfu(speed):.3f}", f"{self.mfu(speed, causal=True):.3f}"
+            fields["light"] = f"{self.light_seconds / seconds:.3f}"
+        return fields

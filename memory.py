@@ -10,10 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
+from cli import BadInput
+from kernels.cross_entropy import LOGIT_BYTES, MIN_CHUNK_ROWS
 from model import Transformer
 
 SLACK = 0.1  # of the device's free memory that is left alone
 GIB = 2**30
+CPU_MICRO_BATCH_TOKENS = 1024  # what fits a CPU's L2 cache (bench/LOG.md)
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class MemoryCount:
     optimizer: str
     sequences: int
     seq_len: int
+    compiled: bool = False
 
     def bytes_by_purpose(self, micro_batch: int) -> dict[str, int]:
         """Bytes with `micro_batch` sequences per forward pass."""
@@ -35,26 +39,33 @@ class MemoryCount:
         # Per layer: both residual inputs and their norms, queries, keys and values before and after norm and rotation,
         # the attention's output, and the feed-forward before and after its activation (the kernel keeps the latter).
         heads_width = c.head_width * (c.heads + 2 * c.kv_heads)
-        ffn_widths = 1 if model.fuses_ffn else 3 if c.ffn == "swiglu" else 2
+        ffn_widths = 1 if "relu2_mlp" in model.kernels and c.ffn == "relu2" else 3 if c.ffn == "swiglu" else 2
         widths = 5 * c.d_model + 2 * heads_width + ffn_widths * c.d_ff
-        # Logits and their gradient in the compute type, and in fp32 where nothing fuses the loss.
-        per_logit = item if model.kernels else 2 * item + 4
+        # Logits and their gradient in the compute type; in fp32 one copy, eagerly three: widened, softmax, gradient.
+        logits = tokens * model.vocab_size * (2 * item + (4 if self.compiled else 12))
+        if "cross_entropy" in model.kernels:
+            logits = (
+                item * model.vocab_size * min(tokens, max(MIN_CHUNK_ROWS, LOGIT_BYTES // (item * model.vocab_size)))
+            )
         return {
             "weights": 4 * parameters,
             "gradients": 4 * parameters,
             "moments": 4 * moments,
             "compute copies": item * parameters if item < 4 else 0,
             "activations": item * tokens * (c.layers * widths + 2 * c.d_model),
-            "logits": per_logit * tokens * model.vocab_size,
+            "logits": logits,
         }
+
+    def resident_bytes(self) -> int:
+        """What lies on the device between updates: weights and moments."""
+        parts = self.bytes_by_purpose(1)
+        return parts["weights"] + parts["moments"]
 
     def total_bytes(self, micro_batch: int) -> int:
         return sum(self.bytes_by_purpose(micro_batch).values())
 
-    def largest_micro_batch(self, available_bytes: int | None = None) -> int:
-        """The largest divisor of `sequences` that is counted to fit this GPU's free memory; 1 if none does."""
-        if available_bytes is None:
-            available_bytes, _ = torch.cuda.mem_get_info(self.model.embedding.device)
+    def largest_micro_batch(self, available_bytes: int) -> int:
+        """The largest divisor of `sequences` that is counted to fit; 1 if none does."""
         divisors = (m for m in range(self.sequences, 0, -1) if self.sequences % m == 0)
         return next((m for m in divisors if self.total_bytes(m) <= (1 - SLACK) * available_bytes), 1)
 
@@ -63,12 +74,28 @@ class MemoryCount:
         parts = ", ".join(f"{purpose} {size / GIB:.2f}" for purpose, size in self.bytes_by_purpose(micro_batch).items())
         return f"{self.total_bytes(micro_batch) / GIB:.2f} GiB by count at --micro-batch {micro_batch} ({parts})"
 
-    def misfit(self, micro_batch: int) -> str:
+    def misfit(self, micro_batch: int, available_bytes: int) -> str:
         """What to say when the device ran out of memory, with a smaller micro-batch that is counted to fit."""
         if micro_batch == 1:
             return "one sequence does not fit this device; choose a smaller --model or --seq-len"
-        device = self.model.embedding.device
-        total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else self.total_bytes(micro_batch)
         smaller = max(m for m in range(1, micro_batch) if self.sequences % m == 0)
-        fitting = min(smaller, self.largest_micro_batch(total))
+        fitting = min(smaller, self.largest_micro_batch(available_bytes))
         return f"--micro-batch {micro_batch} does not fit this device; {fitting} should: {self.describe(fitting)}"
+
+
+def available_bytes(device: torch.device) -> int:
+    """What this process may have of the device: what is free, and what it holds already."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+
+
+def choose_micro_batch(count: MemoryCount, asked: int | str, device: torch.device) -> int:
+    """Sequences per forward pass: the number asked for, or under "auto" the most that is counted to fit a GPU, and on a
+    CPU what suits its caches. BadInput where it does not divide the batch."""
+    if asked != "auto":
+        if asked < 1 or count.sequences % asked:
+            raise BadInput(f"--micro-batch {asked}: does not divide the {count.sequences} sequences of a rank's batch")
+        return int(asked)
+    if device.type == "cuda":
+        return count.largest_micro_batch(available_bytes(device))
+    fitting = max(1, CPU_MICRO_BATCH_TOKENS // count.seq_len)
+    return next(m for m in range(min(fitting, count.sequences), 0, -1) if count.sequences % m == 0)

@@ -21,6 +21,7 @@ from kernels.relu2_mlp import relu2_mlp
 INIT_STD = 0.02
 ROPE_BASE = 10_000.0
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # gate: swiglu only
+KERNELS = frozenset(("cross_entropy", "relu2_mlp"))  # fused kernels that a training loss can use
 # Stored (d_ff, d) like `up`, so that both are one batch for Muon; the map is the transpose.
 STORED_TRANSPOSED = ("down",)
 
@@ -130,13 +131,13 @@ def rotate(x_BTHE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
 class Transformer(nn.Module):
     """A decoder of `config`'s shape. Weights are fp32; activations have `compute_dtype` (fp32 unless set).
 
-    With `kernels` the training loss runs in fused kernels; validation never does, so that no kernel flatters a score.
+    `kernels` names the fused ones (of KERNELS) that training runs; validation runs none, so that none flatters a score.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
-        self.compute_dtype, self.kernels = torch.float32, False
+        self.compute_dtype, self.kernels = torch.float32, frozenset()
         D, L, E = config.d_model, config.layers, config.head_width
         self.embedding = nn.Parameter(torch.empty(vocab_size, D))
         stored = {"q": (D, D), "k": (config.kv_heads * E, D), "v": (config.kv_heads * E, D), "o": (D, D)}
@@ -202,7 +203,7 @@ class Transformer(nn.Module):
             x = x + self._drop(self._attention(rms_norm(x, self.attention_gain[layer]), w, layer, B, T))
             x = x + self._drop(self._ffn(rms_norm(x, self.ffn_gain[layer]), w))
         x = rms_norm(x, self.final_gain)
-        if targets_BT is not None and self.kernels and self.training:
+        if targets_BT is not None and "cross_entropy" in self.kernels and self.training:
             return linear_cross_entropy(x.flatten(0, 1), self.embedding.to(dtype), targets_BT.flatten())
         logits = F.linear(x, self.embedding.to(dtype))
         if targets_BT is None:
@@ -227,16 +228,12 @@ class Transformer(nn.Module):
         return F.linear(y.transpose(1, 2).reshape(B, T, -1), w["o"])
 
     def _ffn(self, x: Tensor, w: dict[str, Tensor]) -> Tensor:
-        if self.fuses_ffn and self.training:
+        if "relu2_mlp" in self.kernels and self.config.ffn == "relu2" and self.training:
             return relu2_mlp(x, w["up"], w["down"])
         activation = ACTIVATIONS[self.config.ffn]
         up = F.linear(x, w["up"])
         hidden = activation(F.linear(x, w["gate"])) * up if "gate" in w else activation(up)
         return hidden @ w["down"]
-
-    @property
-    def fuses_ffn(self) -> bool:
-        return self.kernels and self.config.ffn == "relu2"
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x

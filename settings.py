@@ -19,14 +19,14 @@ import runfiles
 from cli import BadInput, Count
 from data import Shards, open_shards
 from kernels.newton_schulz import COEFFICIENTS, METHODS
-from model import SIZES, ModelConfig
+from model import KERNELS, SIZES, ModelConfig
 from optim import LR_SCALES, SCHEDULES
 
 # Peak learning rates: (block matrices, embedding and gains). nano: the winners of the sweep in bench/LOG.md. The other
 # sizes were not swept yet: Muon's are the 88M speedrun's of the prior work, AdamW's lie between its 0.006 and 0.0005.
 NANO_LR = {"muon": (0.04, 0.02), "adamw": (0.005, 0.02)}
 DEFAULT_LR = {"muon": (0.024, 0.006), "adamw": (0.002, 0.006)}
-CPU_MICRO_BATCH_TOKENS = 1024  # per forward pass under --micro-batch auto: what fits a CPU's L2 cache (bench/LOG.md)
+KERNELS_THAT_PAY: frozenset[str] = frozenset()  # of model.KERNELS: those with an end-to-end win in runs/records
 BATCH_TOKENS, EVAL_TOKENS = 16_384, 131_072
 NANO_BATCH_TOKENS, NANO_EVAL_TOKENS = 8192, 16_384  # for a first look on a CPU
 EVENTS_PER_RUN = 20  # validation and spectra, unless their flags say otherwise
@@ -80,7 +80,7 @@ class Settings:
     ns_coefficients: str = "polar_express"
     """Newton-Schulz polynomials: polar_express or quintic."""
     ns_method: str = "auto"
-    """How Newton-Schulz is computed: auto or standard."""
+    """How Newton-Schulz is computed: auto, standard or gram."""
     lr_scale: str = "spectral"
     """Scale of Muon's update by shape: spectral, rms or none."""
     weight_decay: float = 0.0
@@ -167,7 +167,6 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
         "adamw_lr": adamw_lr if given.adamw_lr is None else given.adamw_lr,
         "device": "cuda" if cuda else "cpu",
         "compile": given.compile if given.compile != "auto" else ("on" if cuda else "off"),
-        "kernels": "on" if given.kernels == "on" else "off",
         "precision": given.precision if given.precision != "auto" else ("bf16" if bf16 else "fp32"),
         "data": given.data or default_data(given.model),
         "name": given.name or f"{given.model}-{given.optimizer}-{given.seed}-{utc_time}",
@@ -189,13 +188,6 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
     unit = f"--seq-len {s.seq_len} x {rank.count} rank{'s' * (rank.count > 1)}"
     if remainder or not sequences:
         raise BadInput(f"--batch-tokens {s.batch_tokens}: not divisible by {unit}")
-    if s.micro_batch == "auto" and not cuda:  # on a GPU decided once the model is there, by its memory
-        fitting = max(1, CPU_MICRO_BATCH_TOKENS // s.seq_len)
-        s = dataclasses.replace(
-            s, micro_batch=next(m for m in range(min(fitting, sequences), 0, -1) if not sequences % m)
-        )
-    elif s.micro_batch != "auto" and (s.micro_batch < 1 or sequences % s.micro_batch):
-        raise BadInput(f"--batch-tokens {s.batch_tokens}: not divisible by --micro-batch {s.micro_batch} x {unit}")
     updates = math.ceil(s.tokens / s.batch_tokens)
     cadence = max(1, updates // EVENTS_PER_RUN)
     spectra_cadence = cadence if s.model == "nano" else max(1, updates // LARGE_SPECTRA_PER_RUN)
@@ -210,6 +202,11 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
     if shards.tokens("val") <= s.seq_len:
         raise BadInput(f"{s.data}: {shards.tokens('val'):,} validation tokens are too few for --seq-len {s.seq_len}")
     return s, config, shards
+
+
+def chosen_kernels(flag: str) -> frozenset[str]:
+    """The fused kernels that --kernels stands for."""
+    return {"on": KERNELS, "off": frozenset(), "auto": KERNELS_THAT_PAY}[flag]
 
 
 def default_data(model: str) -> Path:

@@ -1,4 +1,4 @@
-"""One training step that never waits for the device: gradients of a global batch, then every optimizer.
+"""One training step that does not wait for the GPU (sm_80 or newer): gradients of a global batch, then every optimizer.
 
     step = TrainingStep(model, optimizers, micro_batch=8, grad_clip=1.0, compiled=True)
     numbers = step.gradients(batch_BT1); times = step.apply()      # later: numbers.read(), times.milliseconds()
@@ -8,7 +8,9 @@ learn of it a step later. train.py runs this class, bench/train.py times it.
 """
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,14 @@ from torch import Tensor
 
 from clock import Times
 from model import Transformer
+
+COMPILE_CACHE = Path(__file__).resolve().parent / ".cache" / "inductor"
+
+
+def prepare_torch() -> None:
+    """Settings of the whole process: TF32 for what is left in fp32, and a compile cache that outlives the run."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(COMPILE_CACHE))
+    torch.set_float32_matmul_precision("high")
 
 
 class Numbers(NamedTuple):
@@ -64,10 +74,11 @@ class TrainingStep:
         grad_clip: float = 1.0,
         compiled: bool = False,
         world_size: int = 1,
+        backend: str | Callable = "inductor",
     ) -> None:
         self.model, self.optimizers = model, optimizers
         self.micro_batch, self.grad_clip, self.world_size = micro_batch, grad_clip, world_size
-        self.forward = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
+        self.forward = torch.compile(model, dynamic=False, fullgraph=True, backend=backend) if compiled else model
         self.names = [name for name, _ in model.named_parameters()]
         self.device = model.embedding.device
         self.times = Times(self.device)
@@ -75,9 +86,13 @@ class TrainingStep:
     def gradients(self, batch_BT1: Tensor, stop_asked: bool = False, times: Times | None = None) -> Deferred:
         """Gradients of the mean loss over the global batch, accumulated over micro-batches and summed over ranks.
 
-        Returns that loss, the norm before clipping, and whether any rank was asked to stop.
+        `batch_BT1` is this rank's share: integer tokens, one more per row than the model reads, rows a multiple of
+        micro_batch. Returns the loss in nats, the norm before clipping, and whether any rank was asked to stop; tells
+        the optimizers the clipping and whether to skip. `times` gets the marks, by default new ones.
         """
         self.times = times or Times(self.device)
+        if len(batch_BT1) % self.micro_batch:
+            raise ValueError(f"{len(batch_BT1)} rows are no multiple of a micro-batch of {self.micro_batch}")
         micro_batches = batch_BT1.to(self.device, non_blocking=True).long().split(self.micro_batch)
         self.times.mark("transfer")
         loss = torch.zeros((), device=self.device)

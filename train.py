@@ -25,23 +25,22 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 
-import devices
 import runfiles
 from cli import BadInput, exit_with_a_sentence, make_folder
 from clock import Point, Stopwatch, Times, point, seconds_between
 from data import Loader, Shards, TokenStream, validation_batches
+from devices import Speed
 from live import TensorBoard
-from memory import GIB, MemoryCount
+from memory import MemoryCount, available_bytes, choose_micro_batch
 from metrics import JsonlWriter, cut_jsonl, finite
 from model import ModelConfig, Transformer
 from optim import build_optimizers, lr_factor, set_lr
-from settings import NOT_IN_HASH, Rank, Settings, resolve
+from settings import NOT_IN_HASH, Rank, Settings, chosen_kernels, resolve
 from spectra import SpectraRecorder, WorkerFailed
-from step import Deferred, Numbers, TrainingStep
+from step import Deferred, Numbers, TrainingStep, prepare_torch
 
-WARMUP_UPDATES = 2  # untimed; the second runs with optimizer state in place
-VALIDATION_TOKENS = 8192  # per forward pass at most: its logits are whole, and in fp32
-COMPILE_CACHE = Path(__file__).resolve().parent / ".cache" / "inductor"
+WARMUP_UPDATES = 4  # untimed: state is made in the first, Muon's step is captured by the third
+VALIDATION_TOKENS = {"cuda": 8192, "cpu": 1024}  # per forward pass: its logits are whole, and in fp32
 
 
 class TrainingFailed(RuntimeError):
@@ -71,10 +70,15 @@ class Run:
         torch.manual_seed(s.seed)
         self.model = Transformer(config, shards.vocab_size)  # on the CPU first: the same weights on every device
         self.model.to(self.device).compute_dtype = torch.bfloat16 if s.precision == "bf16" else torch.float32
-        self.model.kernels = s.kernels == "on"
-        self.memory = MemoryCount(self.model, s.optimizer, s.batch_tokens // (s.seq_len * rank.count), s.seq_len)
-        if s.micro_batch == "auto":
-            s = self.s = dataclasses.replace(s, micro_batch=self.memory.largest_micro_batch())
+        self.model.kernels = chosen_kernels(s.kernels)
+        sequences = s.batch_tokens // (s.seq_len * rank.count)
+        self.memory = MemoryCount(self.model, s.optimizer, sequences, s.seq_len, compiled=s.compile == "on")
+        micro_batch = choose_micro_batch(self.memory, s.micro_batch, self.device)
+        if rank.count > 1:  # GPUs may have different amounts of memory free
+            smallest = torch.tensor(micro_batch, device=self.device)
+            dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+            micro_batch = int(smallest)
+        s = self.s = dataclasses.replace(s, micro_batch=micro_batch)
         muon = ("momentum", "nesterov", "ns_steps", "ns_coefficients", "ns_method", "lr_scale")
         self.optimizers = build_optimizers(
             self.model,
@@ -116,7 +120,8 @@ class Run:
         self.config = self.describe()
         self.last_val: dict[str, float | None] = {"val_loss": None, "val_accuracy": None}
         self.best_val_loss, self.last_train_loss = math.inf, None
-        self.gpu = devices.find(self.device_name())
+        work = (self.model, self.optimizers, s.batch_tokens, s.seq_len)
+        self.speed = Speed(*work, self.device_name(), rank.count)
 
     def train(self) -> str:
         """Run from the current step to the end or to a signal; returns the summary's status."""
@@ -139,6 +144,7 @@ class Run:
             if event:
                 self.settle(0)  # an update that failed is no event
                 self.spectra_event()
+                self.last_stop = point(self.device)  # what the event held up is no step's time
             validates = self.is_event(self.step, s.eval_every)
             saves = self.step % s.checkpoint_every == 0 and self.step < self.updates
             self.settle(0 if validates or saves or self.device.type == "cpu" else 1)
@@ -215,18 +221,16 @@ class Run:
         s, weights = self.s, [p.detach().clone() for p in self.model.parameters()]
         cpu_rng, cuda_rng = torch.get_rng_state(), torch.cuda.get_rng_state_all()
         set_lr(self.optimizers, 1e-3)
-        tokens = torch.randint(self.shards.vocab_size, (s.micro_batch, s.seq_len + 1))
-        try:
-            for _ in range(WARMUP_UPDATES):
-                self.work.gradients(tokens)
-                self.work.apply()
-        except torch.OutOfMemoryError:
-            raise TrainingFailed(self.memory.misfit(s.micro_batch)) from None
+        rows = min(2, self.memory.sequences // s.micro_batch) * s.micro_batch  # two accumulate, as any number does
+        tokens = torch.randint(self.shards.vocab_size, (rows, s.seq_len + 1))
+        for _ in range(WARMUP_UPDATES):
+            self.work.gradients(tokens)
+            self.work.apply()
         with torch.no_grad():
             for p, weight in zip(self.model.parameters(), weights, strict=True):
                 p.copy_(weight)
-        for optimizer in self.optimizers:
-            optimizer.state.clear()
+            for tensor in (t for o in self.optimizers for state in o.state.values() for t in state.values()):
+                tensor.zero_()  # in place: a captured step goes on reading it
         torch.set_rng_state(cpu_rng)
         torch.cuda.set_rng_state_all(cuda_rng)
 
@@ -239,7 +243,7 @@ class Run:
         """Mean loss and next-token accuracy over the first --eval-tokens validation tokens, shared out over ranks."""
         self.model.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, tokens
-        rows_at_once = min(self.s.micro_batch, max(1, VALIDATION_TOKENS // self.s.seq_len))
+        rows_at_once = max(1, VALIDATION_TOKENS[self.device.type] // self.s.seq_len)
         batches = validation_batches(self.val_stream, self.s.eval_tokens, self.s.seq_len, rows_at_once)
         for i, batch in enumerate(batches):
             if i % self.rank.count != self.rank.index:
@@ -283,7 +287,7 @@ class Run:
                 "kind": "train",
                 **place,
                 **{key: finite(value) for key, value in record.items()},
-                "mfu": self.mfu(tokens_per_second),
+                "mfu": self.speed.mfu(tokens_per_second),
             }
         )
         if self.out.bar is not None:
@@ -298,33 +302,10 @@ class Run:
                     "lr": f"{rates['lr']:.5f}",
                     "step_ms": f"{1e3 * seconds:.1f}",
                     "tok/s": f"{tokens_per_second:.0f}",
-                    **self.speed_fields(update, seconds),
+                    **self.speed.fields(update.times, seconds),
                 },
                 terminal=self.out.bar is None,
             )
-
-    def mfu(self, tokens_per_second: float, causal: bool = False) -> float | None:
-        """Model FLOPs utilisation of all ranks' GPUs, attention counted in full or its causal half."""
-        if self.gpu is None:
-            return None
-        flops = tokens_per_second * self.model.flops_per_token(self.s.seq_len, causal)
-        return flops / (self.gpu.bf16_flops * self.rank.count)
-
-    def speed_fields(self, update: Update, seconds: float) -> dict[str, str]:
-        """Where the step's time went, and on a known GPU how far from the best possible it is."""
-        phases = update.times.milliseconds()
-        fields = {f"{phase}_ms": f"{phases[phase]:.1f}" for phase in ("forward", "backward", "optimizer")}
-        if self.device.type == "cuda":
-            fields["memory_gib"] = f"{torch.cuda.max_memory_allocated(self.device) / GIB:.2f}"
-        if self.gpu is not None:
-            s = self.s
-            least = devices.light_seconds(
-                self.model, self.optimizers, s.batch_tokens, s.seq_len, self.gpu, self.rank.count
-            )
-            speed = s.batch_tokens / seconds
-            fields["mfu"], fields["mfu_causal"] = f"{self.mfu(speed):.3f}", f"{self.mfu(speed, causal=True):.3f}"
-            fields["light"] = f"{least / seconds:.3f}"
-        return fields
 
     def progress(self) -> dict[str, int]:
         return {"step": self.step, "tokens": self.step * self.s.batch_tokens}
@@ -461,7 +442,7 @@ class Run:
             "wall_seconds": self.wall_seconds(),
             "spectra_seconds_blocked": self.spectra.seconds_blocked if self.spectra else 0.0,
             "tokens_per_second": speed,
-            "mfu": self.mfu(speed) if speed else None,
+            "mfu": self.speed.mfu(speed),
             "peak_memory_bytes": peak_memory_bytes,
             **{key: self.config[key] for key in ("params", "data_fingerprint", "config_hash")},
         }
@@ -484,8 +465,7 @@ def join_ranks(device: str) -> Rank:
 
 @exit_with_a_sentence
 def main() -> int:
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(COMPILE_CACHE))
-    torch.set_float32_matmul_precision("high")
+    prepare_torch()
     given = tyro.cli(Settings, description=__doc__)
     rank = join_ranks(given.device)
     try:
@@ -503,9 +483,12 @@ def run_training(run: Run) -> int:
         signal.signal(signal_number, run.ask_to_stop)
     try:
         status = run.train()
-    except (TrainingFailed, WorkerFailed) as failure:
-        run.summarize("failed", str(failure))
-        run.out.say(f"failed: {failure}")
+    except (TrainingFailed, WorkerFailed, torch.OutOfMemoryError) as failure:
+        reason = str(failure)
+        if isinstance(failure, torch.OutOfMemoryError):
+            reason = run.memory.misfit(run.s.micro_batch, available_bytes(run.device))
+        run.summarize("failed", reason)
+        run.out.say(f"failed: {reason}")
         return 1
     except BaseException as error:
         run.summarize("failed", f"{type(error).__name__}: {error}")

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.newton_schulz import reference
 from cli import BadInput
 from kernels.newton_schulz import coefficient_schedule
 from model import INIT_STD, ROPE_BASE, ModelConfig, Transformer
@@ -155,6 +154,15 @@ class StackedMuon(torch.optim.Optimizer):
             if group["weight_decay"]:
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, list(update.unbind(0)), alpha=-group["lr"])
+
+
+def reference(X: Tensor, schedule: Sequence[tuple[float, float, float]]) -> Tensor:
+    """Newton-Schulz on a normalised, wide (batch, m, n) as a careful PyTorch user writes it."""
+    for a, b, c in schedule:
+        A = X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, B, X, beta=a)
+    return X
 
 
 def _direction(g: Tensor, m: Tensor, momentum: float, nesterov: bool, schedule: list, norm_margin: float) -> Tensor:

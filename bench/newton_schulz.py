@@ -24,12 +24,13 @@ from torch import Tensor
 
 import runfiles
 from bench import others
+from bench.baseline import StackedMuon, reference
 from kernels import configs
 from kernels.muon import normalize_reference
 from kernels.newton_schulz import NORM_MARGIN, RESTARTS, coefficient_schedule, half_product_cost, iterate, method_of
 from kernels.symmetric import gram
 from model import SIZES, Transformer
-from optim import MUON_BYTES, Muon, scales_of
+from optim import MUON_BYTES, Muon, step_cost
 
 STEPS, COEFFICIENTS = 5, "polar_express"
 GROUPS = {
@@ -87,15 +88,6 @@ def predict() -> None:
     for d in PREDICTED:
         light = flops / d.flops + MUON_BYTES * parameters / d.bytes_per_second
         print(f"whole 88m step, {d.name}: {1e3 * light:.2f} ms at the speed of light (24 B per parameter)")
-
-
-def reference(X: Tensor, schedule: list[tuple[float, float, float]]) -> Tensor:
-    """What a careful PyTorch user writes, for wide (batch, m, n)."""
-    for a, b, c in schedule:
-        A = X @ X.mT
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
-        X = torch.baddbmm(X, B, X, beta=a)
-    return X
 
 
 def ideal(X: Tensor, method: str) -> Tensor:
@@ -271,50 +263,32 @@ def bench_step(model: str, device: torch.device, repeats: int, device_flops: flo
     banks = net.banks()
     for bank in banks:
         bank.parameter.grad = torch.randn_like(bank.parameter)
-    groups = [{"params": [b.parameter], "transposed": b.transposed} for b in banks]
-    ours = Muon(groups, lr=lr)
-    singles = [torch.nn.Parameter(W.detach().clone()) for b in banks for W in b.parameter]
-    for W, g in zip(singles, (g for b in banks for g in b.parameter.grad), strict=True):
-        W.grad = g.clone()
-    loop = torch.optim.Muon(singles, lr=lr)
-    schedule = coefficient_schedule(COEFFICIENTS, STEPS)
-    before = [b.parameter.detach().clone() for b in banks]
-    scales = [
-        torch.tensor(scales_of(W.shape, group), device=device)
-        for W, group in zip(before, ours.param_groups, strict=True)
-    ]
-    state = [
-        (W.clone(), bank.parameter.grad, torch.zeros_like(W), scale.view(-1, 1, 1))
-        for W, bank, scale in zip(before, banks, scales, strict=True)
-    ]
+    ours = Muon([{"params": [b.parameter], "transposed": b.transposed} for b in banks], lr=lr)
+    gradients = [p.weight.contiguous() for p in net.projections([b.parameter.grad for b in banks])]
+    before = [p.weight.detach().clone() for p in net.projections()]
 
-    @torch.compile(dynamic=False)
-    def stacked(W: Tensor, g: Tensor, m: Tensor, scale: Tensor) -> None:
-        m.lerp_(g, 0.05)
-        u = g.lerp(m, 0.95).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
-        u = u if u.shape[1] <= u.shape[2] else u.mT
-        X = u / (u.norm(dim=(1, 2), keepdim=True) * NORM_MARGIN[COEFFICIENTS] + 1e-7)
-        out = reference(X, schedule)
-        W.sub_(lr * scale * (out if out.shape == W.shape else out.mT))
+    def own_weights() -> list[torch.nn.Parameter]:
+        weights = [torch.nn.Parameter(W.clone(memory_format=torch.contiguous_format)) for W in before]
+        for W, gradient in zip(weights, gradients, strict=True):
+            W.grad = gradient.clone()
+        return weights
 
-    def run_stacked(i: int) -> None:
-        with torch.no_grad():
-            for tensors in state:
-                stacked(*tensors)
-
+    schedule, margin = coefficient_schedule(COEFFICIENTS, STEPS), NORM_MARGIN[COEFFICIENTS]
+    theirs = own_weights()
+    stacked = StackedMuon(theirs, lr=lr, schedule=schedule, norm_margin=margin)
+    loop = torch.optim.Muon(own_weights(), lr=lr, weight_decay=0.0)
     ours.step()
-    run_stacked(0)
-    for W, bank, (theirs, *_) in zip(before, banks, state, strict=True):
-        error = ((bank.parameter.detach() - theirs).norm() / (theirs - W).norm()).item()
+    stacked.step()
+    for i, (old, p, W) in enumerate(zip(before, net.projections(), theirs, strict=True)):
+        error = ((p.weight.detach() - W).norm() / (W - old).norm()).item()
         if not error < 0.05:
-            sys.exit(f"whole step, {tuple(W.shape)}: ours and the reference differ by {error:.3g}, not timed")
-    runs = {"ours": lambda i: ours.step(), "reference": run_stacked, "torch.optim.Muon": lambda i: loop.step()}
+            sys.exit(f"whole step, matrix {i}: ours and the reference differ by {error:.3g}, not timed")
+    runs = {"ours": ours.step, "reference": stacked.step, "torch.optim.Muon": loop.step}
+    calls = {name: (lambda i, run=run: run()) for name, run in runs.items()}
     fields = {"group": f"{model} whole step", "method": "auto", "mode": "as used", "memory": "hot"}
-    shapes = [tuple(W.shape) for W in before]
-    products = sum(half_product_cost(shape, method_of(shape), STEPS)[0] for shape in shapes)
-    moved = MUON_BYTES * sum(W.numel() for W in before)
+    products, moved = step_cost([ours])
     light_us = 1e6 * (products / device_flops + moved / bytes_per_second(device, repeats))
-    rows = _rows(fields, measure(runs, device, repeats), "reference")
+    rows = _rows(fields, measure(calls, device, repeats), "reference")
     return [row | {"light_us": light_us, "light_share": light_us / row["median_us"]} for row in rows]
 
 

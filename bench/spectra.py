@@ -2,8 +2,8 @@
 
     python -m bench.spectra [--model 88m] [--json FILE]
 
-Correctness first: singular values above 1e-3 of the largest to 1e-5, leading subspaces by principal angles. Then both are
-timed in turns on the same matrices, every projection's weight and update; medians.
+Correctness first: singular values above 1e-3 of the largest to 1e-5, leading subspaces by principal angles. Then both
+are timed in turns on the same matrices, every projection's weight and update; medians.
 """
 
 import statistics

@@ -45,7 +45,7 @@ LIMITS = {
 SM_REGISTERS, REGISTER_UNIT, RESERVED_SHARED_BYTES = 65_536, 256, 1024
 TRITON_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 INTEGERS = ("M", "N", "K", "ROWS", "COLS", "ROWS_PADDED", "COLS_PADDED", "blocks", "sums", "V")
-UNALIGNED = ("blocks", "sums")  # every other size and stride is a multiple of 16: the cast pass pads rows
+UNALIGNED = ("blocks", "sums")  # other sizes and strides are multiples of 16 in the sizes of this project
 POINTERS = {"partial_ptr": "*fp32", "sums_ptr": "*fp32", "losses_ptr": "*fp32", "targets_ptr": "*i64"}
 POINTERS |= dict.fromkeys(("lr_ptr", "scale_ptr", "grad_scale_ptr", "found_inf_ptr"), "*fp32")
 
@@ -179,7 +179,7 @@ def compile_variant(variant: Variant) -> Result:
         is_integer = name in INTEGERS or name.startswith("stride")
         signature[name] = pointer if name.endswith("_ptr") else "i32" if is_integer else "fp32"
         if name.endswith("_ptr") or (
-            is_integer and name not in ("blocks", "sums")
+            is_integer and name not in UNALIGNED
         ):  # the cast pass pads rows to multiples of 16
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, attributes)

@@ -2,14 +2,13 @@
 
     python -m bench.train [--model 88m] [--json FILE]      python -m bench.train --predict
 
-Refuses to time a step whose loss or updated weights differ from the baseline's. Each round times every candidate once,
-in turn, on the same random tokens; medians and quartiles over rounds. "light" is the share of the speed of light
+Refuses to time a step whose loss or gradients differ from the baseline's. Each round times every candidate once, in
+turn, on the same random tokens; medians and quartiles over rounds. "light" is the share of the speed of light
 (devices.light_seconds), "gap" the time in which the GPU ran no kernel. What a run adds to the step is timed too: a
 spectra event and the loader.
 """
 
 import dataclasses
-import os
 import statistics
 import sys
 import tempfile
@@ -30,21 +29,21 @@ from bench import baseline
 from cli import BadInput, Count, exit_with_a_sentence
 from clock import Times, point, seconds_between
 from data import Loader, TokenStream, build_shards, open_shards
-from memory import GIB, MemoryCount
-from model import SIZES, Transformer
+from memory import GIB, MemoryCount, available_bytes, choose_micro_batch
+from model import KERNELS, SIZES, Transformer
 from optim import build_optimizers, step_cost
-from settings import BATCH_TOKENS, CPU_MICRO_BATCH_TOKENS, DEFAULT_LR, NANO_BATCH_TOKENS, NANO_LR
+from settings import BATCH_TOKENS, DEFAULT_LR, NANO_BATCH_TOKENS, NANO_LR
 from spectra import SpectraRecorder
-from step import TrainingStep
-from train import COMPILE_CACHE
+from step import TrainingStep, prepare_torch
 
 WARMUP_STEPS = 3
 PROFILED_STEPS = 2
+CANDIDATES = 9
+DEFAULT_VOCAB, NANO_VOCAB = 49_152, 4096  # of the embedded shards
 SPECTRA_EVERY = 250  # updates between spectra events of a long run, for their share of the time
-# A step must leave the same loss as the baseline's, and the same weights to this share of their change (AdamW only:
-# torch.optim.Muon runs other polynomials, and in bf16). bf16 gradients of a few small entries differ by as much.
+# Of the loss, absolute, and of each matrix's gradient, as a share of its norm.
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-CHANGE_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.3}
+GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 @dataclass(frozen=True)
@@ -75,12 +74,15 @@ class Arguments:
 
 @dataclass
 class Candidate:
-    """Something that trains: `step(rows, times)` sends one update to the device and marks its phases."""
+    """Something that trains: `step(rows, times)` sends one update to the device and marks its phases, `gradients(rows)`
+    gives the loss and each matrix's gradient as the map's (out, in), without an update."""
 
     name: str
+    optimizer: str
     model: torch.nn.Module
     optimizers: list[torch.optim.Optimizer]
     step: Callable[[Tensor, Times | None], Any]
+    gradients: Callable[[Tensor], tuple[float, list[Tensor]]]
     seconds: list[float] = dataclasses.field(default_factory=list)
     phases: list[dict[str, float]] = dataclasses.field(default_factory=list)
     peak_bytes: int = 0
@@ -93,62 +95,63 @@ class Workplace:
         if a.model not in SIZES:
             raise BadInput(f"--model {a.model}: choose from {', '.join(SIZES)}")
         self.cuda = torch.cuda.is_available()
-        self.steps, self.rounds = a.steps or (10 if self.cuda else 2), a.rounds or (5 if self.cuda else 3)
-        if min(self.steps, self.rounds) < 1:
-            raise BadInput(f"--steps {self.steps}, --rounds {self.rounds}: must be at least 1")
-        self.device = torch.device("cuda", 0) if self.cuda else torch.device("cpu")
+        self.steps = (10 if self.cuda else 2) if a.steps is None else a.steps
+        self.rounds = (5 if self.cuda else 3) if a.rounds is None else a.rounds
         size, nano = SIZES[a.model], a.model == "nano"
-        self.config = dataclasses.replace(size, seq_len=a.seq_len or size.seq_len)
-        self.vocab_size = a.vocab_size or (4096 if nano else 49_152)
-        self.batch_tokens = a.batch_tokens or (NANO_BATCH_TOKENS if nano else BATCH_TOKENS)
-        self.sequences, rest = divmod(self.batch_tokens, self.config.seq_len)
+        seq_len = size.seq_len if a.seq_len is None else a.seq_len
+        self.vocab_size = (NANO_VOCAB if nano else DEFAULT_VOCAB) if a.vocab_size is None else a.vocab_size
+        self.batch_tokens = (NANO_BATCH_TOKENS if nano else BATCH_TOKENS) if a.batch_tokens is None else a.batch_tokens
+        for flag in ("steps", "rounds", "vocab_size", "batch_tokens"):
+            if getattr(self, flag) < 1:
+                raise BadInput(f"--{flag.replace('_', '-')} {getattr(self, flag)}: must be at least 1")
+        self.config = dataclasses.replace(size, seq_len=seq_len)
+        self.sequences, rest = divmod(self.batch_tokens, seq_len)
         if rest or not self.sequences:
-            raise BadInput(f"--batch-tokens {self.batch_tokens}: not divisible by --seq-len {self.config.seq_len}")
+            raise BadInput(f"--batch-tokens {self.batch_tokens}: not divisible by --seq-len {seq_len}")
+        self.device = torch.device("meta" if a.predict else "cuda" if self.cuda else "cpu")
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.compiled = a.compile == "on" or (a.compile == "auto" and self.cuda)
         self.rates = NANO_LR if nano else DEFAULT_LR
         self.gpu = devices.find(self.device_name())
-        if a.predict:
-            self.device = torch.device("meta")
-        self.micro_batch = self._micro_batch(a.micro_batch)
+        self.micro_batch = 1 if a.predict else self._micro_batch(a.micro_batch)
 
     def _micro_batch(self, asked: Literal["auto"] | int) -> int:
-        if asked != "auto":
-            if asked < 1 or self.sequences % asked:
-                raise BadInput(f"--micro-batch {asked}: does not divide {self.sequences} sequences")
-            return asked
-        if self.device.type != "cuda":
-            fitting = max(1, CPU_MICRO_BATCH_TOKENS // self.config.seq_len)
-            return next(m for m in range(min(fitting, self.sequences), 0, -1) if self.sequences % m == 0)
-        # Six models with their optimizers lie side by side; the count below is of the transient part on top of them.
-        count = MemoryCount(self.transformer(False), "adamw", self.sequences, self.config.seq_len)
-        others = 6 * sum(list(count.bytes_by_purpose(1).values())[:4])
-        return count.largest_micro_batch(torch.cuda.mem_get_info(self.device)[0] - others)
+        count = MemoryCount(self.transformer(), "adamw", self.sequences, self.config.seq_len, compiled=self.compiled)
+        if asked == "auto" and self.cuda:  # all candidates lie side by side with their optimizers
+            beside = (CANDIDATES - 1) * count.resident_bytes()
+            return count.largest_micro_batch(available_bytes(self.device) - beside)
+        return choose_micro_batch(count, asked, self.device)
 
     def device_name(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.cuda else "cpu"
 
-    def transformer(self, kernels: bool) -> Transformer:
+    def transformer(self, kernels: frozenset[str] = frozenset()) -> Transformer:
         torch.manual_seed(0)
         model = Transformer(self.config, self.vocab_size).to(self.device)
         model.compute_dtype, model.kernels = self.dtype, kernels
         return model
 
-    def ours(self, optimizer: str, kernels: bool) -> Candidate:
+    def ours(self, optimizer: str, kernels: frozenset[str] = frozenset()) -> Candidate:
+        """Our model and training step with some of the fused kernels."""
         model = self.transformer(kernels)
         lr, adamw_lr = self.rates[optimizer]
         optimizers = build_optimizers(model, optimizer, lr=lr, adamw_lr=adamw_lr)
         work = TrainingStep(model, optimizers, micro_batch=self.micro_batch, compiled=self.compiled)
 
-        def step(rows: Tensor, times: Times | None) -> Tensor:
-            numbers = work.gradients(rows, times=times)
+        def step(rows: Tensor, times: Times | None) -> None:
+            work.gradients(rows, times=times)
             work.apply()
-            return numbers.values[0]
 
-        name = f"ours, {optimizer}" + (", kernels" if kernels else "")
-        return Candidate(name, model, optimizers, step)
+        def gradients(rows: Tensor) -> tuple[float, list[Tensor]]:
+            loss = work.gradients(rows).read().loss
+            found = [p.weight for p in model.projections([bank.parameter.grad for bank in model.banks()])]
+            return loss, [*found, model.embedding.grad]
+
+        named = "" if not kernels else ", all kernels" if kernels == KERNELS else f", {', '.join(sorted(kernels))}"
+        return Candidate(f"ours, {optimizer}{named}", optimizer, model, optimizers, step, gradients)
 
     def theirs(self, optimizer: str) -> Candidate:
+        """The baseline with one of its optimizers."""
         lr, adamw_lr = self.rates["adamw" if optimizer == "adamw" else "muon"]
         model, optimizers = baseline.build(
             self.config,
@@ -159,14 +162,27 @@ class Workplace:
             device=self.device,
             compile=self.compiled,
         )
-        baseline.copy_weights(self.transformer(False), model)
+        baseline.copy_weights(self.transformer(), model)
 
-        def step(rows: Tensor, times: Times | None) -> Tensor:
+        def step(rows: Tensor, times: Times | None) -> None:
             mark = None if times is None else times.mark
-            return baseline.train_step(model, optimizers, rows, self.micro_batch, mark=mark)
+            baseline.train_step(model, optimizers, rows, self.micro_batch, mark=mark)
+
+        def gradients(rows: Tensor) -> tuple[float, list[Tensor]]:
+            loss = baseline.train_step(model, [], rows, self.micro_batch, grad_clip=0.0)
+            names = [(p.layer, p.name) for p in self.transformer().projections()]
+            found = [getattr(model.blocks[layer], name).weight.grad for layer, name in names]
+            return loss.item(), [*found, model.embedding.weight.grad]
 
         name = {"adamw": "baseline, adamw", "loop": "baseline, muon", "stacked": "baseline, stacked muon"}[optimizer]
-        return Candidate(name, model, optimizers, step)
+        return Candidate(name, "adamw" if optimizer == "adamw" else "muon", model, optimizers, step, gradients)
+
+    def candidates(self) -> list[Candidate]:
+        """Everything that is compared."""
+        each = [frozenset((kernel,)) for kernel in sorted(KERNELS)]
+        ours = [self.ours("muon", kernels) for kernels in (frozenset(), *each, KERNELS)]
+        ours += [self.ours("adamw", kernels) for kernels in (frozenset(), KERNELS)]
+        return ours + [self.theirs(optimizer) for optimizer in baseline.OPTIMIZERS]
 
     def random_rows(self, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -175,22 +191,18 @@ class Workplace:
 
 
 def check(candidates: list[Candidate], place: Workplace) -> None:
-    """SystemExit unless the first step of every candidate has the baseline's loss, and AdamW's its weights."""
-    rows, losses, changes = place.random_rows(0), {}, {}
-    for c in candidates:
-        before = [p.detach().clone() for p in c.model.parameters()]
-        losses[c.name] = float(c.step(rows, None))
-        change = [
-            (p.detach() - old).norm().double().square() for p, old in zip(c.model.parameters(), before, strict=True)
-        ]
-        changes[c.name] = torch.stack(change).sum().sqrt().item()
-    wanted, wanted_change = losses["baseline, adamw"], changes["baseline, adamw"]
-    for name, loss in losses.items():
-        if not abs(loss - wanted) <= LOSS_TOLERANCE[place.dtype]:
-            sys.exit(f"{name}: loss {loss:.5f} where the baseline has {wanted:.5f}, not timed")
-        change = changes[name]
-        if "adamw" in name and not abs(change / wanted_change - 1) <= CHANGE_TOLERANCE[place.dtype]:
-            sys.exit(f"{name}: the first update moves the weights by {change:.4g}, not {wanted_change:.4g}, not timed")
+    """SystemExit unless every candidate starts with the baseline's loss and with its gradient of every matrix."""
+    rows, wanted = place.random_rows(0), None
+    for c in reversed(candidates):  # the baseline comes last
+        loss, gradients = c.gradients(rows)
+        wanted = wanted or (loss, [g.clone() for g in gradients])
+        if not abs(loss - wanted[0]) <= LOSS_TOLERANCE[place.dtype]:
+            sys.exit(f"{c.name}: loss {loss:.5f} where the baseline has {wanted[0]:.5f}, not timed")
+        for i, (found, exact) in enumerate(zip(gradients, wanted[1], strict=True)):
+            error = ((found - exact).norm() / exact.norm()).item()
+            if not error <= GRADIENT_TOLERANCE[place.dtype]:
+                sys.exit(f"{c.name}: the gradient of matrix {i} differs from the baseline's by {error:.2g}, not timed")
+        c.model.zero_grad(set_to_none=True)
 
 
 def time_all(candidates: list[Candidate], place: Workplace) -> None:
@@ -199,6 +211,7 @@ def time_all(candidates: list[Candidate], place: Workplace) -> None:
         rows = place.random_rows(i + 1)
         for c in candidates:
             if place.cuda:
+                c.model.zero_grad(set_to_none=True)
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
                 others = torch.cuda.memory_allocated() - state_bytes(c)
@@ -216,6 +229,7 @@ def time_all(candidates: list[Candidate], place: Workplace) -> None:
             c.phases += [times.milliseconds() for times in taken]
             if place.cuda:
                 c.peak_bytes = max(c.peak_bytes, torch.cuda.max_memory_allocated() - others)
+            c.model.zero_grad(set_to_none=True)
 
 
 def state_bytes(c: Candidate) -> int:
@@ -256,11 +270,11 @@ def row_of(c: Candidate, place: Workplace) -> dict[str, Any]:
     row |= {"gap_share": gap_share(c, place), "mfu": None, "mfu_causal": None, "light_share": None}
     row["peak_memory_bytes"] = c.peak_bytes or None
     if place.gpu:
-        model, rate = place.transformer(False), place.batch_tokens / seconds / place.gpu.bf16_flops
-        seq_len = place.config.seq_len
+        model, rate = place.transformer(), place.batch_tokens / seconds / place.gpu.bf16_flops
+        seq_len, lr = place.config.seq_len, place.rates[c.optimizer][0]
         row |= {"mfu": rate * model.flops_per_token(seq_len), "mfu_causal": rate * model.flops_per_token(seq_len, True)}
-        ours = place.ours("adamw" if "adamw" in c.name else "muon", kernels=False)
-        least = devices.light_seconds(ours.model, ours.optimizers, place.batch_tokens, seq_len, place.gpu)
+        optimizers = build_optimizers(model, c.optimizer, lr=lr, adamw_lr=lr)
+        least = devices.light_seconds(model, optimizers, place.batch_tokens, seq_len, place.gpu)
         row |= {"light_ms": 1e3 * least, "light_share": least / seconds}
     return row
 
@@ -268,33 +282,37 @@ def row_of(c: Candidate, place: Workplace) -> dict[str, Any]:
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     """The comparisons that people ask for, each ours over theirs in tokens/s."""
     speed = {row["candidate"]: row["tokens_per_second"] for row in rows}
-    pairs = {
-        f"{ours} / {theirs}": (ours, theirs)
-        for ours in ("ours, muon", "ours, muon, kernels")
-        for theirs in ("baseline, muon", "baseline, stacked muon")
-    }
-    pairs |= {
-        f"{ours} / baseline, adamw": (ours, "baseline, adamw") for ours in ("ours, adamw", "ours, adamw, kernels")
-    }
-    pairs |= {"ours, muon / ours, adamw": ("ours, muon", "ours, adamw")}
-    return {name: speed[a] / speed[b] for name, (a, b) in pairs.items()}
+    pairs = [
+        *((ours, "baseline, muon") for ours in ("ours, muon", "ours, muon, all kernels")),
+        *((ours, "baseline, stacked muon") for ours in ("ours, muon", "ours, muon, all kernels")),
+        *((ours, "baseline, adamw") for ours in ("ours, adamw", "ours, adamw, all kernels")),
+        *((f"ours, muon, {kernel}", "ours, muon") for kernel in sorted(KERNELS)),
+        ("ours, muon", "ours, adamw"),
+    ]
+    return {f"{ours} / {theirs}": speed[ours] / speed[theirs] for ours, theirs in pairs}
 
 
 def time_surroundings(place: Workplace, step_seconds: float) -> dict[str, float]:
-    """A spectra event and a batch from the loader, in seconds and as a share of the time between them."""
-    model = place.transformer(False)
+    """How long a spectra event holds up the loop and keeps the worker busy, and a batch lets it wait."""
+    model = place.transformer()
+    optimizers = build_optimizers(model, "muon", lr=place.rates["muon"][0], adamw_lr=place.rates["muon"][1])
+    work = TrainingStep(model, optimizers, micro_batch=place.micro_batch)
     with tempfile.TemporaryDirectory() as folder:
         recorder = SpectraRecorder(model, Path(folder) / runfiles.SPECTRA)
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p)
-        recorder.before_update()
-        start = time.perf_counter()
-        recorder.record(0, 0)
-        spectra_seconds = time.perf_counter() - start
+        for step in range(2):  # the first one simulates levels of chance, once per run
+            work.gradients(place.random_rows(step))
+            recorder.seconds_blocked, start = 0.0, time.perf_counter()
+            recorder.before_update()
+            work.apply()
+            recorder.record(step, 0)
+            recorder.flush()
+            worker_seconds = time.perf_counter() - start
+        recorder.close()
         loader_seconds = _loader_seconds(place, Path(folder) / "shards", step_seconds)
     return {
-        "spectra_event_seconds": spectra_seconds,
-        "spectra_share": spectra_seconds / (SPECTRA_EVERY * step_seconds),
+        "spectra_blocked_seconds": recorder.seconds_blocked,
+        "spectra_blocked_share": recorder.seconds_blocked / (SPECTRA_EVERY * step_seconds),
+        "spectra_worker_seconds": worker_seconds,
         "loader_wait_seconds": loader_seconds,
         "loader_share": loader_seconds / step_seconds,
     }
@@ -326,7 +344,7 @@ def _loader_seconds(place: Workplace, folder: Path, step_seconds: float) -> floa
 
 def show(rows: list[dict[str, Any]]) -> None:
     print(
-        f"{'candidate':24} {'tok/s':>9} {'step ms':>9} {'quartiles':>17} {'forward':>8} {'backward':>8}"
+        f"{'candidate':26} {'tok/s':>9} {'step ms':>9} {'quartiles':>17} {'forward':>8} {'backward':>8}"
         f" {'optimizer':>9} {'gap':>6} {'mfu':>6} {'causal':>6} {'light':>6} {'GiB':>6}"
     )
     for r in rows:
@@ -337,7 +355,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         )
         memory = "-" if r["peak_memory_bytes"] is None else f"{r['peak_memory_bytes'] / GIB:.2f}"
         print(
-            f"{r['candidate']:24} {r['tokens_per_second']:9,.0f} {r['step_ms']:9.1f} {low:8.1f} {high:8.1f}"
+            f"{r['candidate']:26} {r['tokens_per_second']:9,.0f} {r['step_ms']:9.1f} {low:8.1f} {high:8.1f}"
             f" {r['forward_ms']:8.1f} {r['backward_ms']:8.1f} {r['optimizer_ms']:9.1f}{shares} {memory:>6}"
         )
 
@@ -346,7 +364,7 @@ def predict(place: Workplace) -> None:
     """The speed of light of one update per GPU and optimizer: counted, not timed."""
     print("PREDICTION from counted FLOPs and bytes; nothing here was timed, and nothing can be faster")
     for optimizer in ("muon", "adamw"):
-        model = place.transformer(False)
+        model = place.transformer()
         optimizers = build_optimizers(model, optimizer, lr=1.0, adamw_lr=1.0)
         work = place.batch_tokens * model.flops_per_token(place.config.seq_len, causal=True)
         flops, moved = step_cost(optimizers)
@@ -358,8 +376,7 @@ def predict(place: Workplace) -> None:
 
 @exit_with_a_sentence
 def main() -> int:
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(COMPILE_CACHE))
-    torch.set_float32_matmul_precision("high")
+    prepare_torch()
     a = tyro.cli(Arguments, description=__doc__)
     place = Workplace(a)
     if a.predict:
@@ -369,20 +386,20 @@ def main() -> int:
         f"{place.device_name()}, torch {torch.__version__}; {a.model}, vocabulary {place.vocab_size:,}, "
         f"{place.batch_tokens:,} tokens per update in micro-batches of {place.micro_batch} x {place.config.seq_len}"
     )
-    candidates = [place.ours(optimizer, kernels) for optimizer in ("muon", "adamw") for kernels in (False, True)]
-    candidates += [place.theirs(optimizer) for optimizer in ("loop", "stacked", "adamw")]
+    candidates = place.candidates()
     check(candidates, place)
     time_all(candidates, place)
     rows = [row_of(c, place) for c in candidates]
     show(rows)
     compared = ratios(rows)
     for name, ratio in compared.items():
-        print(f"{name:45} {ratio:6.3f}x")
+        print(f"{name:50} {ratio:6.3f}x")
     surroundings = time_surroundings(place, rows[0]["step_ms"] / 1e3)
     print(
-        f"spectra event {surroundings['spectra_event_seconds']:.2f} s: {surroundings['spectra_share']:.2%} of the time "
-        f"at every {SPECTRA_EVERY} updates; waiting for a batch {1e3 * surroundings['loader_wait_seconds']:.2f} ms: "
-        f"{surroundings['loader_share']:.3%}"
+        f"a spectra event blocks {1e3 * surroundings['spectra_blocked_seconds']:.1f} ms, "
+        f"{surroundings['spectra_blocked_share']:.3%} of the time at every {SPECTRA_EVERY} updates, and keeps the "
+        f"worker busy for {surroundings['spectra_worker_seconds']:.2f} s; a batch is waited for "
+        f"{1e3 * surroundings['loader_wait_seconds']:.2f} ms, {surroundings['loader_share']:.3%} of a step"
     )
     if a.json:
         described = {"device": place.device_name(), "date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv)}

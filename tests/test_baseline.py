@@ -12,6 +12,7 @@ from bench.baseline import Baseline, StackedMuon, build, copy_weights, train_ste
 from cli import BadInput
 from kernels.newton_schulz import NORM_MARGIN, coefficient_schedule
 from model import SIZES, ModelConfig, Transformer
+from step import TrainingStep
 
 VOCAB, STEPS, ROWS, MICRO_BATCH = 64, 30, 8, 4
 NANO = replace(SIZES["nano"], seq_len=32)
@@ -38,20 +39,15 @@ def our_model(config=NANO):
 
 @cache
 def our_curve(optimizer):
-    """Losses of our model and optimizers, stepped as train.py does."""
+    """Losses of our model, trained by what train.py trains with."""
     model = our_model()
     muon = {"ns_coefficients": "quintic"} if optimizer == "muon" else {}
     optimizers = optim.build_optimizers(model, optimizer, weight_decay=DECAY, **RATES[optimizer], **muon)
-    losses = []
+    step, losses = TrainingStep(model, optimizers, micro_batch=MICRO_BATCH), []
     for rows in markov_batches():
-        loss = model(rows[:, :-1], rows[:, 1:])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for o in optimizers:
-            o.step()
-            o.zero_grad()
-        losses.append(loss.detach())
-    return torch.stack(losses)
+        losses.append(step.gradients(rows).read().loss)
+        step.apply()
+    return torch.tensor(losses)
 
 
 @cache
