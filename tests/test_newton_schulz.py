@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from kernels import configs
 from kernels.muon import normalize_reference
 from kernels.newton_schulz import COEFFICIENTS, NORM_MARGIN, SAFETY, coefficient_schedule, iterate, orthogonalize
-from kernels.symmetric import gram
+from kernels.symmetric import gram, symmetric_matmul
 from model import SIZES, Transformer
 from optim import Muon
 
@@ -119,6 +119,11 @@ def test_empty_and_integer_tensors():
         orthogonalize(torch.ones(2, 2, dtype=torch.int64))
 
 
+# One direction carries nearly the whole norm, where the polynomial has a slope of 95, and sits in a few elements, so
+# that their rounding does not average out: the Gram form's amplitude is off by up to 0.21 there (bench/LOG.md).
+LONE_DIRECTIONS = ("cauchy", "heavy tails of low rank")
+
+
 def zoo(m, n):
     """Inputs that Newton-Schulz meets or that were made to hurt it: name -> (m, n) in float64."""
     rng = np.random.default_rng(0)
@@ -143,6 +148,25 @@ def zoo(m, n):
         "duplicate rows": np.repeat(rng.standard_normal((m // 2, n)), 2, axis=0),
         "zero rows": rng.standard_normal((m, n)) * (index % 3 > 0)[:, None],
         "all ones": np.ones((m, n)),
+        "rank one": np.outer(rng.standard_normal(m), rng.standard_normal(n)),
+        "signs": rng.choice([-1.0, 1.0], (m, n)),
+        "signs of rank one": np.sign(np.outer(rng.standard_normal(m), rng.standard_normal(n))),
+        "rank 16": spectrum((index < 16) * 1.0),
+        "rank 16 and noise": spectrum((index < 16) + 1e-3),
+        "half rank and noise": spectrum((index < m // 2) + 1e-4),
+        "two levels 1e-3": spectrum(np.where(index < m // 2, 1.0, 1e-3)),
+        "log-uniform 1e-1": spectrum(10.0 ** (-index / (m - 1))),
+        "power law 2": spectrum(1.0 / (1.0 + index) ** 2),
+        "exponential": spectrum(0.8**index),
+        "one small": spectrum(np.where(index == m - 1, 1e-2, 1.0)),
+        "cauchy": rng.standard_cauchy((m, n)),
+        "outliers": rng.standard_normal((m, n)) * np.where(rng.random((m, n)) < 1e-3, 1e3, 1.0),
+        "one element": np.pad([[1.0]], ((0, m - 1), (0, n - 1))),
+        "heavy tails of low rank": rng.standard_t(2, (m, 4)) @ rng.standard_t(2, (4, n)),
+        "constant columns": np.tile(rng.standard_normal((m, 1)), (1, n)),
+        "positive": np.abs(rng.standard_normal((m, n))),
+        "block diagonal": np.kron(np.eye(2), rng.standard_normal((m // 2, n // 2))),
+        "uneven rows": rng.standard_normal((m, n)) * 10.0 ** (-3 * index / m)[:, None],
         "identity": np.eye(m, n),
     }
 
@@ -151,10 +175,12 @@ def zoo(m, n):
     ("method", "shape"),
     [("gram", (64, 256)), ("gram", (128, 512)), ("gram", (96, 192)), ("standard", (64, 256)), ("standard", (192, 192))],
 )
-@pytest.mark.parametrize("name", zoo(8, 16))
+@pytest.mark.parametrize("name", zoo(32, 64))
 def test_fp16_iterates_stay_within_the_simulated_tolerances(name, shape, method):
     """The arithmetic of the CUDA path on the CPU: fp16 after every product, fp32 accumulation."""
     sigma_max, deviation, off_diagonal = (1.16, 0.08, 0.03) if method == "gram" else (1.15, 0.06, 0.025)
+    if method == "gram" and name in LONE_DIRECTIONS:
+        deviation = 0.25
     G = zoo(*shape)[name]
     schedule = coefficient_schedule("polar_express", 5)
     X = normalize_reference(torch.from_numpy(G)[None].float(), NORM_MARGIN["polar_express"]).half()
@@ -218,6 +244,34 @@ def test_regression_values():
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=1e-5)
     stored = torch.tensor(REGRESSION)
     torch.testing.assert_close(found, stored, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (2, 5, 7), (2, 3, 7, 5), (0, 4, 4), (2, 0, 3), (2, 3, 0)])
+def test_gram_and_symmetric_matmul_take_any_batch_and_are_symmetric_to_the_bit(shape):
+    generator = torch.Generator().manual_seed(8)
+    X = torch.randn(shape, generator=generator)
+    found = gram(X)
+    assert found.shape == (*shape[:-1], shape[-2])
+    assert torch.equal(found, found.mT)
+    torch.testing.assert_close(found, X @ X.mT)
+    out = symmetric_matmul(found, found, found, alpha=0.5, beta=-2.0)
+    assert torch.equal(out, out.mT)
+    torch.testing.assert_close(out, 0.5 * found @ found - 2.0 * found, rtol=1e-4, atol=1e-4)
+    poison = torch.full_like(found, torch.nan)
+    torch.testing.assert_close(symmetric_matmul(X, X.mT, poison, beta=0.0), found)  # times 0 is not read
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((torch.ones(3, 4), torch.ones(3, 4)), "do not fit"),
+        ((torch.ones(3, 4), torch.ones(4, 3), torch.ones(4, 4)), "do not fit"),
+        ((torch.ones(3, 4), torch.ones(4, 3).half()), "one dtype"),
+    ],
+)
+def test_products_that_do_not_fit_are_named(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        symmetric_matmul(*arguments)
 
 
 def test_survives_fullgraph_compilation():
