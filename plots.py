@@ -21,7 +21,17 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from stats import Group, Run, group_seeds, largest_spike, learning_rate_tolerance, representative, t_interval, thin
+from stats import (
+    Group,
+    Run,
+    group_seeds,
+    largest_spike,
+    learning_rate_tolerance,
+    representative,
+    t_interval,
+    thin,
+    welch,
+)
 
 OPTIMIZER_NAMES = {"muon": "Muon", "adamw": "AdamW"}
 OPTIMIZER_COLORS = {"muon": "#0072B2", "adamw": "#D55E00"}
@@ -30,6 +40,7 @@ REFERENCE_COLOR = "#666666"
 LINE_STYLES = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 FEW_GROUPS = 4  # up to here every group is drawn in full; of more, the best of each optimizer stands out
 DIRECT_LABELS = 5  # lines that are labelled at their end instead of in a legend
+SVG_DPI = 120
 WIDTH = 10.0  # inches, of every figure that does not grow with its content
 
 STYLE = {
@@ -51,12 +62,14 @@ STYLE = {
 plt.rcParams.update(STYLE)
 
 
-def save(figure: Figure, folder: Path, stem: str) -> None:
+def save(figure: Figure, folder: Path, stem: str, formats: Sequence[str] = ("png", "svg")) -> None:
     """Write folder/stem.png at twice the screen's resolution and folder/stem.svg, and close the figure."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # laid out once, not once per file
-    figure.savefig(folder / f"{stem}.png")
-    figure.savefig(folder / f"{stem}.svg", metadata={"Date": None})
+    if "png" in formats:
+        figure.savefig(folder / f"{stem}.png")
+    if "svg" in formats:  # its images, of heatmaps and fans, at a resolution that keeps the file small
+        figure.savefig(folder / f"{stem}.svg", dpi=SVG_DPI, metadata={"Date": None})
     plt.close(figure)
 
 
@@ -65,10 +78,10 @@ def optimizer_name(optimizer: str) -> str:
 
 
 def setting(key: str, value: Any) -> str:
-    """'lr 0.02', 'no nesterov', 'schedule cosine': a setting in a label."""
-    words = key.replace("_", " ")
+    """'lr 0.02', 'no-nesterov', 'schedule cosine': a setting in a label, under its flag's name."""
+    words = key.replace("_", "-")
     if isinstance(value, bool):
-        return words if value else f"no {words}"
+        return words if value else f"no-{words}"
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return f"{words} {text if len(text) <= 24 else text[:23] + '…'}"
 
@@ -116,7 +129,7 @@ class Look:
     def line(self) -> dict[str, Any]:
         if not self.strong:
             return {"color": self.color, "linewidth": 0.8, "alpha": 0.35}
-        return {"color": self.color, "linestyle": self.linestyle, "linewidth": 1.8, "label": self.label}
+        return {"color": self.color, "linestyle": self.linestyle, "linewidth": 1.8, "zorder": 3, "label": self.label}
 
 
 def looks(groups: Sequence[Group]) -> list[Look]:
@@ -207,9 +220,7 @@ def loss_curves(runs: Sequence[Run]) -> Figure:
     axes[0, 0].set_title("against updates")
     axes[0, 1].set_title("against training time")
     if tops and np.isfinite(tops).all() and len(groups[0].curve("val_loss")[0]) > 5:
-        lowest = min(
-            float(np.nanmin(group.curve("val_loss")[1])) for group in groups if len(group.curve("val_loss")[0])
-        )
+        lowest = min(float(np.nanmin(line.get_ydata())) for line in axes[0, 0].lines)
         axes[0, 0].set_ylim(lowest - 0.06 * (max(tops) - lowest), max(tops))  # the first updates would hide the rest
     whole_steps(axes[1, 0])
     axes[1, 1].set_xlabel("training time (s)")
@@ -240,12 +251,10 @@ def optimizer_comparison(a: Group, b: Group) -> Figure:
     Each panel shows mean(a) - mean(b), above zero where b is better; the band is the 95 % Welch interval, where both
     have two seeds or more. At equal time the curves are interpolated linearly.
     """
-    from stats import welch
-
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.8), sharey=True)
     name_a, name_b = group_labels([a, b])
     for ax, key in zip(axes, ("step", "train_seconds"), strict=True):
-        curves = [[(run.val[key], run.val["val_loss"]) for run in group.runs if run.val] for group in (a, b)]
+        curves = [[(run.val[key], run.val["val_loss"]) for run in group.pool() if run.val] for group in (a, b)]
         ends = [x[-1] for side in curves for x, _ in side]
         x = curves[1][0][0] if key == "step" else np.linspace(0, min(ends), 60)
         x = x[x <= min(ends)]
@@ -281,6 +290,18 @@ def _by_rate(groups: Sequence[Group]) -> dict[str, list[Group]]:
 
 def has_rates(runs: Sequence[Run]) -> bool:
     return any(len({g.config["lr"] for g in members}) > 2 for members in _by_rate(group_seeds(runs)).values())
+
+
+def _ticks_at(ax: plt.Axes, ticks: Sequence[float], words: Sequence[str]) -> None:
+    """Labels at these values of a log axis, but for those too close to the one before."""
+    least = 0.06 * np.log(ticks[-1] / ticks[0])
+    kept: list[int] = []
+    for i, tick in enumerate(ticks):
+        if not kept or np.log(tick / ticks[kept[-1]]) >= least:
+            kept.append(i)
+    ax.xaxis.set_major_locator(FixedLocator([ticks[i] for i in kept]))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xticklabels([words[i] for i in kept], rotation=45, ha="right", rotation_mode="anchor")
 
 
 def learning_rate_sensitivity(runs: Sequence[Run], slack: float = 0.1) -> Figure:
@@ -325,10 +346,7 @@ def learning_rate_sensitivity(runs: Sequence[Run], slack: float = 0.1) -> Figure
     for ax in axes[1]:
         ax.set_xlabel("peak learning rate of the block matrices")
         ax.set_xscale("log")
-        if len(ticks) <= 10:
-            ax.xaxis.set_major_locator(FixedLocator(ticks))
-            ax.xaxis.set_minor_locator(NullLocator())
-            ax.set_xticklabels([f"{tick:g}" for tick in ticks], rotation=45, ha="right")
+        _ticks_at(ax, ticks, [f"{tick:g}" for tick in ticks])
     figure.suptitle("Sensitivity to the learning rate: dots are runs, lines join the best at each rate")
     figure.legend(handles=handles, loc="outside lower center", ncols=1)
     return figure
@@ -401,9 +419,7 @@ def model_scaling(runs: Sequence[Run]) -> Figure:
         ax.set_xlabel("parameters (millions)")
         ax.set_xscale("log")
         ticks = sorted({group.config["params"] for group in groups})
-        ax.xaxis.set_major_locator(FixedLocator(ticks))
-        ax.xaxis.set_minor_locator(NullLocator())
-        ax.set_xticklabels([f"{tick / 1e6:.3g}" for tick in ticks])
+        _ticks_at(ax, ticks, [f"{tick / 1e6:.3g}" for tick in ticks])
     figure.suptitle("Model size: best setting of each optimizer, mean over seeds with its 95 % interval")
     legend_below(figure, handles)
     return figure
@@ -413,12 +429,16 @@ def learning_rate_schedules(runs: Sequence[Run]) -> Figure:
     """The learning rates of every update, of the block matrices and of embedding and gains."""
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.6))
     groups = group_seeds([run for run in runs if "lr" in run.train])
-    for group, look in zip(groups, looks(groups), strict=True):
+    everyone = looks(groups)
+    for i, (group, look) in enumerate(zip(groups, everyone, strict=True)):
+        later = min(2, sum(other.strong for other in everyone[i + 1 :])) if len(groups) <= FEW_GROUPS else 0
         train = max(group.runs, key=lambda run: run.updates).train
         for ax, key in zip(axes, ("lr", "adamw_lr"), strict=True):
             if key in train:
                 marker = "o" if len(train["step"]) == 1 else None
-                ax.plot(*thin(train["step"], train[key]), marker=marker, **look.line())
+                line = look.line()
+                line["linewidth"] += 1.3 * later  # where rates agree the lines below stay visible
+                ax.plot(*thin(train["step"], train[key]), marker=marker, **line)
     for ax, words in zip(axes, ("block matrices", "embedding and gains"), strict=True):
         ax.set_title(words)
         ax.set_ylim(bottom=0)

@@ -1,4 +1,4 @@
-"""Figures of the weights' spectra: loaded runs that have logged spectra -> a Matplotlib figure, in the look of plots.py.
+"""Figures of the spectra of weights: loaded runs that have logged them -> a Matplotlib figure, in the look of plots.py.
 
     figure = metric_heatmap(runs, "effective_rank"); plots.save(figure, Path("plots"), "effective_rank_heatmap")
 
@@ -19,9 +19,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from plots import (
-    Look,
     REFERENCE_COLOR,
     WIDTH,
+    Look,
     group_handles,
     group_labels,
     legend_below,
@@ -58,8 +58,8 @@ SUBSPACE_RANK = 5
 
 
 def group_grid(group: Group, proj: str, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps at which every run of the group has an event (E,), and the mean over the runs as (layers, E)."""
-    grids = [run.grid(proj, key) for run in group.runs]
+    """Steps at which every run of the group's pool has an event (E,), and the mean over the runs as (layers, E)."""
+    grids = [run.grid(proj, key) for run in group.pool()]
     steps = grids[0][0]
     for other, _ in grids[1:]:
         steps = np.intersect1d(steps, other)
@@ -72,9 +72,9 @@ def relative_rank(run: Run, proj: str) -> tuple[np.ndarray, np.ndarray]:
     return steps, values / run.full_rank(proj)
 
 
-def _panels(projections: Sequence[str], sharey: bool) -> tuple[Figure, list[tuple[str, plt.Axes]]]:
+def _panels(projections: Sequence[str], sharex: bool = True) -> tuple[Figure, list[tuple[str, plt.Axes]]]:
     """A 2 x 3 figure with a panel for each projection."""
-    figure, axes = plt.subplots(2, 3, figsize=(WIDTH, 5.8), sharex=True, sharey=sharey)
+    figure, axes = plt.subplots(2, 3, figsize=(WIDTH, 5.8), sharex=sharex)
     panels = list(zip(projections, axes.flat, strict=False))
     for name, ax in panels:
         ax.set_title(PROJECTION_TITLES[name])
@@ -104,7 +104,7 @@ def _log_axis(ax: plt.Axes) -> None:
 def spectral_norm_by_depth(runs: Sequence[Run]) -> Figure:
     """Largest singular value of each projection by layer, at initialisation and at the last event."""
     groups = group_seeds(runs)
-    figure, panels = _panels(runs[0].projections(), sharey=False)
+    figure, panels = _panels(runs[0].projections())
     for name, ax in panels:
         for group, look in zip(groups, looks(groups), strict=True):
             _, values = group_grid(group, name, "spectral_norm")
@@ -160,7 +160,7 @@ def metric_over_time(runs: Sequence[Run], key: str) -> Figure:
     Dotted grey: the value at initialisation, where the metric has one.
     """
     groups = group_seeds(runs)
-    figure, panels = _panels(runs[0].projections(), sharey=False)
+    figure, panels = _panels(runs[0].projections())
     for name, ax in panels:
         for group, look in zip(groups, looks(groups), strict=True):
             _mean_and_band(ax, *group_grid(group, name, key), look)
@@ -266,7 +266,9 @@ def metric_heatmap(runs: Sequence[Run], key: str) -> Figure:
         scale = known if mark is None else [*known, mark]
         for row, (steps, values) in enumerate(grids):
             mesh = _heat(axes[row, column], steps, values, vmin=min(scale), vmax=max(scale), cmap=HEATMAP_COLORS)
-        bar = figure.colorbar(mesh, ax=axes[:, column], location="bottom", aspect=12, shrink=0.95)
+        bar = figure.colorbar(
+            mesh, ax=axes[:, column], location="bottom", aspect=12, shrink=0.95, fraction=0.15 / len(runs), pad=0.02
+        )
         bar.ax.tick_params(labelsize=8)
         bar.locator = MaxNLocator(3)
         bar.update_ticks()
@@ -310,7 +312,7 @@ def quick_scan(runs: Sequence[Run]) -> Figure:
         ax.set_yticks(middles, [PROJECTION_TITLES[name] for name in names] if ax is axes[0, 0] else [""] * len(names))
         ax.tick_params(axis="y", length=0)
     axes[0, 0].set_ylabel("projection, layers from the first (top) to the last")
-    figure.colorbar(mesh, ax=axes, label="effective rank / smaller side", aspect=30)
+    figure.colorbar(mesh, ax=axes, label="effective rank / smaller side", aspect=30, pad=0.01)
     figure.suptitle("Quick scan: effective rank of every matrix")
     return figure
 
@@ -338,7 +340,7 @@ def rank_grid(runs: Sequence[Run]) -> Figure:
             ax.set_title(f"seed {run.config['seed']}")
             ax.set_xlabel("updates") if row == len(groups) - 1 else None
         axes[row, 0].set_ylabel(f"{label}\nlayer")
-    figure.colorbar(mesh, ax=axes, label="effective rank / smaller side")
+    figure.colorbar(mesh, ax=axes, label="effective rank / smaller side", pad=0.01)
     figure.suptitle("Effective rank, mean over the six projections, every seed on one scale")
     return figure
 
@@ -370,7 +372,8 @@ def pair_grid(a: Run, b: Run, key: str) -> Figure:
     for ax, label in zip(axes[:, 0], (label_a, label_b, "difference"), strict=True):
         ax.set_ylabel(f"{label}\nlayer")
     figure.suptitle(
-        f"{METRIC_TITLES[key]}\ntwo runs on one scale per projection; they differ by at most {100 * reach:.1f} % of a mean"
+        f"{METRIC_TITLES[key]}\ntwo runs on one scale per projection; "
+        f"they differ by at most {100 * reach:.1f} % of a projection's mean"
     )
     return figure
 
@@ -413,7 +416,7 @@ def singular_value_fan(runs: Sequence[Run], layer: int | None = None) -> Figure:
         axes[-1, column].set_xlabel("updates")
     for row, label in enumerate(run_labels(runs)):
         axes[row, 0].set_ylabel(f"{label}\nsingular value")
-    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), ORDER_COLORS), ax=axes, aspect=30)
+    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), ORDER_COLORS), ax=axes, aspect=30, pad=0.01)
     bar.set_ticks([0, 1], labels=["largest", "smallest"])
     bar.ax.invert_yaxis()
     figure.suptitle(f"All singular values of layer {layer} while it trains, one log scale down each column")
@@ -424,11 +427,11 @@ def singular_value_spectrum(runs: Sequence[Run], layer: int | None = None) -> Fi
     """All singular values of one layer (default: the middle one) by index, at initialisation and at the last event."""
     layer = middle_layer(runs[0]) if layer is None else layer
     groups = group_seeds(runs)
-    figure, panels = _panels(runs[0].projections(), sharey=False)
+    figure, panels = _panels(runs[0].projections(), sharex=False)
     for name, ax in panels:
         drawn = []
         for group, look in zip(groups, looks(groups), strict=True):
-            spectra = [run.singular_values(name, layer)[1] for run in group.runs]
+            spectra = [run.singular_values(name, layer)[1] for run in group.pool()]
             spectra = [values for values in spectra if len(values)]
             if not spectra:
                 continue
@@ -445,8 +448,6 @@ def singular_value_spectrum(runs: Sequence[Run], layer: int | None = None) -> Fi
         ax.set_xlabel("index of the singular value")
     for ax in figure.axes[::3]:
         ax.set_ylabel("singular value")
-    for ax in figure.axes[:3]:
-        ax.tick_params(labelbottom=True)  # the panels have different lengths
     figure.suptitle(f"Singular values of layer {layer}, at the last event")
     legend_below(figure, [*group_handles(groups), _initial_handle()])
     return figure
@@ -487,7 +488,7 @@ def layer_mri(runs: Sequence[Run], layer: int | None = None) -> Figure:
             if key == "left_alignment":
                 ax.axhline(0, color=REFERENCE_COLOR, linestyle=":", linewidth=1.2)
             if key == "update_norm" and any(np.nanmax(line.get_ydata(), initial=0) > 0 for line in ax.lines):
-                ax.set_yscale("log")
+                _log_axis(ax)
             axes[0, column].set_title(words, fontsize=9)
             ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
     for ax in axes[-1]:

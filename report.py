@@ -1,14 +1,16 @@
 """Runs -> one report: report.html (self-contained), report.md and plots/.
 
-    python report.py runs/my-muon runs/my-adamw --out runs/my-report
+    python report.py runs/my-muon runs/my-adamw --out runs/my-report          one page for 1 to 60 runs, finished or not
+    python report.py runs/my-muon runs/my-adamw --watch                       the same, rewritten until they are over
+    python report.py compare runs/muon-0,runs/muon-1 runs/adamw-0             two runs or groups, in the terminal
 
-Reads only the runs' folders, finished or not, and takes a few seconds; it needs no torch and no network.
+Where a run's folder is asked for, a folder that holds runs stands for all of them. Reads only the runs' folders and
+takes some ten seconds; it needs no torch and no network.
 """
 
-import base64
-import html
-import math
+import shlex
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +19,17 @@ import numpy as np
 import tyro
 
 import plots
-from cli import BadInput, exit_with_a_sentence, make_folder
-from stats import Run, first_reaching, load_run, t_interval
+import report_compare
+import runfiles
+from cli import BadInput, exit_with_a_sentence
+from report_figures import curve_drawings, draw, watched
+from report_pages import Code, Page, Part, Picture, Table, Verse, html_page, markdown_page
+from report_questions import answers
+from report_verdict import careful, judge, memory
+from stats import Run, find_runs, group_seeds, load_run, representative, t_interval
+
+WATCH_SECONDS = 30.0
+SILENT_SECONDS = 1800.0  # a run that has written nothing for so long was killed: --watch does not wait for it
 
 
 @dataclass(frozen=True)
@@ -26,144 +37,166 @@ class Arguments:
     """Compare training runs in one page."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders to show."""
+    """Run folders to show, or folders that hold runs."""
     out: Path = Path("runs/report")
     """Folder for report.html, report.md and plots/; an earlier report there is replaced."""
+    watch: float | None = None
+    """Rewrite the report every so many seconds (30 without a number) until all runs are over."""
 
 
-@dataclass(frozen=True)
-class Section:
-    """A figure with its file stem and how to read it."""
-
-    stem: str
-    title: str
-    how_to_read: str
+def number(value: float, form: str, unit: str = "") -> str:
+    return format(value, form) + unit if np.isfinite(value) else "-"
 
 
-CURVES = Section(
-    "loss_curves",
-    "Loss and accuracy",
-    "Lower loss and higher accuracy are better. The left column asks what each optimizer learns from the same tokens, "
-    "the right column what it learns in the same time; the clock leaves out compilation, validation and checkpoints.",
-)
-SPECTRA = (
-    Section(
-        "spectral_norm_by_depth",
-        "Spectral norm against depth",
-        "The largest factor by which a projection can stretch its input. The dotted line is where training began.",
-    ),
-    Section(
-        "spectral_entropy_heatmap",
-        "Spectral entropy, layer by layer",
-        "1 means that all singular values are equal, small values that a few directions carry the matrix. Shapes "
-        "differ already at initialisation, so compare colours down a column, not across.",
-    ),
-    Section(
-        "effective_rank_heatmap",
-        "Effective rank, layer by layer",
-        "The number of directions that a matrix uses, between 1 and its smaller side. A dark band that spreads would "
-        "be rank collapse.",
-    ),
-    Section(
-        "left_alignment_heatmap",
-        "Alignment, layer by layer",
-        "How far the update pushes along the weight's own five strongest output directions. Muon's update has nearly "
-        "equal singular values, so its top five directions are nearly arbitrary: read it against chance.",
-    ),
-    Section(
-        "left_alignment_over_time",
-        "Alignment over time",
-        "The same, averaged over layers. At the dotted line an update is no more aligned with the weight than two "
-        "random subspaces would be.",
-    ),
-    Section(
-        "effective_rank_over_time",
-        "Effective rank over time",
-        "Averaged over layers; the band spans the lowest to the highest layer. The dotted line is the value of the "
-        "random initial weights, which depends on the shape alone.",
-    ),
-    Section(
-        "singular_value_spectrum",
-        "Singular values",
-        "Every singular value of one layer, largest first. A flat line is an orthogonal matrix.",
-    ),
-)
-TABLE_COLUMNS = (
-    "run",
-    "folder",
-    "status",
-    "learning rate",
-    "updates",
-    "tokens",
-    "last val. loss",
-    "best val. loss",
-    "val. accuracy",
-    "tokens/s",
-    "training time",
+def last(run: Run, key: str) -> float:
+    return float(run.val[key][-1]) if run.val else np.nan
+
+
+RUN_COLUMNS = (
+    *("run", "folder", "status", "learning rate", "updates", "tokens", "last val. loss", "best val. loss"),
+    *("val. accuracy", "tokens/s", "ms/update", "training time", "memory"),
 )
 
 
-def table_row(run: Run, label: str) -> list[str]:
-    """The cells of `TABLE_COLUMNS` for one run."""
-    steps, tokens = (int(run.train[key][-1]) if run.train else 0 for key in ("step", "tokens"))
-    seconds = float(run.train["step_ms"].sum()) / 1e3 if run.train else 0.0
+def run_row(run: Run, label: str) -> list[str]:
+    """The cells of `RUN_COLUMNS` for one run."""
+    rates = [run.config.get(key) for key in ("lr", "adamw_lr")]
+    losses = run.val["val_loss"] if run.val else np.array([np.nan])
+    best = np.nanmin(losses) if np.isfinite(losses).any() else np.nan
     return [
         label,
         run.name,
         run.status,
-        f"{run.config.get('lr', math.nan):g} / {run.config.get('adamw_lr', math.nan):g}",
-        f"{steps:,} of {run.config['steps']:,}",
-        f"{tokens:,}",
-        f"{run.val['val_loss'][-1]:.4f}",
-        f"{np.nanmin(run.val['val_loss']):.4f}",
-        f"{100 * run.val['val_accuracy'][-1]:.2f} %",
-        f"{tokens / seconds:,.0f}" if seconds else "-",
-        f"{seconds:.1f} s",
+        " / ".join("-" if rate is None else f"{rate:g}" for rate in rates),
+        f"{run.updates:,} of {run.config['steps']:,}",
+        f"{run.tokens:,.0f}",
+        number(last(run, "val_loss"), ".4f"),
+        number(best, ".4f"),
+        number(100 * last(run, "val_accuracy"), ".2f", " %"),
+        number(run.tokens_per_second, ",.0f"),
+        number(run.step_ms, ",.1f"),
+        number(run.train_seconds, ",.1f", " s"),
+        memory(run.memory_bytes),
     ]
 
 
-def findings(runs: Sequence[Run]) -> list[str]:
-    """Sentences that say who won, by how much and at what cost, with what they rest on.
-
-    Only finished runs of like settings are compared; an interval needs two seeds or more.
-    """
-    careful = [f"Careful: {run.name} is {run.status}, so it is left out of the comparison." for run in _open(runs)]
-    runs = [run for run in runs if run.status == "finished"]
-    for key in ("data_fingerprint", "model", "steps", "batch_tokens", "seq_len", "eval_tokens"):
-        if len({run.config.get(key) for run in runs}) > 1:
-            return [f"Careful: these runs differ in {key}, so their losses do not compare.", *careful]
-    groups: dict[tuple, list[Run]] = {}
-    for run in {run.path.resolve(): run for run in runs}.values():
-        groups.setdefault((run.optimizer, run.config.get("lr"), run.config.get("adamw_lr")), []).append(run)
-    sentences, means = [], {}
-    for (optimizer, lr, _), members in groups.items():
-        name = plots.OPTIMIZER_NAMES.get(optimizer, optimizer)
-        if sum(key[0] == optimizer for key in groups) > 1:
-            name += f" at {lr:g}"
-        losses = {run.config["seed"]: float(run.val["val_loss"][-1]) for run in members}  # a repeated seed is no sample
-        mean, low, high = t_interval(list(losses.values()))
-        means[name] = (mean, members)
-        spread = "single seed" if len(losses) < 2 else f"{len(losses)} seeds, 95 % [{low:.4f}, {high:.4f}]"
-        sentences.append(f"{name}: final validation loss {mean:.4f} ({spread}).")
-    if len(means) == 2:
-        (better, (best, leaders)), (worse, (other, _)) = sorted(means.items(), key=lambda item: item[1][0])
-        sentence = f"{better} ends {other - best:.4f} nats below {worse}"
-        if any("single seed" in s for s in sentences):
-            sentence += "; one seed each, so no statement about chance"
-        sentences.append(sentence + ".")
-        leader = min(leaders, key=lambda run: run.val["val_loss"][-1])
-        updates = first_reaching(leader.val["step"], leader.val["val_loss"], other)
-        seconds = first_reaching(leader.val["train_seconds"], leader.val["val_loss"], other)
-        if updates is not None and seconds is not None:
-            sentences.append(
-                f"{better} is at {worse}'s final loss after about {math.ceil(updates)} of {leader.config['steps']} "
-                f"updates, {seconds:.0f} s of training."
+def summary_table(runs: Sequence[Run]) -> Table:
+    """A row for each setting, the best first within the runs that compare."""
+    header = (
+        "setting",
+        "seeds",
+        "val. loss",
+        "95 %",
+        "perplexity",
+        "accuracy",
+        "tokens/s",
+        "ms/update",
+        "training time",
+    )
+    groups = group_seeds(runs)
+    rows = []
+    for group, label in zip(groups, plots.group_labels(groups), strict=True):
+        samples = group.samples()
+        shown = samples or [run for run in group.runs if run.val]
+        mean, low, high = t_interval([last(run, "val_loss") for run in shown])
+        interval = f"{low:.4f} to {high:.4f}" if samples and np.isfinite(low) else "-"
+        accuracy = np.mean([last(run, "val_accuracy") for run in shown]) if shown else np.nan
+        open_runs = [run for run in group.runs if run.status != "finished"]
+        progress = f" ({', '.join(sorted({run.status for run in open_runs}))})" if open_runs else ""
+        rows.append(
+            (
+                mean if samples and np.isfinite(mean) else np.inf,
+                [
+                    label,
+                    f"{len(group.runs)}{progress}",
+                    number(mean, ".4f"),
+                    interval,
+                    number(float(np.exp(min(mean, 700))), ",.2f"),
+                    number(100 * accuracy, ".2f", " %"),
+                    number(group.mean("tokens_per_second"), ",.0f"),
+                    number(group.mean("step_ms"), ",.1f"),
+                    number(group.mean("train_seconds"), ",.1f", " s"),
+                ],
             )
-    return sentences + careful
+        )
+    return Table(header, [cells for _, cells in sorted(rows, key=lambda row: row[0])])
 
 
-def _open(runs: Sequence[Run]) -> list[Run]:
-    return [run for run in runs if run.status != "finished"]
+def command(run: Run) -> str:
+    """The command that trains this run again: every setting of its config but where it wrote."""
+    ranks = int(run.config.get("world_size") or 1)
+    words = ["python"] if ranks == 1 else ["torchrun", "--standalone", f"--nproc_per_node={ranks}"]
+    words.append("train.py")
+    for key, value in run.settings().items():
+        flag = key.replace("_", "-")
+        if value is None or key in ("runs_dir", "name", "resume"):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", str(value)]
+    return shlex.join(words)
+
+
+def provenance(runs: Sequence[Run], names: Sequence[str]) -> list[Table | Verse | Code]:
+    """What the runs share, what they differ in, and the commands that repeat them."""
+    keys = list(dict.fromkeys(key for run in runs for key in run.config))
+    values = {key: [str(run.config.get(key)) for run in runs] for key in keys}
+    shared = [[key, values[key][0]] for key in keys if len(set(values[key])) == 1]
+    different = [key for key in keys if len(set(values[key])) > 1]
+    tables: list[Table | Verse | Code] = []
+    if different:
+        rows = [[name, *(values[key][i] for key in different)] for i, name in enumerate(names)]
+        tables += [Verse("What differs", []), Table(["run", *different], rows)]
+    tables += [Verse("What all runs share" if len(runs) > 1 else "Settings", []), Table(("setting", "value"), shared)]
+    commits = sorted({str(run.config["git_commit"]) for run in runs if run.config.get("git_commit")})
+    prints = sorted({str(run.config["data_fingerprint"]) for run in runs if run.config.get("data_fingerprint")})
+    words = (
+        ["A commit that ends in + had uncommitted changes."] if any(commit.endswith("+") for commit in commits) else []
+    )
+    if prints:
+        words.insert(0, f"Build or fetch the shards first; their fingerprint must be {' or '.join(prints)}.")
+    checkout = [f"git checkout {commit.rstrip('+')}" for commit in commits]
+    lines = [*checkout, *dict.fromkeys(command(run) for run in runs)]
+    return [*tables, Verse("Commands to reproduce", words), Code(lines)]
+
+
+def build_page(runs: Sequence[Run], pictures: Sequence[Picture]) -> Page:
+    """Every word of the report, around the pictures that were drawn."""
+    names = plots.run_labels(runs)
+    groups = plots.group_labels(group_seeds(runs))
+    title = " and ".join(groups) if len(groups) <= 2 else f"{len(groups)} settings"
+    title += f", {len(runs)} run{'s' * (len(runs) > 1)}"
+    first, *others = judge(runs)
+    spectra = watched(runs)
+    curves = {drawing.picture.stem for drawing in curve_drawings(runs)}
+    parts = [
+        Part("Curves", [picture for picture in pictures if picture.stem in curves]),
+        Part("Runs", [Table(RUN_COLUMNS, [run_row(run, name) for run, name in zip(runs, names, strict=True)])]),
+    ]
+    if others:
+        verses = [Verse(verdict.title, verdict.sentences()) for verdict in (first, *others)]
+        parts.insert(0, Part("Verdicts", verses))
+    if spectra:
+        asked = [group.runs for group in representative(group_seeds(spectra), 2)]
+        replies = answers([run for members in asked for run in members])
+        parts.append(Part("What the spectra say", [Verse(*reply) for reply in replies]))
+        shown = [picture for picture in pictures if picture.stem not in curves]
+        parts.append(Part("Spectra", shown))
+    parts.append(Part("Settings and provenance", provenance(runs, names), folded=True))
+    warnings = careful(runs)
+    if len(warnings) > 6:
+        warnings = [*warnings[:5], f"… and {len(warnings) - 5} more of this kind: see the table of runs."]
+    return Page(
+        title=f"muon-speedrun: {title}",
+        headline=(f"{first.title}: " if first.title else "") + first.headline,
+        lead=[sentence for sentence in (first.significance, first.cost) if sentence],
+        tiles=first.tiles,
+        summary=summary_table(runs),
+        notes=first.notes,
+        warnings=warnings,
+        parts=[part for part in parts if part.items],
+    )
 
 
 def check_out(out: Path) -> None:
@@ -174,101 +207,88 @@ def check_out(out: Path) -> None:
         raise BadInput(f"--out {out}: holds something that is no report; choose another folder")
 
 
-def draw(runs: Sequence[Run], folder: Path) -> list[Section]:
-    """Save every figure the runs have data for as folder/<stem>.png; returns what was drawn."""
-    figures = [(CURVES, plots.loss_curves(runs))]
-    watched = [run for run in runs if run.spectra]
-    if watched:
-        drawn = (
-            plots.spectral_norm_by_depth(watched),
-            plots.metric_heatmap(watched, "spectral_entropy"),
-            plots.metric_heatmap(watched, "effective_rank"),
-            plots.metric_heatmap(watched, "left_alignment"),
-            plots.metric_over_time(watched, "left_alignment"),
-            plots.metric_over_time(watched, "effective_rank"),
-            plots.singular_value_spectrum(watched),
-        )
-        figures += zip(SPECTRA, drawn, strict=True)
-    make_folder(folder, exist_ok=True)
-    for old in folder.glob("*.png"):
-        old.unlink()
-    for section, figure in figures:
-        figure.savefig(folder / f"{section.stem}.png")
-        plots.plt.close(figure)
-    return [section for section, _ in figures]
-
-
-def provenance_rows(runs: Sequence[Run]) -> list[list[str]]:
-    keys = sorted({key for run in runs for key in run.config})
-    return [[key, *(str(run.config.get(key)) for run in runs)] for key in keys]
-
-
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; font-size: 0.85rem; } th, td { padding: 0.25rem 0.7rem; text-align: left; }
-th { border-bottom: 2px solid #888; } td { border-bottom: 1px solid #ddd; } img { max-width: 100%; }
-.scroll { overflow-x: auto; } .reading { color: #555; } li { margin: 0.2rem 0; }
-"""
-
-
-def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def row(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    body = "\n".join(row(cells, "td") for cells in rows)
-    return f'<div class="scroll"><table>\n{row(header, "th")}\n{body}\n</table></div>'
-
-
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def write_report(runs: Sequence[Run], out: Path) -> Path:
+def write_report(runs: Sequence[Run], out: Path, refresh_seconds: float | None = None) -> Path:
     """Draw the figures and write both pages; returns the path of report.html."""
-    sections = draw(runs, out / "plots")
-    names = plots.labels(runs)
-    title = " and ".join(names) if len(names) <= 3 else f"{len(names)} runs"
-    rows = [table_row(run, label) for run, label in zip(runs, names, strict=True)]
-    facts, provenance = findings(runs), provenance_rows(runs)
-
-    parts = [f"<h1>{html.escape(title)}</h1>", "<ul>", *(f"<li>{html.escape(s)}</li>" for s in facts), "</ul>"]
-    parts.append(_html_table(TABLE_COLUMNS, rows))
-    for section in sections:
-        image = base64.b64encode((out / "plots" / f"{section.stem}.png").read_bytes()).decode()
-        parts.append(f"<h2>{html.escape(section.title)}</h2>")
-        parts.append(f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{image}">')
-        parts.append(f'<p class="reading">{html.escape(section.how_to_read)}</p>')
-    parts += ["<h2>Settings and provenance</h2>", _html_table(["", *names], provenance)]
-    head = (
-        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
-    )
-    page = f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head><body>\n'
-    (out / "report.html").write_text(page + "\n".join(parts) + "\n</body></html>\n", encoding="utf-8")
-
-    text = [f"# {title}", "", *(f"- {s}" for s in facts), "", _markdown_table(TABLE_COLUMNS, rows), ""]
-    for section in sections:
-        image = f"![{section.title}](plots/{section.stem}.png)"
-        text += [f"## {section.title}", "", image, "", section.how_to_read, ""]
-    text += ["## Settings and provenance", "", _markdown_table(["", *names], provenance), ""]
-    (out / "report.md").write_text("\n".join(text), encoding="utf-8")
+    pictures = draw(runs, out / "plots", ("png", "svg"))
+    page = build_page(runs, pictures)
+    for name, text in (
+        ("report.md", markdown_page(page)),
+        ("report.html", html_page(page, out / "plots", refresh_seconds)),
+    ):
+        runfiles.write_whole(out / name, lambda file, text=text: file.write(text.encode()))
     return out / "report.html"
+
+
+def load(paths: Sequence[Path]) -> list[Run]:
+    """The runs of all folders named, each once."""
+    found = [folder for path in paths for folder in find_runs(path)]
+    return [load_run(folder) for folder in {folder.resolve(): folder for folder in found}.values()]
+
+
+def is_over(run: Run) -> bool:
+    """Finished, stopped or failed, or so long without a word that nothing more is to be expected."""
+    if run.summary:
+        return True
+    latest = max((file.stat().st_mtime for file in run.path.iterdir() if file.is_file()), default=0.0)
+    return time.time() - latest > SILENT_SECONDS
+
+
+def watch(paths: Sequence[Path], out: Path, seconds: float) -> list[Run]:
+    """Rewrite the report every `seconds` until all runs are over; returns them as they ended."""
+    while True:
+        runs = load(paths)
+        over = all(is_over(run) for run in runs)
+        if any(run.val for run in runs):
+            began = time.monotonic()
+            page = write_report(runs, out, None if over else seconds)
+            words = ", ".join(f"{run.name} {run.updates}/{run.config['steps']}" for run in runs[:4])
+            more = f" and {len(runs) - 4} more" if len(runs) > 4 else ""
+            print(f"{page}: {words}{more}, drawn in {time.monotonic() - began:.0f} s", flush=True)
+        if over:
+            return runs
+        time.sleep(seconds)
+
+
+def read_arguments(words: Sequence[str]) -> Arguments:
+    """tyro's flags, and --watch without a number."""
+    given = list(words)
+    for i, word in enumerate(given):
+        if word == "--watch" and not _is_number(given[i + 1] if i + 1 < len(given) else ""):
+            given[i] = f"--watch={WATCH_SECONDS:g}"
+    return tyro.cli(Arguments, args=given, description=__doc__)
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 @exit_with_a_sentence
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+    if sys.argv[1:2] == ["compare"]:
+        return report_compare.main(sys.argv[2:])
+    arguments = read_arguments(sys.argv[1:])
     if not arguments.runs:
         raise BadInput("report.py: name at least one run folder")
+    if arguments.watch is not None and not 0 < arguments.watch < float("inf"):
+        raise BadInput(f"--watch {arguments.watch:g}: a number of seconds above 0")
     check_out(arguments.out)
-    runs = [load_run(path) for path in arguments.runs]
-    for run in runs:
-        if not run.val:
-            raise BadInput(f"{run.path}: has logged no validation yet")
-    page = write_report(runs, arguments.out)
-    for sentence in findings(runs):
+    runs = load(arguments.runs)
+    if arguments.watch is not None:
+        runs = watch(arguments.runs, arguments.out, arguments.watch)
+    if not any(run.val for run in runs):
+        raise BadInput(f"{runs[0].path}: has logged no validation yet")
+    page = arguments.out / "report.html" if arguments.watch is not None else write_report(runs, arguments.out)
+    for verdict in judge(runs):
+        for sentence in verdict.sentences():
+            print(f"{verdict.title}: {sentence}" if verdict.title else sentence)
+    for sentence in careful(runs):
         print(sentence)
     print(f"report: {page}")
+    return None
 
 
 if __name__ == "__main__":

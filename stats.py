@@ -8,6 +8,7 @@ Reads only files in runs/; needs NumPy and SciPy, never torch.
 import functools
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,14 +163,14 @@ def load_run(path: Path) -> Run:
     for line in spectra:
         if not {"step", "layer", "proj", "singular_values"} <= line.keys():
             raise BadInput(f"{path / runfiles.SPECTRA}: a line lacks step, layer, proj or singular_values")
-        line["singular_values"] = np.array(line["singular_values"], dtype=np.float32)  # a tenth of a list's memory
+        line["singular_values"] = np.array(line["singular_values"], dtype=np.float32)  # an eighth of a list's memory
     return Run(
         path=path,
         config=config,
         summary=runfiles.load_json(summary_path) if summary_path.exists() else {},
         train=_columns([line for line in metrics if line.get("kind") == "train"]),
         val=_columns([line for line in metrics if line.get("kind") == "val"]),
-        spectra=spectra,
+        spectra=_whole_events(spectra),
         experts=[line for line in metrics if line.get("kind") == "experts"],
     )
 
@@ -196,6 +197,14 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def _whole_events(spectra: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the last event where a running or killed run has written only some of its lines."""
+    counts = Counter(line["step"] for line in spectra)
+    if not counts or counts[max(counts)] >= max(counts.values()):
+        return spectra
+    return [line for line in spectra if line["step"] != max(counts)]
+
+
 def _columns(lines: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     keys = [key for key in lines[0] if key != "kind"] if lines else []
     return {key: np.array([line.get(key) for line in lines], dtype=float) for key in keys}
@@ -220,6 +229,11 @@ class Group:
         by_seed = {run.config["seed"]: run for run in self.runs if math.isfinite(run.final_loss)}
         return list(by_seed.values())
 
+    def pool(self) -> list[Run]:
+        """The runs to average over: those that finished with a finite loss, or all if there is none."""
+        finished = [run for run in self.runs if math.isfinite(run.final_loss)]
+        return finished or list(self.runs)
+
     def losses(self) -> list[float]:
         return [run.final_loss for run in self.samples()]
 
@@ -228,8 +242,8 @@ class Group:
         return float(np.mean(self.losses())) if self.losses() else math.nan
 
     def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Validation steps that every run with validations has (E,), and the column `key` there as (runs, E)."""
-        runs = [run for run in self.runs if run.val]
+        """Validation steps that all of the pool's runs have (E,), and the column `key` there as (runs, E)."""
+        runs = [run for run in self.pool() if run.val]
         if not runs:
             return np.empty(0), np.empty((0, 0))
         steps = functools.reduce(np.intersect1d, [run.val["step"] for run in runs])

@@ -214,9 +214,9 @@ def symmetric_matmul(A: Tensor, B: Tensor, C: Tensor | None = None, alpha: float
         )
     if {A.dtype} != {B.dtype, A.dtype if C is None else C.dtype}:
         raise ValueError(f"A, B and C must have one dtype, got {A.dtype}, {B.dtype}, {None if C is None else C.dtype}")
+    C = None if beta == 0 else C  # as torch.baddbmm: what is multiplied by 0 is not read
     if min(A.numel(), m) == 0:
         return A.new_zeros(*A.shape[:-2], m, m) if C is None else beta * C
-    C = None if beta == 0 else C  # as torch.baddbmm: what is multiplied by 0 is not read
     flat = [None if X is None else X.reshape(-1, *X.shape[-2:]) for X in (A, B, C)]
     return _symmetric_matmul_op(*flat, alpha, beta).reshape(*A.shape[:-2], m, m)
 
