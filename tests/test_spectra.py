@@ -1,7 +1,10 @@
 """The recorder: what it measures is this update, and nothing of it is lost, reordered or hidden."""
 
 import json
+import os
+import signal
 import threading
+import time
 
 import pytest
 import torch
@@ -154,3 +157,41 @@ def test_tensorboard_without_the_package_is_one_sentence(train_small, monkeypatc
     assert code == 2
     assert err.splitlines() == ["error: --log tensorboard: the package is not installed; pip install tensorboard"]
     assert not folder.exists()
+
+
+def test_sigterm_in_the_middle_of_an_event_loses_no_line(train_small, monkeypatch):
+    slow_bank, update = spectra.decompose_bank, train.Run.update
+
+    def slow(bank):
+        time.sleep(0.03)
+        return slow_bank(bank)
+
+    def interrupted(run, keep):
+        update(run, keep)
+        if run.step == 3:  # the worker is still busy with the events before
+            assert run.spectra.events.unfinished_tasks
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(spectra, "decompose_bank", slow)
+    monkeypatch.setattr(train.Run, "update", interrupted)
+    code, folder, _, _ = train_small("run", "--tokens", 2560, "--spectra-every", 1)
+    assert code == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["status"], summary["steps"]) == ("stopped", 3)
+    steps = [line["step"] for line in lines_of(folder / "manifold_stats.jsonl")]
+    assert steps == [step for step in range(4) for _ in range(12)]
+
+
+def test_an_update_that_failed_leaves_no_event(train_small, monkeypatch):
+    update = train.Run.update
+
+    def poisoned(run, keep):
+        if run.step == 2:
+            run.model.embedding.data[:] = torch.nan
+        update(run, keep)
+
+    monkeypatch.setattr(train.Run, "update", poisoned)
+    code, folder, _, _ = train_small("run", "--tokens", 2560, "--spectra-every", 1)
+    assert code == 1
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 2
+    assert lines_of(folder / "manifold_stats.jsonl")[-1]["step"] == 2
