@@ -39,7 +39,7 @@ class MemoryCount:
         # Per layer: both residual inputs and their norms, queries, keys and values before and after norm and rotation,
         # the attention's output, and the feed-forward before and after its activation (the kernel keeps the latter).
         heads_width = c.head_width * (c.heads + 2 * c.kv_heads)
-        ffn_widths = 1 if "relu2_mlp" in model.kernels and c.ffn == "relu2" else 3 if c.ffn == "swiglu" else 2
+        ffn_widths = 1 if "relu2_mlp" in model.kernels and c.ffn == "relu2" else 4 if c.ffn == "swiglu" else 2
         widths = 5 * c.d_model + 2 * heads_width + ffn_widths * c.d_ff
         # Logits and their gradient in the compute type; in fp32 one copy, eagerly three: widened, softmax, gradient.
         logits = tokens * model.vocab_size * (2 * item + (4 if self.compiled else 12))

@@ -134,6 +134,9 @@ class Muon(torch.optim.Optimizer):
         self.scalars: list[Tensor] = []
         self.constants: dict[tuple, Tensor] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"capture": self.capture}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("capture", True)
@@ -151,7 +154,7 @@ class Muon(torch.optim.Optimizer):
     def _fault_of(group: dict[str, Any]) -> str | None:
         splits, transposed = group["row_splits"], group["transposed"]
         for p in group["params"]:
-            if p.ndim not in (2, 3, 4) or not p.is_contiguous():
+            if p.ndim not in (2, 3, 4) or not p.numel() or not p.is_contiguous():
                 return f"Muon takes contiguous matrices and banks of them, got a parameter of shape {tuple(p.shape)}"
             if splits and (sum(splits) != p.shape[-2] or min(splits) < 1):
                 return f"row_splits {splits} do not add up to {p.shape[-2]} rows"
@@ -220,18 +223,30 @@ class Muon(torch.optim.Optimizer):
         key = (*((t.data_ptr(), t.stride()) for t in tensors), str(settings))
         if key in self.graphs:
             self.graphs[key].replay()
-        elif key in self.seen_keys and len(self.graphs) < GRAPHS_KEPT:
-            graph = torch.cuda.CUDAGraph()
-            pool = next(iter(self.graphs.values())).pool() if self.graphs else None  # one pool for all
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                self._step_fused()
-            self.graphs[key] = graph
-            graph.replay()
+        elif key in self.seen_keys:
+            if len(self.graphs) == GRAPHS_KEPT:
+                del self.graphs[next(iter(self.graphs))]  # the oldest
+            self.graphs[key] = self._capture()
+            self.graphs[key].replay()
         else:
             self._step_fused()
             if len(self.seen_keys) == KEYS_SEEN:  # addresses that never return must not pile up
                 self.seen_keys.clear()
             self.seen_keys.add(key)
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """Not by torch.cuda.graph: it empties the allocator's cache, after which gradients lie somewhere else."""
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        pool = next(iter(self.graphs.values())).pool() if self.graphs else None  # one pool for all
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            graph.capture_begin(*(() if pool is None else (pool,)), capture_error_mode="thread_local")
+            try:
+                self._step_fused()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+        return graph
 
     def _with_gradient(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         for group in self.param_groups:

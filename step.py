@@ -79,7 +79,7 @@ class TrainingStep:
         self.model, self.optimizers = model, optimizers
         self.micro_batch, self.grad_clip, self.world_size = micro_batch, grad_clip, world_size
         self.forward = torch.compile(model, dynamic=False, fullgraph=True, backend=backend) if compiled else model
-        self.names = [name for name, _ in model.named_parameters()]
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.device = model.embedding.device
         self.times = Times(self.device)
 
@@ -102,20 +102,19 @@ class TrainingStep:
             share.backward()
             self.times.mark("backward")
             loss += share.detach()
-        parameters = list(self.model.parameters())
         stop = torch.full((), float(stop_asked), device=self.device)
         if self.world_size > 1:
             shared = torch.stack((loss, stop))
-            for tensor in (shared, *(p.grad for p in parameters)):
+            for tensor in (shared, *(p.grad for p in self.trained.values())):
                 dist.all_reduce(tensor)
             loss, stop = shared
-        norms = torch.stack([torch.linalg.vector_norm(p.grad) for p in parameters])
+        norms = torch.stack([torch.linalg.vector_norm(p.grad) for p in self.trained.values()])
         grad_norm = torch.linalg.vector_norm(norms)
         found_inf = (~torch.isfinite(loss + grad_norm)).float()
         clip = torch.clamp(grad_norm / self.grad_clip, min=1.0) if self.grad_clip else torch.ones_like(loss)
         for optimizer in self.optimizers:
             optimizer.grad_scale, optimizer.found_inf = clip, found_inf
-        return Deferred(torch.cat((torch.stack((loss, grad_norm, stop)), norms)), self.names)
+        return Deferred(torch.cat((torch.stack((loss, grad_norm, stop)), norms)), tuple(self.trained))
 
     def apply(self) -> Times:
         """The optimizers' step on the gradients, clipped, or nothing where they are not finite; frees the gradients."""

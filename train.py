@@ -331,6 +331,11 @@ class Run:
                 self.out.say(f"{self.folder}: finished already, at step {self.loaded['step']}; nothing to do")
                 return False
             self.step = self.loaded["step"]
+            self.watch.total = self.loaded["clock"]["train_seconds"]
+            self.earlier_wall_seconds = self.loaded["clock"]["wall_seconds"]
+            losses = self.loaded["losses"]
+            self.best_val_loss, self.last_train_loss = losses["best_val_loss"], losses["train_loss"]
+            self.last_val = {key: losses[key] for key in self.last_val}
         if self.rank.count > 1:
             dist.barrier()  # every rank has looked before rank 0 creates
         if self.rank.index == 0:
@@ -401,11 +406,6 @@ class Run:
             optimizer.load_state_dict(state)
         self.step = contents["step"]
         self.loader.load_state_dict(contents["loader"])
-        self.watch.total = contents["clock"]["train_seconds"]
-        self.earlier_wall_seconds = contents["clock"]["wall_seconds"]
-        losses = contents["losses"]
-        self.best_val_loss, self.last_train_loss = losses["best_val_loss"], losses["train_loss"]
-        self.last_val = {key: losses[key] for key in self.last_val}
         torch.set_rng_state(contents["rng"]["torch"])
         if self.device.type == "cuda" and contents["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(contents["rng"]["cuda"], self.device)

@@ -22,6 +22,7 @@ SOFTMAX_WARPS = 16  # 3 rows of 98 KB per SM: 37 MB on a 4090, so that the secon
 # Logits are made for at most this many bytes of rows at once, so that a large micro-batch does not decide the memory;
 # never for fewer than 4,096 rows, because every chunk reads and writes dW.
 LOGIT_BYTES, MIN_CHUNK_ROWS = 2**31, 4096
+NO_TARGET_IS_IGNORED = -(2**62)
 
 
 def softmax_gradient_reference(logits: Tensor, targets: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ def softmax_gradient_kernel(logits_ptr, targets_ptr, losses_ptr, V, stride_n, BL
     logits_ptr += row * stride_n
     target = tl.load(targets_ptr + row)
     offs = tl.arange(0, BLOCK_V)
-    largest = tl.full((), float("-inf"), tl.float32)
+    largest = tl.full((), -3.4028234e38, tl.float32)  # finite: -inf - -inf would be NaN
     total = tl.full((), 0.0, tl.float32)
     for start in range(0, V, BLOCK_V):
         x = tl.load(logits_ptr + start + offs, mask=start + offs < V, other=float("-inf")).to(tl.float32)
@@ -74,7 +75,7 @@ def launch_softmax_gradient(logits: Tensor, targets: Tensor) -> Tensor:
 def _linear_cross_entropy_op(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows, V = x.shape[0], weight.shape[0]
     chunk = max(MIN_CHUNK_ROWS, LOGIT_BYTES // (V * x.element_size()))
-    losses, dx, dweight = [], torch.empty_like(x), None
+    losses, dx, dweight, wide = [], torch.empty_like(x), None, torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, rows, chunk):
             piece, piece_targets = x[start : start + chunk], targets[start : start + chunk]
@@ -83,7 +84,8 @@ def _linear_cross_entropy_op(x: Tensor, weight: Tensor, targets: Tensor) -> tupl
             losses.append(run(logits, piece_targets))
             dx[start : start + chunk] = logits @ weight
             part = logits.mT @ piece
-            dweight = part if dweight is None else dweight.float() + part
+            dweight = part if dweight is None else dweight.to(wide) + part
+            del logits  # before the next chunk makes its own
     loss = torch.cat(losses).mean()
     return loss, dx, dweight.to(weight.dtype)
 
@@ -121,11 +123,13 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     that do not fit; on CUDA a target outside [0, V) gives a NaN loss.
     """
     fits = x.ndim == weight.ndim == 2 and targets.shape == x.shape[:1] and x.shape[1] == weight.shape[1]
-    if not fits or not len(x):
+    if not fits or not len(x) or not len(weight):
         shapes = f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)}"
-        raise ValueError(f"{shapes} are no (N, D), (V, D) and (N,) with N of at least 1")
+        raise ValueError(f"{shapes} are no (N, D), (V, D) and (N,) with N and V of at least 1")
     if x.dtype != weight.dtype or x.dtype == torch.float16 or targets.dtype != torch.int64:
         raise ValueError(f"x and weight must both be bf16 or fp32 and targets int64, got {x.dtype}, {weight.dtype}")
     if not torch.is_grad_enabled():
-        return F.cross_entropy((x @ weight.mT).to(torch.promote_types(x.dtype, torch.float32)), targets)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = (x @ weight.mT).to(torch.promote_types(x.dtype, torch.float32))
+            return F.cross_entropy(logits, targets, ignore_index=NO_TARGET_IS_IGNORED)
     return _linear_cross_entropy_op(x.contiguous(), weight.contiguous(), targets.contiguous())[0]

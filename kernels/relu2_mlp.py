@@ -169,11 +169,12 @@ def _gradients(ctx, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     x, up, down, h = ctx.saved_tensors
     needs_x, needs_up, needs_down = ctx.needs_input_grad
     dpre = _relu2_dpre_op(dy, down, h) if needs_x or needs_up else None
-    return (
-        dpre @ up if needs_x else None,
-        dpre.mT @ x if needs_up else None,
-        h.mT @ dy if needs_down else None,
-    )
+    with torch.autocast(dy.device.type, enabled=False):
+        return (
+            dpre @ up if needs_x else None,
+            dpre.mT @ x if needs_up else None,
+            h.mT @ dy if needs_down else None,
+        )
 
 
 _relu2_mlp_op.register_autograd(_gradients, setup_context=_keep_for_backward)

@@ -190,7 +190,8 @@ def product(
 def _symmetric_matmul_op(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float) -> Tensor:
     if configs.runs_triton(A):
         return launch_symmetric_matmul(A, B, C, alpha, beta)
-    return symmetric_matmul_reference(A, B, C, alpha, beta)
+    with torch.autocast(A.device.type, enabled=False):
+        return symmetric_matmul_reference(A, B, C, alpha, beta)
 
 
 @_symmetric_matmul_op.register_fake

@@ -220,5 +220,6 @@ def test_loading_a_state_or_copying_forgets_captured_steps():
     optimizer.load_state_dict(optimizer.state_dict())
     for muon in (optimizer, duplicate):
         assert muon.graphs == {}
+        assert muon.capture is False
         assert muon.scalars == []
     assert duplicate.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
