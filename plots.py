@@ -201,7 +201,8 @@ def loss_curves(runs: Sequence[Run]) -> Figure:
         accuracy = 100 * group.curve("val_accuracy")[1]
         if not len(steps):
             continue
-        tops.append(np.nanmax(losses[:, min(len(steps) - 1, max(1, len(steps) // 10))]))
+        if len(steps) > 5:
+            tops.append(float(np.max(losses[:, len(steps) // 10 or 1])))
         for column, x in enumerate((steps, seconds.mean(axis=0))):
             if len(groups) <= FEW_GROUPS and group.runs[0].train:
                 axes[0, column].plot(
@@ -219,7 +220,7 @@ def loss_curves(runs: Sequence[Run]) -> Figure:
     axes[1, 0].set_ylabel("next-token accuracy (%)")
     axes[0, 0].set_title("against updates")
     axes[0, 1].set_title("against training time")
-    if tops and np.isfinite(tops).all() and len(groups[0].curve("val_loss")[0]) > 5:
+    if len(tops) == len(groups) and np.isfinite(tops).all():
         lowest = min(float(np.nanmin(line.get_ydata())) for line in axes[0, 0].lines)
         axes[0, 0].set_ylim(lowest - 0.06 * (max(tops) - lowest), max(tops))  # the first updates would hide the rest
     whole_steps(axes[1, 0])
@@ -307,8 +308,8 @@ def _ticks_at(ax: plt.Axes, ticks: Sequence[float], words: Sequence[str]) -> Non
 def learning_rate_sensitivity(runs: Sequence[Run], slack: float = 0.1) -> Figure:
     """Final loss, accuracy and perplexity against the learning rate, and the largest spike of the training loss.
 
-    Where several groups share a rate, the line joins the best of them and the others are dots. Shaded: the rates that
-    cost at most `slack` nats more than the best. Crosses at the top edge: runs that failed or diverged.
+    Where several groups share a rate, the line joins the best of them and the others are dots. Bars at the bottom:
+    the rates that cost at most `slack` nats more than the best. Crosses at the top edge: runs that failed or diverged.
     """
     figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 6.6), sharex=True)
     panels: tuple[tuple[str, Callable[[Group], list[float]]], ...] = (
@@ -328,7 +329,11 @@ def learning_rate_sensitivity(runs: Sequence[Run], slack: float = 0.1) -> Figure
         tolerance = learning_rate_tolerance(list(best), [group.loss for group in best.values()], slack)
         label = optimizer_name(optimizer)
         if tolerance:
-            axes[0, 0].axvspan(tolerance.low, tolerance.high, color=color, alpha=0.10, linewidth=0)
+            at_bottom = {"transform": axes[0, 0].get_xaxis_transform(), "solid_capstyle": "butt"}
+            height = 0.02 + 0.03 * len(handles)
+            axes[0, 0].plot(
+                [tolerance.low, tolerance.high], [height] * 2, color=color, alpha=0.45, linewidth=5, **at_bottom
+            )
             bound = "at least " if tolerance.open_low or tolerance.open_high else ""
             label += f": best {tolerance.best:g}; within {slack:g} nats over a factor of {bound}{tolerance.ratio:.1f}"
         for ax, (words, values_of) in zip(axes.flat, panels, strict=True):
@@ -347,6 +352,8 @@ def learning_rate_sensitivity(runs: Sequence[Run], slack: float = 0.1) -> Figure
         ax.set_xlabel("peak learning rate of the block matrices")
         ax.set_xscale("log")
         _ticks_at(ax, ticks, [f"{tick:g}" for tick in ticks])
+    low, high = axes[0, 0].get_ylim()
+    axes[0, 0].set_ylim(low - 0.1 * (high - low), high)  # room for the bars
     figure.suptitle("Sensitivity to the learning rate: dots are runs, lines join the best at each rate")
     figure.legend(handles=handles, loc="outside lower center", ncols=1)
     return figure
@@ -410,9 +417,12 @@ def model_scaling(runs: Sequence[Run]) -> Figure:
             intervals = np.array([t_interval(row) for row in values])
             ax.plot(sizes, intervals[:, 0], color=color, linewidth=1.8, marker="o", markersize=4)
             for size, row, (_, low, high) in zip(sizes, values, intervals, strict=True):
-                ax.plot([size] * len(row), row, "o", color=color, alpha=0.45, markersize=3.5)
+                aside = size * 1.02 ** (
+                    len(handles) * 2 - 1
+                )  # so that the optimizers' intervals do not hide each other
+                ax.plot([aside] * len(row), row, "o", color=color, alpha=0.45, markersize=3.5)
                 if np.isfinite(low):
-                    ax.plot([size, size], [low, high], color=color, linewidth=1.1)
+                    ax.plot([aside, aside], [low, high], color=color, linewidth=1.1)
             ax.set_ylabel(words)
         handles.append(Line2D([], [], color=color, linewidth=1.8, marker="o", label=optimizer_name(optimizer)))
     for ax in axes[1]:
@@ -476,7 +486,7 @@ def expert_utilization(run: Run) -> Figure:
         ax.set_xlabel("updates")
     for ax in axes[:, 0]:
         ax.set_ylabel("expert")
-    bar = figure.colorbar(mesh, ax=axes, label="share of tokens")
+    bar = figure.colorbar(mesh, ax=axes, label="share of tokens", pad=0.01)
     bar.ax.axhline(1 / len(grids[0][1]), color="white", linewidth=3.0)
     bar.ax.axhline(1 / len(grids[0][1]), color="black", linewidth=1.4)
     figure.suptitle("Tokens of each expert (line on the bar: an even share)")

@@ -232,6 +232,14 @@ def alignment_with_chance(runs: Sequence[Run], side: str = "left") -> Figure:
     return figure
 
 
+def _only_outer_ticks(axes: np.ndarray) -> None:
+    """No ticks between the panels of a grid: they repeat the outer ones, and most of the drawing time is theirs."""
+    for ax in axes[:-1].flat:
+        ax.xaxis.set_visible(False)
+    for ax in axes[:, 1:].flat:
+        ax.yaxis.set_visible(False)
+
+
 def _heat(ax: plt.Axes, steps: np.ndarray, values: np.ndarray, **look: object) -> ScalarMappable:
     """Rows x events as an image whose cells are centred on their events."""
     mesh = ax.pcolormesh(steps, np.arange(len(values)), values, shading="nearest", rasterized=True, **look)
@@ -278,6 +286,7 @@ def metric_heatmap(runs: Sequence[Run], key: str) -> Figure:
             bar.ax.axvline(mark, color="black", linewidth=1.4)
     for row, label in enumerate(run_labels(runs)):
         axes[row, 0].set_ylabel(f"{label}\nlayer")
+    _only_outer_ticks(axes)
     words = "colour shared down each column"
     if marked:
         words += f"; line on each bar: {'chance' if is_alignment else 'the value at initialisation'}"
@@ -369,6 +378,7 @@ def pair_grid(a: Run, b: Run, key: str) -> Figure:
             one.update_ticks()
         axes[0, column].set_title(PROJECTION_TITLES[name])
         axes[2, column].set_xlabel("updates")
+    _only_outer_ticks(axes)
     for ax, label in zip(axes[:, 0], (label_a, label_b, "difference"), strict=True):
         ax.set_ylabel(f"{label}\nlayer")
     figure.suptitle(

@@ -5,7 +5,7 @@
     python report.py compare runs/muon-0,runs/muon-1 runs/adamw-0             two runs or groups, in the terminal
 
 Where a run's folder is asked for, a folder that holds runs stands for all of them. Reads only the runs' folders and
-takes some ten seconds; it needs no torch and no network.
+takes about half a minute; it needs no torch and no network.
 """
 
 import shlex
@@ -25,7 +25,7 @@ from cli import BadInput, exit_with_a_sentence
 from report_figures import curve_drawings, draw, watched
 from report_pages import Code, Page, Part, Picture, Table, Verse, html_page, markdown_page
 from report_questions import answers
-from report_verdict import careful, judge, memory
+from report_verdict import arenas, careful, judge, memory
 from stats import Run, find_runs, group_seeds, load_run, representative, t_interval
 
 WATCH_SECONDS = 30.0
@@ -94,6 +94,7 @@ def summary_table(runs: Sequence[Run]) -> Table:
         "training time",
     )
     groups = group_seeds(runs)
+    parts = [{run.path for run in part} for part in arenas(runs)]
     rows = []
     for group, label in zip(groups, plots.group_labels(groups), strict=True):
         samples = group.samples()
@@ -105,6 +106,7 @@ def summary_table(runs: Sequence[Run]) -> Table:
         progress = f" ({', '.join(sorted({run.status for run in open_runs}))})" if open_runs else ""
         rows.append(
             (
+                next(i for i, part in enumerate(parts) if group.runs[0].path in part),
                 mean if samples and np.isfinite(mean) else np.inf,
                 [
                     label,
@@ -119,7 +121,7 @@ def summary_table(runs: Sequence[Run]) -> Table:
                 ],
             )
         )
-    return Table(header, [cells for _, cells in sorted(rows, key=lambda row: row[0])])
+    return Table(header, [cells for *_, cells in sorted(rows, key=lambda row: row[:2])])
 
 
 def command(run: Run) -> str:
@@ -184,13 +186,17 @@ def build_page(runs: Sequence[Run], pictures: Sequence[Picture]) -> Page:
         shown = [picture for picture in pictures if picture.stem not in curves]
         parts.append(Part("Spectra", shown))
     parts.append(Part("Settings and provenance", provenance(runs, names), folded=True))
+    elsewhere = (
+        f"That is one of {1 + len(others)} sets of runs whose losses do not compare: each has its verdict below."
+    )
+    elsewhere = elsewhere if others else ""
     warnings = careful(runs)
     if len(warnings) > 6:
         warnings = [*warnings[:5], f"… and {len(warnings) - 5} more of this kind: see the table of runs."]
     return Page(
         title=f"muon-speedrun: {title}",
         headline=(f"{first.title}: " if first.title else "") + first.headline,
-        lead=[sentence for sentence in (first.significance, first.cost) if sentence],
+        lead=[sentence for sentence in (first.significance, first.cost, elsewhere) if sentence],
         tiles=first.tiles,
         summary=summary_table(runs),
         notes=first.notes,

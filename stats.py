@@ -265,19 +265,21 @@ def group_seeds(runs: Sequence[Run]) -> list[Group]:
 
 
 def representative(groups: Sequence[Group], most: int) -> list[Group]:
-    """At most `most` groups in their order: the best of each optimizer and model first, then the best of the rest."""
+    """At most `most` groups in their order: the best of each optimizer and model, then the second best of each, …"""
     if len(groups) <= most:
         return list(groups)
 
     def by_loss(group: Group) -> float:
         return group.loss if math.isfinite(group.loss) else math.inf
 
-    ranked = sorted(groups, key=by_loss)
-    first: dict[tuple, Group] = {}
-    for group in ranked:
-        first.setdefault((group.optimizer, group.config["model"]), group)
-    leaders = list(first.values())
-    chosen = [*leaders, *(group for group in ranked if all(group is not leader for leader in leaders))][:most]
+    families: dict[tuple, list[Group]] = {}
+    for group in sorted(groups, key=by_loss):
+        families.setdefault((group.optimizer, group.config["model"]), []).append(group)
+    ranked = sorted(
+        ((place, by_loss(group), group) for family in families.values() for place, group in enumerate(family)),
+        key=lambda entry: entry[:2],
+    )
+    chosen = [group for *_, group in ranked[:most]]
     return [group for group in groups if any(group is one for one in chosen)]
 
 
@@ -409,7 +411,7 @@ def thin(x: np.ndarray, y: np.ndarray, most: int = 300) -> tuple[np.ndarray, np.
 
 
 @functools.cache
-def chance_spread(k: int, trials: int = 4000) -> tuple[float, float]:
+def chance_spread(k: int, trials: int = 20_000) -> tuple[float, float]:
     """The middle 95 % of the alignment of two random k-dimensional subspaces, as multiples of its mean.
 
     In a large dimension d the k x k overlap of the two bases is Gaussian with variance 1/d: its mean singular value

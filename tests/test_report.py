@@ -1,106 +1,240 @@
-import base64
+import html.parser
 import json
+import os
 import re
+import shlex
 import shutil
+import time
 
-import matplotlib
 import numpy as np
 import pytest
 import scipy.stats
+import tyro
 
 import plots
 import report
-from stats import first_reaching, load_run, t_interval
+import report_verdict
+from report_questions import answers
+from stats import (
+    compare,
+    first_reaching,
+    group_seeds,
+    largest_spike,
+    learning_rate_tolerance,
+    load_run,
+    representative,
+    t_interval,
+    thin,
+    welch,
+)
+from tests.synthetic import spectral_line, write_run
+
+VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
-@pytest.fixture(scope="module")
-def finished_runs(tmp_path_factory):
-    """Two runs of two layers, written by hand: every number in them is known."""
-    folder = tmp_path_factory.mktemp("runs")
-    rng = np.random.default_rng(0)
-    for optimizer, final in (("muon", 3.0), ("adamw", 3.5)):
-        run = folder / f"run-{optimizer}"
-        run.mkdir()
-        config = {"optimizer": optimizer, "seed": 0, "model": "nano", "steps": 10, "lr": 0.02, "adamw_lr": 0.005}
-        (run / "config.json").write_text(json.dumps(config | {"data_fingerprint": "f"}))
-        with (run / "metrics.jsonl").open("w") as file:
-            for step in range(11):
-                loss = 5 + (final - 5) * step / 10
-                val = {"step": step, "tokens": 100 * step, "val_loss": loss, "val_accuracy": 0.01 * step}
-                file.write(json.dumps({"kind": "val", **val, "train_seconds": 2.0 * step}) + "\n")
-                train = {"step": step + 1, "tokens": 100 * step + 100, "train_loss": loss, "step_ms": 2000.0}
-                file.write(json.dumps({"kind": "train", **train}) + "\n")
-            file.write('{"kind": "val", "st')  # killed while writing
-        (run / "summary.json").write_text(json.dumps({"status": "finished"}))
-        with (run / "manifold_stats.jsonl").open("w") as file:
-            for step in (0, 5, 10):
-                for layer in range(2):
-                    for proj in ("q", "k", "v", "o", "up", "down"):
-                        values = dict.fromkeys(("spectral_norm", "spectral_entropy", "effective_rank"), rng.random())
-                        aligned = None if step == 0 else rng.random()
-                        values |= {"left_alignment": aligned, "left_alignment_chance": 0.1}
-                        values["singular_values"] = sorted(rng.random(4), reverse=True)
-                        file.write(json.dumps({"step": step, "layer": layer, "proj": proj, **values}) + "\n")
-    return [folder / "run-muon", folder / "run-adamw"]
+class WellFormed(html.parser.HTMLParser):
+    """Fails where a tag is closed that is not open, and keeps what a reader sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.images, self.links, self.text = [], [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "img":
+            self.images.append(dict(attributes))
+        self.links += [value for key, value in attributes if key in ("href", "src")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text.append(data)
 
 
-def test_the_report_is_self_contained_and_says_who_won(run_main, finished_runs, tmp_path):
-    code, out, _ = run_main(report.main, *finished_runs, "--out", tmp_path / "r")
+def read_page(path):
+    reader = WellFormed()
+    reader.feed(path.read_text(encoding="utf-8"))
+    reader.close()
+    assert reader.open == []
+    return reader
+
+
+@pytest.fixture
+def no_drawing(monkeypatch):
+    """Figures are made but written as stubs: drawing them takes most of a report's time."""
+
+    def save(figure, folder, stem, formats=("png", "svg")):
+        for suffix in formats:
+            (folder / f"{stem}.{suffix}").write_bytes(b"\x89PNG" + 60 * b"\0")
+        plots.plt.close(figure)
+
+    monkeypatch.setattr(plots, "save", save)
+
+
+@pytest.fixture
+def pair(tmp_path):
+    muon = write_run(tmp_path / "run-muon", final=3.0, spectra=False)
+    return [muon, write_run(tmp_path / "run-adamw", final=3.5, optimizer="adamw", spectra=False)]
+
+
+def test_the_report_of_six_runs_is_one_file_that_says_who_won_and_why_one_may_believe_it(run_main, tmp_path):
+    losses = {"muon": [3.0, 3.02, 3.05], "adamw": [3.5, 3.42, 3.6]}
+    runs = [
+        write_run(
+            tmp_path / f"{optimizer}-{seed}", optimizer=optimizer, seed=seed, final=loss, gap=True, projections="qv"
+        )
+        for optimizer in losses
+        for seed, loss in enumerate(losses[optimizer])
+    ]
+    code, out, _ = run_main(report.main, *runs, "--out", tmp_path / "r")
     assert code == 0
-    assert "Muon ends 0.5000 nats below AdamW" in out
-    assert "after about 8 of 10 updates, 15 s" in out  # 5 - 0.2 t = 3.5 at t = 7.5
-    page = (tmp_path / "r" / "report.html").read_text()
-    images = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    assert len(images) == 8
-    assert all(base64.b64decode(image).startswith(b"\x89PNG") for image in images)
-    assert not re.search(r'(src|href)="(?!data:)', page)
+    expected = scipy.stats.ttest_ind(losses["muon"], losses["adamw"], equal_var=False)
+    interval = expected.confidence_interval()
+    assert f"p = {expected.pvalue:.2g}" in out
+    assert f"{interval.low:+.4f} to {interval.high:+.4f}" in out
+    page = read_page(tmp_path / "r" / "report.html")
+    words = "".join(page.text)
+    first_screen = words[: words.index("Curves")]
+    difference = np.mean(losses["adamw"]) - np.mean(losses["muon"])
+    for fact in (f"Muon ends {difference:.4f} nats below AdamW", "Significant", f"{expected.pvalue:.2g}", "tokens/s"):
+        assert fact in first_screen
+    assert all(image["alt"] and image["src"].startswith("data:image/") for image in page.images)
+    assert all(link.startswith(("#", "data:")) for link in page.links)
     markdown = (tmp_path / "r" / "report.md").read_text()
-    for link in re.findall(r"\]\((plots/[^)]+)\)", markdown):
-        assert (tmp_path / "r" / link).stat().st_size > 1000
-    assert "3.5000" in page
-    assert "3.5000" in markdown
+    pictures = re.findall(r"\]\((plots/[^)]+)\)", markdown)
+    assert len(pictures) == len(page.images) >= 18
+    for picture in pictures:
+        assert (tmp_path / "r" / picture).read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (tmp_path / "r" / picture).with_suffix(".svg").read_text()
+    assert (tmp_path / "r" / "report.html").stat().st_size < 8e6
+    for sentence in ("Which layer stands out?", f"Muon ends {difference:.4f} nats", "git checkout c0ffee"):
+        assert sentence in words
+        assert sentence in markdown
 
 
-def test_strings_from_files_are_escaped(run_main, finished_runs, tmp_path):
-    config = json.loads((finished_runs[0] / "config.json").read_text())
-    evil = tmp_path / "evil"
-    evil.mkdir()
-    (evil / "config.json").write_text(json.dumps(config | {"model": "<script>alert(1)</script>"}))
-    (evil / "metrics.jsonl").write_bytes((finished_runs[0] / "metrics.jsonl").read_bytes())
-    code, _, _ = run_main(report.main, evil, finished_runs[0], "--out", tmp_path / "r")
+def test_a_report_of_sixty_runs_stays_readable(run_main, no_drawing, tmp_path):
+    (tmp_path / "runs").mkdir()
+    for i in range(60):
+        lr, seed, optimizer = 0.01 * (1 + i % 15), i // 30, ("muon", "adamw")[i // 15 % 2]
+        final = 3 + 0.4 * (optimizer == "adamw") + abs(lr - 0.05) + 0.01 * seed
+        write_run(tmp_path / "runs" / f"{i:02}", optimizer=optimizer, lr=lr, seed=seed, final=final, projections="qv")
+    began = time.process_time()
+    code, out, _ = run_main(report.main, tmp_path / "runs", "--out", tmp_path / "r")
+    assert code == 0
+    assert time.process_time() - began < 30
+    assert "Muon ends 0.4000 nats below AdamW" in out
+    assert "best of 15 of Muon and 15 of AdamW" in out
+    page = read_page(tmp_path / "r" / "report.html")
+    assert "learning_rate_sensitivity" in (tmp_path / "r" / "report.md").read_text()
+    assert len(page.images) < 30
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        {"done": 0, "status": None},
+        {"done": 4, "status": None},
+        {"done": 3, "status": "failed"},
+        {"done": 5, "status": "stopped"},
+        {"spectra": False},
+        {"final": float("nan")},
+    ],
+    ids=["no updates", "in progress", "failed", "stopped", "no spectra", "diverged"],
+)
+@pytest.mark.filterwarnings("error")
+def test_a_report_of_one_run_in_any_state(run_main, no_drawing, tmp_path, run):
+    folder = write_run(tmp_path / "only", **run)
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace("NaN", "null"))
+    code, out, err = run_main(report.main, folder, "--out", tmp_path / "r")
+    assert (code, err) == (0, "")
+    words = "".join(read_page(tmp_path / "r" / "report.html").text)
+    assert run.get("status", "finished") in (None, "finished") or f"only is {run['status']}" in words
+    assert ("Spectra" in words) == run.get("spectra", True)
+    if run.get("done") == 0:
+        assert "only the initial spectra" in words
+    assert "nan" not in out
+
+
+def test_runs_without_validation_wait_beside_those_that_have_it(run_main, no_drawing, pair, tmp_path):
+    (pair[1] / "metrics.jsonl").unlink()
+    (pair[1] / "summary.json").unlink()
+    code, out, _ = run_main(report.main, *pair, "--out", tmp_path / "r")
+    assert code == 0
+    assert "run-adamw is running at update 0 of 10" in out
+
+
+def test_a_running_pair_is_compared_at_its_last_common_update(run_main, no_drawing, tmp_path):
+    a = write_run(tmp_path / "a", done=6, status=None, final=3.0, spectra=False)
+    b = write_run(tmp_path / "b", done=4, status=None, final=4.0, optimizer="adamw", spectra=False)
+    _, out, _ = run_main(report.main, a, b, "--out", tmp_path / "r")
+    assert "at update 4 of 10 Muon is 0.4000 nats below AdamW (4.2000 against 4.6000)" in out
+
+
+def test_watch_rewrites_the_page_until_the_last_run_is_over(run_main, no_drawing, monkeypatch, pair, tmp_path):
+    summary = (pair[0] / "summary.json").read_text()
+    (pair[0] / "summary.json").unlink()
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        page = (tmp_path / "r" / "report.html").read_text()
+        assert 'http-equiv="refresh" content="7"' in page
+        if len(slept) == 2:
+            (pair[0] / "summary.json").write_text(summary)
+
+    monkeypatch.setattr(report.time, "sleep", sleep)
+    code, out, _ = run_main(report.main, *pair, "--out", tmp_path / "r", "--watch", "7")
+    assert code == 0
+    assert slept == [7, 7]
+    assert "http-equiv" not in (tmp_path / "r" / "report.html").read_text()
+    assert "Muon ends 0.5000 nats below AdamW" in out
+
+
+def test_watch_needs_no_number_and_gives_up_on_a_silent_run(run_main, no_drawing, monkeypatch, pair, tmp_path):
+    assert report.read_arguments(["--watch", "runs/a"]).watch == report.WATCH_SECONDS
+    assert report.read_arguments(["runs/a", "--watch"]).watch == report.WATCH_SECONDS
+    (pair[0] / "summary.json").unlink()
+    for file in pair[0].iterdir():
+        os.utime(file, (0, time.time() - 2 * report.SILENT_SECONDS))
+    monkeypatch.setattr(report.time, "sleep", lambda seconds: pytest.fail("waited for a dead run"))
+    assert run_main(report.main, *pair, "--out", tmp_path / "r", "--watch")[0] == 0
+    assert run_main(report.main, *pair, "--out", tmp_path / "r", "--watch", "-3")[0] == 2
+
+
+def test_strings_from_files_are_escaped(run_main, no_drawing, pair, tmp_path):
+    evil = write_run(tmp_path / "evil", model="<script>alert('$x|y')</script>", seed=7)
+    code, _, _ = run_main(report.main, evil, pair[0], "--out", tmp_path / "r")
     assert code == 0
     assert "<script>" not in (tmp_path / "r" / "report.html").read_text()
+    markdown = (tmp_path / "r" / "report.md").read_text()
+    assert "<script>" not in markdown[: markdown.index("```")]  # the commands are code, and not touched
 
 
-def test_figures_show_the_numbers_of_the_files(finished_runs):
-    runs = [load_run(path) for path in finished_runs]
-    axes = plots.loss_curves(runs).axes
-    curve = next(line for line in axes[0].lines if line.get_label() == "AdamW")
-    np.testing.assert_allclose(curve.get_ydata(), 5 - 0.15 * np.arange(11))
-    assert axes[0].get_ylabel() == "loss (nats per token)"
-    assert axes[3].get_xlabel() == "training time (s)"
-    figure = plots.metric_heatmap(runs, "effective_rank")
-    meshes = [ax.collections[0] for ax in figure.axes[:12]]
-    for column in range(6):
-        upper, lower = meshes[column], meshes[column + 6]
-        assert upper.get_clim() == lower.get_clim()
-        _, values = runs[1].grid(runs[1].projections()[column], "effective_rank")
-        np.testing.assert_allclose(lower.get_array(), values)
-    chance = plots.metric_over_time(runs, "left_alignment").axes[0]
-    assert any(np.allclose(line.get_ydata(), 0.1) for line in chance.lines)
-    matplotlib.pyplot.close("all")
+def test_the_reproducing_command_sets_every_flag_again(pair):
+    from settings import Settings
+
+    run = load_run(pair[0])
+    words = shlex.split(report.command(run))
+    assert words[:2] == ["python", "train.py"]
+    parsed = tyro.cli(Settings, args=words[2:])
+    for key, value in run.settings().items():
+        assert getattr(parsed, key) == value
 
 
 @pytest.mark.parametrize(
     ("missing", "words"), [("all", "no such run"), ("config.json", "config.json"), ("metrics.jsonl", "no validation")]
 )
-def test_a_folder_that_is_no_run_is_named(run_main, finished_runs, tmp_path, missing, words):
+def test_a_folder_that_is_no_run_is_named(run_main, pair, tmp_path, missing, words):
     folder = tmp_path / "run"
-    if missing != "all":
-        folder.mkdir()
-        for path in finished_runs[0].iterdir():
-            if path.name != missing:
-                (folder / path.name).write_bytes(path.read_bytes())
+    if missing == "all":
+        folder = tmp_path / "nowhere"
+    else:
+        shutil.copytree(pair[0], folder)
+        (folder / missing).unlink()
     code, _, err = run_main(report.main, folder, "--out", tmp_path / "r")
     assert code == 2
     assert words in err
@@ -108,56 +242,212 @@ def test_a_folder_that_is_no_run_is_named(run_main, finished_runs, tmp_path, mis
     assert not (tmp_path / "r").exists()
 
 
-def test_a_broken_line_in_the_middle_is_named(run_main, finished_runs, tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for path in finished_runs[0].iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    text = (folder / "metrics.jsonl").read_text().splitlines()
+def test_a_broken_line_in_the_middle_is_named_and_a_torn_last_one_left_out(run_main, pair, tmp_path):
+    metrics = pair[0] / "metrics.jsonl"
+    whole = load_run(pair[0])
+    metrics.write_text(metrics.read_text() + '{"kind": "val", "st')
+    torn = load_run(pair[0])
+    np.testing.assert_array_equal(torn.val["val_loss"], whole.val["val_loss"])
+    text = metrics.read_text().splitlines()
     text[3] = "{"
-    (folder / "metrics.jsonl").write_text("\n".join(text))
-    code, _, err = run_main(report.main, folder, "--out", tmp_path / "r")
+    metrics.write_text("\n".join(text))
+    code, _, err = run_main(report.main, pair[0], "--out", tmp_path / "r")
     assert code == 2
     assert "metrics.jsonl: line 4" in err
 
 
-def test_unlike_unfinished_and_repeated_runs_are_not_pooled(finished_runs, tmp_path):
-    def copy(name, config=None, status="finished"):
-        folder = tmp_path / name
-        shutil.copytree(finished_runs[0], folder)
-        old = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(old | (config or {})))
-        (folder / "summary.json").write_text(json.dumps({"status": status}))
-        return load_run(folder)
-
-    first = copy("first")
-    assert "single seed" in " ".join(report.findings([first, copy("again")]))
-    assert "2 seeds, 95 %" in " ".join(report.findings([first, copy("other", {"seed": 1})]))
-    longer = report.findings([first, copy("longer", {"steps": 99})])
-    assert longer == ["Careful: these runs differ in steps, so their losses do not compare."]
-    stopped = report.findings([first, copy("stopped", {"optimizer": "adamw"}, "stopped")])
-    assert not any("below" in sentence for sentence in stopped)
-    assert "stopped is stopped" in stopped[-1]
+def test_an_event_that_was_cut_short_is_left_out(tmp_path):
+    run = write_run(tmp_path / "run")
+    spectra = run / "manifold_stats.jsonl"
+    lines = spectra.read_text().splitlines()
+    spectra.write_text("\n".join(lines[:-1]) + "\n")
+    assert load_run(run).grid("q", "spectral_norm")[0].tolist() == [0, 5]
 
 
-def test_a_report_is_not_mixed_with_something_else(run_main, finished_runs, tmp_path):
-    code, _, err = run_main(report.main, finished_runs[0], "--out", finished_runs[1])
+def test_a_report_is_not_mixed_with_something_else(run_main, no_drawing, pair, tmp_path):
+    code, _, err = run_main(report.main, pair[0], "--out", pair[1])
     assert code == 2
     assert "no report" in err
     for _ in range(2):  # but an earlier report is replaced
-        assert run_main(report.main, finished_runs[0], "--out", tmp_path / "r")[0] == 0
+        assert run_main(report.main, pair[0], "--out", tmp_path / "r")[0] == 0
 
 
-def test_t_interval_equals_a_worked_example():
-    values = [3.3154, 3.3098, 3.2927]
-    mean, low, high = t_interval(values)
-    assert mean == pytest.approx(3.30597, abs=1e-5)
-    assert high - mean == pytest.approx(4.302653 * np.std(values, ddof=1) / 3**0.5, rel=1e-6)
-    assert mean - low == pytest.approx(high - mean)
-    assert (low, high) == pytest.approx(
-        scipy.stats.t.interval(0.95, 2, loc=np.mean(values), scale=scipy.stats.sem(values))
-    )
+def sentences(runs):
+    verdicts = report_verdict.judge(runs)
+    return " ".join([s for v in verdicts for s in v.sentences()] + report_verdict.careful(runs))
+
+
+def test_unlike_unfinished_and_repeated_runs_are_not_pooled(tmp_path):
+    first = load_run(write_run(tmp_path / "first"))
+    again = load_run(write_run(tmp_path / "again"))
+    assert "single seed" in sentences([first, again])
+    assert "2 seeds, 95 %" in sentences([first, load_run(write_run(tmp_path / "other", seed=1))])
+    longer = load_run(write_run(tmp_path / "longer", steps=20, optimizer="adamw"))
+    said = sentences([first, longer])
+    assert "differ in token budget" in said
+    assert "below" not in said
+    stopped = load_run(write_run(tmp_path / "stopped", optimizer="adamw", status="stopped", seed=2))
+    said = sentences([first, again, stopped])
+    assert "stopped is stopped at update 10 of 10" in said
+    assert "ends" not in said
+
+
+def test_one_seed_allows_no_statement_about_chance(pair):
+    said = sentences([load_run(path) for path in pair])
+    assert "Muon ends 0.5000 nats below AdamW" in said
+    assert "One seed each, so no statement about chance" in said
+    assert "ignificant" not in said
+    assert "after about 8 of 10 updates, 15 s" in said  # 5 - 0.2 t = 3.5 at t = 7.5
+
+
+def test_the_cost_is_told_as_times_and_ratios(tmp_path):
+    muon = load_run(write_run(tmp_path / "muon", step_ms=3000.0))
+    adamw = load_run(write_run(tmp_path / "adamw", optimizer="adamw", final=3.5))
+    said = sentences([adamw, muon])
+    assert "an update of Muon takes 1.50 times as long as one of AdamW (3,000.0 against 2,000.0 ms)" in said
+    assert "30.0 against 20.0 s of training" in said
+    assert "1.00 GiB" in said
+
+
+def spectral_run(folder, events, **settings):
+    """A run whose layer 1 has the singular values `events[step]` in Q; everything else stays as it was."""
+    path = write_run(folder, spectra=False, **settings)
+    with (path / "manifold_stats.jsonl").open("w") as file:
+        for step, values in events.items():
+            for layer in range(3):
+                for proj in ("q", "v"):
+                    s = values if (layer, proj) == (1, "q") else [1.0] * 4
+                    file.write(json.dumps(spectral_line(step, layer, proj, s, None if step == 0 else 0.9)) + "\n")
+    return load_run(path)
+
+
+def answer(run, word):
+    return next(" ".join(found) for question, found in answers([run]) if word in question)
+
+
+def test_the_fall_of_effective_rank_is_found_where_and_when_it_happens(tmp_path):
+    # 4 equal values have rank 4; at 5, (1, 1, 1, 0.3): 3.698 > 0.9 x 4; at 10, (1, 1, 0.3, 0.3): 3.282 < 3.6
+    events = {0: [1, 1, 1, 1], 5: [1, 1, 1, 0.3], 10: [1, 1, 0.3, 0.3]}
+    run = spectral_run(tmp_path / "falls", events)
+    fall = answer(run, "effective rank fall")
+    p = np.array([1, 1, 0.3, 0.3]) / 2.6
+    rank = np.exp(-(p * np.log(p)).sum())
+    assert f"in 1 of 6 matrices, first in Q of layer 1 at update 10 (4.0 to {rank:.1f})" in fall
+    assert f"{100 * rank / 4:.1f} %" in fall
+    assert "Q of layer 1 falls by 10 % at update 10" in answer(run, "collapse")
+    assert "layer 1 differs most" in answer(run, "stands out")
+    steady = spectral_run(tmp_path / "steady", {0: [1, 1, 1, 1], 5: [2, 2, 2, 2]})
+    assert "in none of 6 matrices" in answer(steady, "effective rank fall")
+    assert "none" in answer(steady, "collapse")
+
+
+def test_a_fall_that_is_made_up_is_no_collapse_but_half_the_rank_is(tmp_path):
+    back = spectral_run(tmp_path / "back", {0: [1, 1, 1, 1], 5: [1, 1, 0, 0], 10: [1, 1, 1, 1]})
+    assert "first in Q of layer 1 at update 5" in answer(back, "effective rank fall")
+    assert "none" in answer(back, "collapse")
+    gone = spectral_run(tmp_path / "gone", {0: [1, 1, 1, 1], 5: [1, 0.05, 0, 0]})
+    assert "has lost more than half" in answer(gone, "collapse")
+
+
+def test_high_spectral_norms_are_flagged_with_the_update_that_crossed(tmp_path):
+    run = spectral_run(tmp_path / "high", {0: [1, 1, 1, 1], 5: [4.5, 1, 1, 1], 10: [5.5, 1, 1, 1]})
+    said = answer(run, "spectral norms")
+    assert "1 of 6 matrices end above 4 and 1 above 5; the largest is 5.50, Q of layer 1" in said
+    assert "Q of layer 1 at update 5" in said
+    calm = spectral_run(tmp_path / "calm", {0: [1, 1, 1, 1], 5: [3.5, 1, 1, 1]})
+    assert "no, the largest is 3.50, Q of layer 1" in answer(calm, "spectral norms")
+
+
+def test_entropy_q_against_v_and_alignment_are_answered_with_numbers(tmp_path):
+    run = spectral_run(tmp_path / "run", {0: [1, 1, 1, 1], 5: [1, 1, 1, 0.3]})
+    energy = np.array([1, 1, 1, 0.09]) / 3.09
+    entropy = -(energy * np.log(energy)).sum() / np.log(4)
+    assert f"deepest in Q of layer 1, by {1 - entropy:.3f} to {entropy:.3f} at update 5" in answer(run, "entropy drop")
+    assert "V has effective rank 4.0 of 4 (100.0 % of its start)" in answer(run, "Q and V")
+    assert "100 % of 6 measured updates" in answer(run, "strong directions")
+    assert "1.50 times chance" in answer(run, "strong directions")
+
+
+def test_compare_tells_the_difference_of_two_groups(run_main, tmp_path):
+    losses = {"muon": [3.0, 3.02, 3.05], "adamw": [3.5, 3.42, 3.6]}
+    for optimizer, values in losses.items():
+        (tmp_path / optimizer).mkdir()
+        for seed, loss in enumerate(values):
+            write_run(tmp_path / optimizer / f"{optimizer}-{seed}", optimizer=optimizer, seed=seed, final=loss)
+    listed = ",".join(str(tmp_path / "adamw" / f"adamw-{seed}") for seed in range(3))
+    expected = scipy.stats.ttest_ind(losses["muon"], losses["adamw"], equal_var=False)
+    for other in (listed, tmp_path / "adamw", tmp_path / "adamw" / "adamw-*"):
+        code, out, _ = run_main(report.main, "compare", tmp_path / "muon", other)
+        assert code == 0
+        assert f"p = {expected.pvalue:.2g}" in out
+        assert "Muon ends 0.4833 nats below AdamW" in out
+        assert "Settings that differ: optimizer muon against adamw" in out
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data_fingerprint": "beef"}, "data fingerprints differ (a has f00d, b has beef)"),
+        ({"steps": 20}, "token budgets differ (a has 640, b has 1,280)"),
+        ({"eval_tokens": 99}, "--eval-tokens differ"),
+        ({"done": 4, "status": None}, "b is running after 4 of 10 updates"),
+    ],
+)
+def test_compare_refuses_what_does_not_compare_unless_told(run_main, tmp_path, change, words):
+    a = write_run(tmp_path / "a", spectra=False)
+    b = write_run(tmp_path / "b", spectra=False, optimizer="adamw", final=3.5, **change)
+    code, out, err = run_main(report.main, "compare", a, b)
+    assert (code, out) == (2, "")
+    assert words in err
+    assert len(err.strip().splitlines()) == 1
+    code, out, _ = run_main(report.main, "compare", a, b, "--anyway")
+    assert code == 0
+    assert words in out
+
+
+def test_compare_names_a_side_that_is_no_run_or_on_both_sides(run_main, pair, tmp_path):
+    for words in (tmp_path / "nowhere", f"{tmp_path}/no-*", ","):
+        code, _, err = run_main(report.main, "compare", pair[0], words)
+        assert code == 2
+        assert len(err.strip().splitlines()) == 1
+    code, _, err = run_main(report.main, "compare", pair[0], f"{pair[1]},{pair[0]}")
+    assert code == 2
+    assert "run-muon: is on both sides" in err
+
+
+def test_t_interval_and_welch_equal_scipy():
+    a, b = [3.3154, 3.3098, 3.2927], [3.3610, 3.3669, 3.3645, 3.35]
+    mean, low, high = t_interval(a)
+    assert (low, high) == pytest.approx(scipy.stats.t.interval(0.95, 2, loc=np.mean(a), scale=scipy.stats.sem(a)))
+    assert high - mean == pytest.approx(4.302653 * np.std(a, ddof=1) / 3**0.5, rel=1e-6)
+    expected = scipy.stats.ttest_ind(a, b, equal_var=False)
+    interval = expected.confidence_interval(0.95)
+    assert welch(a, b) == pytest.approx((np.mean(a) - np.mean(b), interval.low, interval.high, expected.pvalue))
     assert np.isnan(t_interval([1.0])[1])
+    assert np.isnan(welch([1.0], b)[1:]).all()
+    assert np.isnan(welch([1.0, 1.0], [2.0, 2.0])[3])
+
+
+def test_groups_are_pooled_over_seeds_alone(tmp_path):
+    runs = [load_run(write_run(tmp_path / f"{i}", seed=i, final=3 + i)) for i in range(2)]
+    runs.append(load_run(write_run(tmp_path / "lr", lr=0.04)))
+    runs.append(load_run(write_run(tmp_path / "elsewhere", seed=5, log_every=3, device_name="gpu", final=4.0)))
+    groups = group_seeds([*runs, runs[0]])
+    assert [[run.name for run in group.runs] for group in groups] == [["0", "1", "elsewhere"], ["lr"]]
+    assert compare(*groups).difference == pytest.approx(np.mean([3, 4, 4]) - 3)
+    assert plots.run_labels(runs) == [
+        "Muon, lr 0.02, seed 0",
+        "Muon, lr 0.02, seed 1",
+        "Muon, lr 0.04",
+        "Muon, lr 0.02, seed 5",
+    ]
+
+
+def test_representatives_are_the_best_of_each_optimizer_in_their_order(tmp_path):
+    losses = [("muon", 0.1, 3.0), ("muon", 0.2, 2.9), ("adamw", 0.1, 3.5), ("adamw", 0.2, 3.4), ("muon", 0.3, 2.95)]
+    runs = [load_run(write_run(tmp_path / f"{o}{lr}", optimizer=o, lr=lr, final=loss)) for o, lr, loss in losses]
+    names = [group.runs[0].name for group in representative(group_seeds(runs), 3)]
+    assert names == ["muon0.2", "adamw0.2", "muon0.3"]
 
 
 def test_first_reaching_interpolates_and_knows_never():
@@ -165,3 +455,21 @@ def test_first_reaching_interpolates_and_knows_never():
     assert first_reaching(x, loss, 3.5) == 15.0
     assert first_reaching(x, loss, 5.0) == 0.0
     assert first_reaching(x, loss, 2.9) is None
+
+
+def test_tolerance_interpolates_in_the_logarithm_and_tells_an_open_end():
+    found = learning_rate_tolerance([1e-3, 1e-2, 1e-1], [3.2, 3.0, float("nan")], slack=0.1)
+    assert found.best == pytest.approx(1e-2)
+    assert found.low == pytest.approx(10**-2.5)
+    assert (found.high, found.open_low, found.open_high) == (pytest.approx(1e-2), False, False)
+    assert learning_rate_tolerance([1e-3, 1e-2], [3.05, 3.0]).open_low
+    assert learning_rate_tolerance([1e-3, 1e-2], [float("nan")] * 2) is None
+
+
+def test_long_curves_are_thinned_by_means_and_spikes_are_measured(tmp_path):
+    x, y = thin(np.arange(7.0), np.array([0, 2, 4, 6, 8, 10, 12.0]), most=3)
+    np.testing.assert_allclose(x, [1, 4, 6])
+    np.testing.assert_allclose(y, [2, 8, 12])
+    run = load_run(write_run(tmp_path / "run"))
+    run.train["train_loss"][:] = [5, 4, 4.5, 3, 3.2, 2, 2.9, 1, 1, 1]
+    assert largest_spike(run) == pytest.approx(0.9)

@@ -44,7 +44,7 @@ def test_a_run_learns_and_its_folder_is_complete(train_small, optimizer):
     files = {"config.json", "log.txt", "metrics.jsonl", "manifold_stats.jsonl", "summary.json", "plots"}
     assert {p.name for p in folder.iterdir()} == files | {"checkpoint.pt", "checkpoint.prev.pt", "best.pt"}
     steps = math.ceil(10_000 / 256)
-    assert len(list((folder / "plots").glob("*.png"))) == 8
+    assert len(list((folder / "plots").glob("*.png"))) >= 8
     trained = lines(folder, kind="train")
     assert [record["step"] for record in trained] == list(range(1, steps + 1))
     assert trained[-1]["tokens"] == steps * 256

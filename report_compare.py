@@ -1,0 +1,161 @@
+"""Two runs or groups in the terminal: python report.py compare A B [--anyway].
+
+    python report.py compare runs/muon-0 runs/adamw-0
+    python report.py compare runs/muon-0,runs/muon-1 'runs/adamw-*'
+
+A and B are each a run's folder, a folder that holds runs, a pattern in quotes, or several of these joined by commas.
+Runs on other data, or with another token budget, are refused with exit code 2 unless --anyway is given.
+"""
+
+import glob
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from cli import BadInput
+from plots import group_labels, setting
+from report_verdict import chance_sentence, cost_sentence, lead_sentence, memory
+from stats import Group, Run, compare, find_runs, group_seeds, load_run, t_interval
+
+# What must agree before two losses are set side by side, and why.
+MUST_AGREE = {
+    "data_fingerprint": ("data fingerprints", "they saw different tokens and were measured on different ones"),
+    "budget": ("token budgets", "the one that saw more tokens had the advantage"),
+    "eval_tokens": ("--eval-tokens", "their losses are means over different validation tokens"),
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Compare two runs or groups of runs."""
+
+    a: tyro.conf.Positional[str]
+    """A run's folder, a folder that holds runs, a quoted pattern, or several of these joined by commas."""
+    b: tyro.conf.Positional[str]
+    """The other side, likewise."""
+    anyway: bool = False
+    """Compare even where data, token budget or progress differ."""
+
+
+def side(words: str) -> list[Run]:
+    """The runs that one side of the comparison names; BadInput where it names none."""
+    folders: list[Path] = []
+    for word in filter(None, words.split(",")):
+        matches = (
+            [Path(word)] if Path(word).exists() or not glob.has_magic(word) else map(Path, sorted(glob.glob(word)))
+        )
+        found = [folder for match in matches if match.is_dir() or match == Path(word) for folder in find_runs(match)]
+        if not found:
+            raise BadInput(f"{word}: matches no run folder")
+        folders += found
+    if not folders:
+        raise BadInput(f"'{words}': names no run folder")
+    return [load_run(folder) for folder in {folder.resolve(): folder for folder in folders}.values()]
+
+
+def objections(a: Sequence[Run], b: Sequence[Run]) -> list[str]:
+    """Why these losses do not compare, a clause each with the values; empty if they do."""
+    found = []
+    runs = [*a, *b]
+    for key, (words, why) in MUST_AGREE.items():
+        values = list(dict.fromkeys(_value(run, key) for run in runs))
+        if len(values) > 1:
+            named = [
+                f"{next(run.name for run in runs if _value(run, key) == value)} has {value}" for value in values[:3]
+            ]
+            found.append(f"their {words} differ ({', '.join(named)}): {why}")
+    for run in runs:
+        if run.status != "finished":
+            progress = f"{run.updates:,} of {run.config['steps']:,} updates"
+            found.append(f"{run.name} is {run.status} after {progress}: its loss is not a final one")
+    return found
+
+
+def _value(run: Run, key: str) -> str:
+    value = run.budget if key == "budget" else run.config.get(key)
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def comparison(a: Sequence[Run], b: Sequence[Run]) -> list[str]:
+    """The lines that `compare` prints."""
+    sides = Group(tuple(a)), Group(tuple(b))
+    names = _names(sides)
+    lines = []
+    for letter, group, name in zip("AB", sides, names, strict=True):
+        lines.append(f"{letter}: {name} ({', '.join(run.name for run in group.runs)})")
+        if len(group_seeds(group.runs)) > 1:
+            lines.append(f"   Careful: {letter} mixes settings, so its spread is not that of seeds.")
+    lines.append("")
+    rows = [("", "A", "B")]
+    rows.append(("runs with a final loss", *(str(len(group.losses())) for group in sides)))
+    rows.append(("final validation loss", *map(_interval, sides)))
+    rows.append(("validation accuracy", *(_percent(group) for group in sides)))
+    for words, key, form in (
+        ("ms per update", "step_ms", ",.1f"),
+        ("tokens/s", "tokens_per_second", ",.0f"),
+        ("training time (s)", "train_seconds", ",.1f"),
+    ):
+        rows.append((words, *(_number(group.mean(key), form) for group in sides)))
+    rows.append(("peak memory", *(memory(group.mean("memory_bytes")) for group in sides)))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.append("")
+    if all(group.losses() for group in sides):
+        order = sorted(zip(sides, names, strict=True), key=lambda pair: pair[0].loss)
+        (best, better), (other, worse) = order
+        result = compare(best, other)
+        lines += [lead_sentence(result, better, worse), chance_sentence(result, better, worse)]
+        lines.append(cost_sentence(result, better, worse))
+    else:
+        lines.append("No difference: at least one side has no finished run with a finite loss.")
+    differ = _differences(a[0], b[0])
+    lines.append(f"Settings that differ: {differ}." if differ else "No setting differs but the seed.")
+    return [line for line in lines if line is not None]
+
+
+def _names(sides: tuple[Group, Group]) -> list[str]:
+    names = group_labels([Group((group.runs[0],)) for group in sides])
+    if len(set(names)) < 2 or any("#" in name for name in names):
+        names = [f"{name.split(', #')[0]} ({letter})" for name, letter in zip(names, "AB", strict=True)]
+    return names
+
+
+def _interval(group: Group) -> str:
+    mean, low, high = t_interval(group.losses())
+    return f"{_number(mean, '.4f')} [{low:.4f}, {high:.4f}]" if math.isfinite(low) else _number(mean, ".4f")
+
+
+def _percent(group: Group) -> str:
+    values = [float(run.val["val_accuracy"][-1]) for run in group.samples()]
+    return f"{100 * sum(values) / len(values):.2f} %" if values else "-"
+
+
+def _number(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else "-"
+
+
+def _differences(a: Run, b: Run) -> str:
+    left, right = a.experiment(), b.experiment()
+    keys = [key for key in dict.fromkeys((*left, *right)) if left.get(key) != right.get(key)]
+    return ", ".join(f"{setting(key, left.get(key))} against {right.get(key)}" for key in keys)
+
+
+def main(words: Sequence[str]) -> None:
+    """`report.py compare`: prints the comparison, or refuses it with the reasons."""
+    arguments = tyro.cli(Arguments, args=list(words), prog="report.py compare", description=__doc__)
+    a, b = side(arguments.a), side(arguments.b)
+    both = {run.path.resolve() for run in a} & {run.path.resolve() for run in b}
+    if both:
+        raise BadInput(f"{sorted(both)[0].name}: is on both sides of the comparison")
+    for run in (*a, *b):
+        if not run.val:
+            raise BadInput(f"{run.path}: has logged no validation yet")
+    reasons = objections(a, b)
+    if reasons and not arguments.anyway:
+        raise BadInput(f"not compared, because {'; '.join(reasons)}; --anyway compares all the same")
+    for reason in reasons:
+        print(f"Careful: {reason}.")
+    print("\n".join(comparison(a, b)))

@@ -1,0 +1,92 @@
+"""Run folders written by hand: every number in them is known, and no training is needed."""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+PROJECTION_SHAPES = {"q": (8, 8), "k": (4, 8), "v": (4, 8), "o": (8, 8), "up": (16, 8), "down": (8, 16)}
+
+
+def effective_rank(singular_values) -> float:
+    """Independent of metrics.py: exp of the entropy of s / sum s."""
+    p = np.asarray(singular_values, dtype=float)
+    p = p[p > 0] / p.sum()
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+def spectral_line(step: int, layer: int, proj: str, s, alignment: float | None, **more) -> dict:
+    s = np.asarray(s, dtype=float)
+    q = s**2 / (s**2).sum()
+    entropy = -(q[q > 0] * np.log(q[q > 0])).sum()
+    return {
+        **{"step": step, "tokens": 64 * step, "layer": layer, "proj": proj, "singular_values": s.tolist()},
+        **{"spectral_norm": float(s[0]), "spectral_entropy": float(entropy / math.log(len(s)))},
+        **{"entropy": math.log(effective_rank(s)), "effective_rank": effective_rank(s)},
+        **{"stable_rank": float((s**2).sum() / s[0] ** 2), "weight_norm": float(np.linalg.norm(s))},
+        **{"left_alignment": alignment, "right_alignment": alignment},
+        **{"left_alignment_chance": 0.6, "right_alignment_chance": 0.6, "orthogonality_error": 0.5},
+        **{"grad_norm": None if step == 0 else 0.1, "update_norm": None if step == 0 else 0.2},
+        "update_effective_rank": None if step == 0 else 7.0,
+        **more,
+    }
+
+
+def write_run(
+    folder: Path,
+    *,
+    final: float = 3.0,
+    steps: int = 10,
+    done: int | None = None,
+    status: str | None = "finished",
+    spectra: bool = True,
+    layers: int = 3,
+    step_ms: float = 2000.0,
+    gap: bool = False,
+    decay: float = 0.02,
+    experts: int = 0,
+    projections: Iterable[str] = tuple(PROJECTION_SHAPES),
+    **settings,
+) -> Path:
+    """A run whose loss falls linearly from 5 to `final` over `steps`; `done` updates of them; spectra every 5.
+
+    Singular values are (1, .., 1) x (1 + 0.1 step) but for the smaller half, which shrinks by `decay` a step.
+    """
+    done = steps if done is None else done
+    folder.mkdir(parents=True)
+    flags = {"model": "nano", "optimizer": "muon", "tokens": 64 * steps, "batch_tokens": 64, "seq_len": 32, "seed": 0}
+    flags |= {"lr": 0.02, "adamw_lr": 0.005, "nesterov": True, "schedule": "linear", "eval_tokens": 512}
+    derived = {"data_fingerprint": "f00d", "vocab_size": 320, "steps": steps, "params": 1000, "device_name": "cpu"}
+    derived |= {"world_size": 1, "git_commit": "c0ffee", "torch_version": "2.13.0"}
+    extra = {key: settings.pop(key) for key in list(settings) if key in derived}
+    (folder / "config.json").write_text(json.dumps(flags | settings | derived | extra))
+    seconds = step_ms / 1e3
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(done + 1):
+            loss = 5 + (final - 5) * step / steps
+            val = {"kind": "val", "step": step, "tokens": 64 * step, "val_loss": loss, "val_accuracy": 0.01 * step}
+            file.write(json.dumps(val | {"train_seconds": seconds * step}) + "\n")
+            if step < done:
+                train = {"kind": "train", "step": step + 1, "tokens": 64 * (step + 1), "train_loss": loss}
+                train |= {"grad_norm": 1.0, "lr": 0.02 * (1 - step / steps), "adamw_lr": 0.005, "step_ms": step_ms}
+                file.write(json.dumps(train | {"tokens_per_second": 64 / seconds, "mfu": None}) + "\n")
+            for layer in range(layers if experts else 0):
+                shares = [1.0 + (expert == layer) for expert in range(experts)]
+                file.write(json.dumps({"kind": "experts", "step": step, "layer": layer, "utilization": shares}) + "\n")
+    if spectra:
+        rng = np.random.default_rng(flags["seed"])
+        with (folder / "manifold_stats.jsonl").open("w") as file:
+            for step in sorted({*range(0, done + 1, 5), done}):
+                for layer in range(layers):
+                    for proj in projections:
+                        r = min(PROJECTION_SHAPES[proj])
+                        s = (1 + 0.1 * step) * np.where(np.arange(r) < r // 2, 1.0, max(0.0, 1 - decay * step))
+                        more = {"update_gap": None if step == 0 else 0.01} if gap else {}
+                        aligned = None if step == 0 else float(rng.uniform(0.4, 0.9))
+                        file.write(json.dumps(spectral_line(step, layer, proj, s, aligned, **more)) + "\n")
+    if status:
+        summary = {"status": status, "reason": None, "train_seconds": seconds * done, "peak_memory_bytes": 2**30}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    return folder

@@ -1,0 +1,176 @@
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+import plots
+import plots_spectra
+from stats import chance_spread, group_seeds, load_run
+from tests.synthetic import write_run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two optimizers, two seeds each; the gap of the update is logged."""
+    folder = tmp_path_factory.mktemp("runs")
+    made = []
+    for optimizer, final in (("muon", 3.0), ("adamw", 3.5)):
+        for seed in (0, 1):
+            path = folder / f"{optimizer}-{seed}"
+            made.append(write_run(path, optimizer=optimizer, seed=seed, final=final + 0.1 * seed, gap=True, experts=4))
+    return [load_run(path) for path in made]
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    matplotlib.pyplot.close("all")
+
+
+FIGURES = {
+    "loss_curves": lambda runs: plots.loss_curves(runs),
+    "optimizer_comparison": lambda runs: plots.optimizer_comparison(*group_seeds(runs)),
+    "ablation_bars": lambda runs: plots.ablation_bars(runs),
+    "model_scaling": lambda runs: plots.model_scaling(runs),
+    "learning_rate_schedules": lambda runs: plots.learning_rate_schedules(runs),
+    "expert_utilization": lambda runs: plots.expert_utilization(runs[0]),
+    "spectral_norm_by_depth": plots_spectra.spectral_norm_by_depth,
+    "depth_profiles": lambda runs: plots_spectra.depth_profiles(runs, "spectral_entropy"),
+    "metric_over_time": lambda runs: plots_spectra.metric_over_time(runs, "effective_rank"),
+    "alignment_with_chance": plots_spectra.alignment_with_chance,
+    "metric_heatmap": lambda runs: plots_spectra.metric_heatmap(runs, "weight_norm"),
+    "alignment_heatmap": lambda runs: plots_spectra.metric_heatmap(runs, "right_alignment"),
+    "quick_scan": plots_spectra.quick_scan,
+    "rank_grid": plots_spectra.rank_grid,
+    "pair_grid": lambda runs: plots_spectra.pair_grid(runs[0], runs[1], "effective_rank"),
+    "singular_value_fan": lambda runs: plots_spectra.singular_value_fan(runs[::2]),
+    "singular_value_spectrum": plots_spectra.singular_value_spectrum,
+    "layer_mri": lambda runs: plots_spectra.layer_mri(runs[::2]),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_has_something_in_each_panel_and_words_at_the_outer_axes(name, runs):
+    figure = FIGURES[name](runs)
+    assert isinstance(figure, Figure)
+    panels = [ax for ax in figure.axes if ax.get_label() != "<colorbar>" and ax.get_visible()]
+    for ax in panels:
+        assert ax.lines or ax.collections or ax.patches or ax.images, f"{name}: an empty panel"
+    below = [ax for ax in panels if ax.get_subplotspec().is_last_row()]
+    beside = [ax for ax in panels if ax.get_subplotspec().is_first_col()]
+    assert all(ax.get_xlabel() for ax in below), f"{name}: a bottom axis has no words"
+    if name != "ablation_bars":  # its rows are labelled one by one
+        assert all(ax.get_ylabel() for ax in beside), f"{name}: a left axis has no words"
+
+
+@pytest.mark.parametrize("name", ["metric_heatmap", "layer_mri", "singular_value_fan", "alignment_with_chance"])
+@pytest.mark.filterwarnings("error")
+def test_figures_of_a_run_with_only_its_initial_spectra_do_not_fail(name, tmp_path):
+    run = load_run(write_run(tmp_path / "young", done=0, status=None, gap=True))
+    figure = FIGURES[name]([run, run])
+    plots.save(figure, tmp_path, "figure", ("png",))
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_curves_show_the_mean_over_seeds(runs):
+    ax = plots.loss_curves(runs).axes[0]
+    curves = {line.get_label(): line.get_ydata() for line in ax.lines}
+    np.testing.assert_allclose(curves["Muon"], 5 + (3.05 - 5) * np.arange(11) / 10)
+    np.testing.assert_allclose(curves["AdamW"], 5 + (3.55 - 5) * np.arange(11) / 10)
+
+
+def test_an_optimizer_keeps_its_colour_and_settings_differ_by_line_style(runs, tmp_path):
+    other = load_run(write_run(tmp_path / "other", lr=0.04))
+    looks = {look.label: look for look in plots.looks(group_seeds([*runs, other]))}
+    assert set(looks) == {"Muon, lr 0.02", "Muon, lr 0.04", "AdamW"}
+    assert looks["Muon, lr 0.02"].color == looks["Muon, lr 0.04"].color != looks["AdamW"].color
+    assert looks["Muon, lr 0.02"].linestyle != looks["Muon, lr 0.04"].linestyle
+
+
+def test_of_many_settings_the_best_of_each_optimizer_stands_out(tmp_path):
+    losses = {0.01: 3.4, 0.02: 3.1, 0.04: 3.2, 0.08: 3.3, 0.16: 3.5}
+    made = [write_run(tmp_path / f"{lr}", lr=lr, final=loss, spectra=False) for lr, loss in losses.items()]
+    strong = [look.label for look in plots.looks(group_seeds([load_run(path) for path in made])) if look.strong]
+    assert strong == ["Muon, lr 0.02"]
+
+
+def test_sensitivity_joins_the_best_at_each_rate_and_marks_failed_runs(tmp_path):
+    made = [write_run(tmp_path / f"{lr}", lr=lr, final=loss) for lr, loss in ((0.01, 3.3), (0.02, 3.0), (0.04, 3.5))]
+    made.append(write_run(tmp_path / "worse", lr=0.02, adamw_lr=0.1, final=3.2))
+    made.append(write_run(tmp_path / "failed", lr=0.08, status="failed"))
+    figure = plots.learning_rate_sensitivity([load_run(path) for path in made])
+    loss, _, perplexity, _ = figure.axes
+    joined = max(loss.lines, key=lambda line: len(line.get_xdata()))
+    np.testing.assert_allclose(joined.get_xydata(), [(0.01, 3.3), (0.02, 3.0), (0.04, 3.5)])
+    joined = max(perplexity.lines, key=lambda line: len(line.get_xdata()))
+    np.testing.assert_allclose(joined.get_ydata(), np.exp([3.3, 3.0, 3.5]))
+    assert [line.get_xdata() for line in loss.lines if line.get_marker() == "x"] == [[0.08]]
+    assert all(ax.get_ylabel() for ax in figure.axes)
+    assert "learning rate" in figure.axes[2].get_xlabel()
+
+
+def test_heatmaps_show_the_numbers_of_the_files_on_a_scale_shared_down_each_column(runs):
+    pair = [runs[0], runs[2]]
+    figure = plots_spectra.metric_heatmap(pair, "effective_rank")
+    meshes = [ax.collections[0] for ax in figure.axes[:12]]
+    for column, proj in enumerate(pair[0].projections()):
+        upper, lower = meshes[column], meshes[column + 6]
+        assert upper.get_clim() == lower.get_clim()
+        np.testing.assert_allclose(lower.get_array(), pair[1].grid(proj, "effective_rank")[1])
+
+
+def test_the_quick_scan_shares_one_scale_over_six_runs(runs):
+    figure = plots_spectra.quick_scan([*runs, *runs[:2]])
+    meshes = [ax.collections[0] for ax in figure.axes[:6]]
+    assert len({mesh.get_clim() for mesh in meshes}) == 1
+    scan = np.asarray(meshes[0].get_array())
+    assert scan.shape == (6 * 3, 3)  # projections x layers, events
+    np.testing.assert_allclose(scan[3:6], runs[0].grid("k", "effective_rank")[1] / 4)
+
+
+def test_the_pair_grid_ends_with_the_difference(runs):
+    figure = plots_spectra.pair_grid(runs[0], runs[2], "left_alignment")
+    gaps = np.asarray(figure.axes[12].collections[0].get_array())
+    expected = runs[0].grid("q", "left_alignment")[1] - runs[2].grid("q", "left_alignment")[1]
+    np.testing.assert_allclose(gaps[:, 1:], expected[:, 1:])
+
+
+def test_the_fan_holds_every_singular_value_of_the_layer(runs):
+    ax = plots_spectra.singular_value_fan([runs[0]], layer=1).axes[0]
+    segments = ax.collections[0].get_segments()
+    assert len(segments) == 8
+    steps, values = runs[0].singular_values("q", 1)
+    np.testing.assert_allclose(segments[3], np.column_stack([steps, values[:, 3]]))
+    assert ax.get_yscale() == "log"
+
+
+def test_alignment_is_drawn_with_chance_and_the_gap_only_where_it_was_logged(runs, tmp_path):
+    figure = plots_spectra.alignment_with_chance(runs)
+    assert len(figure.axes) == 12
+    chance = figure.axes[0]
+    assert any(np.allclose(line.get_ydata(), 0.6) for line in chance.lines)
+    gap = figure.axes[6].lines[0].get_ydata()
+    np.testing.assert_allclose(gap, 0.01 / (0.2 / np.sqrt(8)))
+    older = load_run(write_run(tmp_path / "older"))
+    assert len(plots_spectra.alignment_with_chance([older]).axes) == 6
+
+
+def test_the_chance_band_agrees_with_random_subspaces_of_a_finite_dimension():
+    bases = np.linalg.qr(np.random.default_rng(1).standard_normal((4000, 128, 5)))[0]
+    aligned = np.linalg.svd(bases[:, :5], compute_uv=False).mean(axis=1)
+    low, high = np.quantile(aligned, (0.025, 0.975)) / np.mean(aligned)
+    assert chance_spread(5) == pytest.approx((low, high), abs=0.03)
+
+
+def test_experts_are_shown_as_shares(runs):
+    figure = plots.expert_utilization(runs[0])
+    shares = np.asarray(figure.axes[0].collections[0].get_array())
+    np.testing.assert_allclose(shares[:, 0], [0.4, 0.2, 0.2, 0.2])
+
+
+def test_files_of_a_figure_are_the_same_each_time(runs, tmp_path):
+    for stem in ("a", "b"):
+        plots.save(plots.loss_curves(runs), tmp_path, stem)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    width = int.from_bytes((tmp_path / "a.png").read_bytes()[16:20], "big")
+    assert width == 2 * 100 * plots.WIDTH
