@@ -15,12 +15,12 @@ SPECTRA_SHOWN = ("spectral_norm", "effective_rank", "stable_rank", "spectral_ent
 
 
 class TensorBoard:
-    """Scalars named kind/key and spectra/key/projection, against updates."""
+    """Scalars named kind/key and spectra/key/projection, against updates; a resumed run continues after `last_step`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, last_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # where it is used: few have the package
 
-        self.writer = SummaryWriter(str(folder))
+        self.writer = SummaryWriter(str(folder), purge_step=last_step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
         for key, value in record.items():

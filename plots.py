@@ -241,8 +241,8 @@ def loss_curves(runs: Sequence[Run]) -> Figure:
 
 def _training_loss(run: Run, against_seconds: bool) -> tuple[np.ndarray, np.ndarray]:
     x = run.train["step"] - 1  # a batch's loss belongs to the weights before its update
-    if against_seconds:
-        x = (np.cumsum(run.train["step_ms"]) - run.train["step_ms"]) / 1e3
+    if against_seconds:  # the validations tell the time, which has more in it than the steps
+        x = np.interp(x, run.val["step"], run.val["train_seconds"]) if run.val else x * np.nan
     return thin(x, run.train["train_loss"])
 
 
@@ -254,6 +254,7 @@ def optimizer_comparison(a: Group, b: Group) -> Figure:
     """
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.8), sharey=True)
     name_a, name_b = group_labels([a, b])
+    spreads = [1e-6]
     for ax, key in zip(axes, ("step", "train_seconds"), strict=True):
         curves = [[(run.val[key], run.val["val_loss"]) for run in group.pool() if run.val] for group in (a, b)]
         ends = [x[-1] for side in curves for x, _ in side]
@@ -267,8 +268,8 @@ def optimizer_comparison(a: Group, b: Group) -> Figure:
         if np.isfinite(low).any():
             ax.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
         ax.axhline(0, color=REFERENCE_COLOR, linewidth=1.0)
-        spread = max(np.nanmax(np.abs(difference)), 1e-6)
-        ax.set_ylim(*(np.array((-1.25, 1.25)) * spread) if ax is axes[0] else ax.get_ylim())
+        spreads.append(np.nanmax(np.abs(difference)))
+    axes[0].set_ylim(-1.25 * max(spreads), 1.25 * max(spreads))  # of the curves: few seeds have boundless bands
     axes[0].set_title("at equal updates")
     axes[1].set_title("at equal training time")
     whole_steps(axes[0])

@@ -25,6 +25,7 @@ MUST_AGREE = {
     "data_fingerprint": ("data fingerprints", "they saw different tokens and were measured on different ones"),
     "budget": ("token budgets", "the one that saw more tokens had the advantage"),
     "eval_tokens": ("--eval-tokens", "their losses are means over different validation tokens"),
+    "seq_len": ("--seq-len", "the one with longer sequences predicts from more context"),
 }
 
 

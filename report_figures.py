@@ -150,8 +150,9 @@ def spectra_drawings(runs: Sequence[Run]) -> list[Drawing]:
         _drawing(
             "alignment_with_chance",
             "Alignment over time, with chance",
-            "How far the update pushes along the weight's own five strongest output directions. Inside the grey band "
-            "an update is no more aligned than random subspaces are. Muon's update has nearly equal singular values, "
+            "How far the update pushes along the weight's own five strongest output directions. The dotted line is "
+            "what random subspaces reach, the grey band how far a single random pair strays from it; the mean over "
+            "layers strays less. Muon's update has nearly equal singular values, "
             "so its five strongest directions are nearly arbitrary, and low alignment alone is no sign of exploration. "
             "The lower row, where it was logged, shows how arbitrary: the nearer the gap s₅ − s₆ to zero, the more so.",
             lambda: plots_spectra.alignment_with_chance(pooled),

@@ -9,6 +9,7 @@ whole events only; a worker that failed says so at the next call.
 """
 
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -114,20 +115,25 @@ class SpectraRecorder:
 
     def flush(self) -> None:
         """Wait until every event so far is on disk."""
+        start = time.perf_counter()
         self.events.join()
+        self.writer.sync()
+        self.seconds_blocked += time.perf_counter() - start
         self.check()
 
     def close(self) -> None:
-        """Let the worker finish what is queued and end; says nothing of a failure, which `flush` does."""
+        """Let the worker finish what is queued, and end it; says nothing of a failure, which `flush` does."""
         if self.worker.is_alive():
-            self.events.join()
             self.events.put(None)
             self.worker.join()
 
     def _work(self) -> None:
-        while (event := self.events.get()) is not None:
+        ended = False
+        while not ended:
+            event = self.events.get()
             try:
-                if self.failure is None:
+                ended = event is None
+                if not ended and self.failure is None:
                     self._measure(event)
             except BaseException as failure:
                 self.failure = failure
@@ -153,7 +159,11 @@ class SpectraRecorder:
             lines.append(line | projection_record(of_weight, of_update, grad_norm))
         self.writer.write(*lines)
         if self.listener is not None:
-            self.listener(lines)
+            try:
+                self.listener(lines)
+            except Exception as failure:  # a live view is no reason to lose a run
+                print(f"the live view of the spectra ends here: {type(failure).__name__}: {failure}", file=sys.stderr)
+                self.listener = None
 
 
 def decompose_bank(bank: Tensor) -> Spectrum:

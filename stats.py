@@ -230,9 +230,8 @@ class Group:
         return list(by_seed.values())
 
     def pool(self) -> list[Run]:
-        """The runs to average over: those that finished with a finite loss, or all if there is none."""
-        finished = [run for run in self.runs if math.isfinite(run.final_loss)]
-        return finished or list(self.runs)
+        """The runs to average over: `samples`, or one for each seed of whatever there is."""
+        return self.samples() or list({run.config["seed"]: run for run in self.runs}.values())
 
     def losses(self) -> list[float]:
         return [run.final_loss for run in self.samples()]

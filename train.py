@@ -113,7 +113,7 @@ class Run:
         self.signalled = self.stop_asked = False  # a signal reached this rank; all ranks agreed to stop
         self.under_way: deque[Update] = deque()
         self.last_stop: Point = 0.0
-        self.began, self.earlier_wall_seconds = time.perf_counter(), 0.0
+        self.began, self.earlier_wall_seconds, self.earlier_spectra_seconds = time.perf_counter(), 0.0, 0.0
         self.metrics = self.spectra = self.live = self.loaded = (
             None  # opened with the folder, all but the last by rank 0
         )
@@ -142,7 +142,10 @@ class Run:
             event = bool(s.spectra_every) and self.is_event(self.step + 1, s.spectra_every)
             self.update(event)
             if event:
+                waited = time.perf_counter()
                 self.settle(0)  # an update that failed is no event
+                if self.spectra is not None and self.device.type == "cuda":
+                    self.spectra.seconds_blocked += time.perf_counter() - waited
                 self.spectra_event()
                 self.last_stop = point(self.device)  # what the event held up is no step's time
             validates = self.is_event(self.step, s.eval_every)
@@ -151,8 +154,10 @@ class Run:
             if validates:
                 self.off_clock(self.validate)
             if saves:
+                self.flush_spectra()
                 self.off_clock(self.checkpoint)
         self.settle(0)
+        self.flush_spectra()
         self.watch.stop()
         self.checkpoint()
         return "finished" if self.step == self.updates else "stopped"
@@ -237,6 +242,12 @@ class Run:
     def spectra_event(self) -> None:
         if self.spectra is not None:
             self.spectra.record(self.step, self.step * self.s.batch_tokens)
+
+    def flush_spectra(self) -> None:
+        """What a checkpoint vouches for is on disk before it; the wait is on the clock."""
+        if self.spectra is not None:
+            self.spectra.flush()
+            self.last_stop = point(self.device)
 
     @torch.no_grad()
     def validate(self) -> None:
@@ -333,6 +344,7 @@ class Run:
             self.step = self.loaded["step"]
             self.watch.total = self.loaded["clock"]["train_seconds"]
             self.earlier_wall_seconds = self.loaded["clock"]["wall_seconds"]
+            self.earlier_spectra_seconds = self.loaded["clock"].get("spectra_seconds_blocked", 0.0)
             losses = self.loaded["losses"]
             self.best_val_loss, self.last_train_loss = losses["best_val_loss"], losses["train_loss"]
             self.last_val = {key: losses[key] for key in self.last_val}
@@ -348,7 +360,7 @@ class Run:
             self.out.log = (self.folder / runfiles.LOG).open("a", encoding="utf-8")
             self.metrics = JsonlWriter(self.folder / runfiles.METRICS)
             if self.s.log == "tensorboard":
-                self.live = TensorBoard(self.folder)
+                self.live = TensorBoard(self.folder, last_step)
             if self.s.spectra_every:
                 listener = self.live and self.live.write_spectra
                 self.spectra = SpectraRecorder(self.model, self.folder / runfiles.SPECTRA, listener)
@@ -381,11 +393,11 @@ class Run:
             raise BadInput(f"--resume {self.s.name}: its settings differ ({said}); repeat them or choose another name")
 
     def checkpoint(self) -> None:
-        """Write everything that the rest of the run depends on, from rank 0, after the spectra so far."""
+        """Write everything that the rest of the run depends on, from rank 0."""
         if self.rank.index != 0:
             return
-        if self.spectra is not None:
-            self.spectra.flush()
+        if self.metrics is not None:
+            self.metrics.sync()
         cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         contents = {
             "model": self.model.state_dict(),
@@ -394,7 +406,11 @@ class Run:
             "loader": self.loader.state_dict(),
             "rng": {"torch": torch.get_rng_state(), "cuda": cuda_rng},
             "config": self.config,
-            "clock": {"train_seconds": self.watch.total, "wall_seconds": self.wall_seconds()},
+            "clock": {
+                "train_seconds": self.watch.total,
+                "wall_seconds": self.wall_seconds(),
+                "spectra_seconds_blocked": self.spectra_seconds_blocked(),
+            },
             "losses": {"best_val_loss": self.best_val_loss, "train_loss": self.last_train_loss, **self.last_val},
         }
         runfiles.save_checkpoint(self.folder, contents)
@@ -415,6 +431,9 @@ class Run:
         for part in (self.loader, self.spectra, self.live):
             if part is not None:
                 part.close()
+
+    def spectra_seconds_blocked(self) -> float:
+        return self.earlier_spectra_seconds + (self.spectra.seconds_blocked if self.spectra else 0.0)
 
     def wall_seconds(self) -> float:
         return self.earlier_wall_seconds + time.perf_counter() - self.began
@@ -440,7 +459,7 @@ class Run:
             "steps": self.step,
             "train_seconds": seconds,
             "wall_seconds": self.wall_seconds(),
-            "spectra_seconds_blocked": self.spectra.seconds_blocked if self.spectra else 0.0,
+            "spectra_seconds_blocked": self.spectra_seconds_blocked(),
             "tokens_per_second": speed,
             "mfu": self.speed.mfu(speed),
             "peak_memory_bytes": peak_memory_bytes,
@@ -487,6 +506,7 @@ def run_training(run: Run) -> int:
         reason = str(failure)
         if isinstance(failure, torch.OutOfMemoryError):
             reason = run.memory.misfit(run.s.micro_batch, available_bytes(run.device))
+        run.close()  # what the worker still holds is written before the summary says that it is over
         run.summarize("failed", reason)
         run.out.say(f"failed: {reason}")
         return 1

@@ -1,13 +1,15 @@
-"""One spectra event, ours against float64 SVDs, and what spectra cost a run.
+"""One spectra event, ours against float64 SVDs.
 
     python -m bench.spectra [--model 88m] [--json FILE]
 
 Correctness first: singular values above 1e-3 of the largest to 1e-5, leading subspaces by principal angles. Then both
-are timed in turns on the same matrices, every projection's weight and update; medians.
+are timed in turns on the same matrices, every projection's weight and update, and a whole event from snapshot to disk;
+medians.
 """
 
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from cli import BadInput, exit_with_a_sentence
 from kernels.newton_schulz import orthogonalize
 from metrics import SUBSPACE_RANK
 from model import SIZES, Transformer
-from spectra import decompose_bank
+from spectra import SpectraRecorder, decompose_bank
 
 SINGULAR_VALUE_TOLERANCE, ANGLE_TOLERANCE = 1e-5, 1e-4
 STRONG = 1e-3  # of the largest singular value
@@ -45,8 +47,9 @@ def by_svd(bank: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
     return [torch.linalg.svd(W.double(), full_matrices=False) for W in bank.flatten(0, -3)]
 
 
-def check(bank: Tensor) -> None:
-    """SystemExit where ours leaves the SVD's values."""
+def check(bank: Tensor) -> int:
+    """SystemExit where ours leaves the SVD's values; returns how many pairs of subspaces could be compared."""
+    compared = 0
     ours = decompose_bank(bank)
     for i, (U, s, Vh) in enumerate(by_svd(bank)):
         strong = s > STRONG * s[0]
@@ -60,6 +63,8 @@ def check(bank: Tensor) -> None:
             sines = torch.linalg.svdvals(exact - found @ (found.mT @ exact))
             if not sines.max() <= ANGLE_TOLERANCE:
                 sys.exit(f"matrix {i} of {tuple(bank.shape)}: subspace off by {sines.max():.2g} rad, not timed")
+        compared += 1
+    return compared
 
 
 @exit_with_a_sentence
@@ -70,22 +75,38 @@ def main() -> int:
     if a.repeats < 1:
         raise BadInput(f"--repeats {a.repeats}: must be at least 1")
     torch.manual_seed(0)
-    weights = [bank.parameter.detach() for bank in Transformer(SIZES[a.model], vocab_size=64).banks()]
+    model = Transformer(SIZES[a.model], vocab_size=64)
+    weights = [bank.parameter for bank in model.banks()]
     updates = [0.02 * orthogonalize(torch.randn_like(W)) for W in weights]  # Muon's: nearly flat spectra
-    banks = weights + updates
-    for bank in banks:
-        check(bank[:2])
-    seconds: dict[str, list[float]] = {"eigenproblems": [], "svd": []}
-    for _ in range(a.repeats):
-        for name, run in (("eigenproblems", decompose_bank), ("svd", by_svd)):
+    leading = [W.detach() + torch.randn(*W.shape[:-1], 5) @ torch.randn(*W.shape[:-2], 5, W.shape[-1]) for W in weights]
+    subspaces = sum(check(bank.detach()[:2]) for bank in weights + updates + leading)
+    seconds: dict[str, list[float]] = {"eigenproblems": [], "svd": [], "whole event": []}
+    with tempfile.TemporaryDirectory() as folder:
+        recorder = SpectraRecorder(model, Path(folder) / runfiles.SPECTRA)
+        for W in weights:
+            W.grad = torch.randn_like(W)
+        recorder.record(0, 0)
+        recorder.flush()  # simulates levels of chance, once per process
+        for step in range(a.repeats):
+            for name, run in (("eigenproblems", decompose_bank), ("svd", by_svd)):
+                start = time.perf_counter()
+                for bank in weights + updates:
+                    run(bank.detach())
+                seconds[name].append(time.perf_counter() - start)
             start = time.perf_counter()
-            for bank in banks:
-                run(bank)
-            seconds[name].append(time.perf_counter() - start)
+            recorder.before_update()
+            with torch.no_grad():
+                for W, update in zip(weights, updates, strict=True):
+                    W.add_(update)
+            recorder.record(step, 0)
+            recorder.flush()
+            seconds["whole event"].append(time.perf_counter() - start)
+        recorder.close()
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     speedup = medians["svd"] / medians["eigenproblems"]
     matrices = sum(bank.flatten(0, -3).shape[0] for bank in weights)
     print(f"{a.model}: {matrices} matrices, weight and update, float64, {torch.get_num_threads()} threads")
+    print(f"checked against SVDs, {subspaces} pairs of leading subspaces among them")
     for name, median in medians.items():
         print(f"{name:14} {median:7.2f} s   {min(seconds[name]):.2f} to {max(seconds[name]):.2f}")
     print(f"ratio          {speedup:7.2f}x")

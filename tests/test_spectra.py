@@ -3,12 +3,15 @@
 import json
 import os
 import signal
+import sys
 import threading
 import time
+import types
 
 import pytest
 import torch
 
+import live
 import metrics
 import settings
 import spectra
@@ -135,6 +138,59 @@ def test_a_run_says_how_long_spectra_held_it_up(train_small):
     assert 0 < blocked[0] < 1
     assert blocked[1] == 0
     assert not (without / "manifold_stats.jsonl").exists()
+
+
+def test_waiting_for_a_slow_worker_counts_as_blocked_and_as_training_time(train_small, monkeypatch):
+    slow_bank = spectra.decompose_bank
+
+    def slow(bank):
+        time.sleep(0.1)
+        return slow_bank(bank)
+
+    monkeypatch.setattr(spectra, "decompose_bank", slow)
+    _, folder, _, _ = train_small("run", "--tokens", 256, "--spectra-every", 1)
+    summary = json.loads((folder / "summary.json").read_text())
+    banks = 3
+    assert summary["spectra_seconds_blocked"] > 0.1 * 2 * banks  # of two events the second has an update too
+    assert summary["train_seconds"] > summary["spectra_seconds_blocked"]
+
+
+def test_a_live_view_that_fails_does_not_end_the_run(tmp_path, capsys):
+    calls = []
+
+    def listener(lines):
+        calls.append(len(lines))
+        raise OSError("disk full")
+
+    recorder = SpectraRecorder(small_model(), tmp_path / "s.jsonl", listener)
+    for step in range(2):
+        recorder.record(step, 0)
+    recorder.flush()
+    recorder.close()
+    recorder.flush()  # after the end there is nothing to wait for
+    assert calls == [12]
+    assert len(lines_of(tmp_path / "s.jsonl")) == 24
+    assert "live view of the spectra ends here: OSError: disk full" in capsys.readouterr().err
+
+
+def test_tensorboard_gets_scalars_and_means_over_layers(monkeypatch, tmp_path):
+    written = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            written.append(("purge", purge_step))
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    board = live.TensorBoard(tmp_path, last_step=6)
+    board.write({"kind": "val", "step": 7, "tokens": 70, "val_loss": 2.5, "val_accuracy": None})
+    norms = [{"step": 7, "proj": "q", **dict.fromkeys(live.SPECTRA_SHOWN), "spectral_norm": v} for v in (1.0, 3.0)]
+    board.write_spectra(norms)
+    assert written == [("purge", 7), ("val/val_loss", 2.5, 7), ("spectra/spectral_norm/q", 2.0, 7)]
 
 
 def test_a_checkpoint_waits_for_the_spectra_before_it(train_small, monkeypatch):
