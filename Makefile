@@ -41,7 +41,7 @@ speedrun: setup
 # The kernels' own tests run a second time in Triton's interpreter, a process of its own because it replaces every kernel.
 test: setup
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_symmetric.py tests/test_muon_kernels.py tests/test_cross_entropy.py \
-	  tests/test_relu2_mlp.py
+	  tests/test_relu2_mlp.py tests/test_grouped_matmul.py
 	$(PY) -m pytest
 
 lint: setup

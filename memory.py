@@ -40,7 +40,9 @@ class MemoryCount:
         # the attention's output, and the feed-forward before and after its activation (the kernel keeps the latter).
         heads_width = c.head_width * (c.heads + 2 * c.kv_heads)
         ffn_widths = 1 if "relu2_mlp" in model.kernels and c.ffn == "relu2" else 4 if c.ffn == "swiglu" else 2
-        widths = 5 * c.d_model + 2 * heads_width + ffn_widths * c.d_ff
+        widths = 5 * c.d_model + 2 * heads_width + ffn_widths * c.d_ff * (c.top_k if c.experts else 1)
+        if c.experts:  # besides, the routed inputs and outputs, and the router's input in fp32
+            widths += 2 * c.top_k * c.d_model + 4 * c.d_model // item
         # Logits and their gradient in the compute type; in fp32 one copy, eagerly three: widened, softmax, gradient.
         logits = tokens * model.vocab_size * (2 * item + (4 if self.compiled else 12))
         if "cross_entropy" in model.kernels:

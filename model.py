@@ -3,9 +3,12 @@
     model = Transformer(SIZES["88m"], vocab_size=49152); loss = model(tokens_BT, targets_BT)
 
 Pre-RMSNorm, rotary positions on the time axis, optional QK-norm, grouped-query attention, tied embedding, no biases.
-Shape letters: B batch, T time, D model width, H heads, K key/value heads, E width of a head, V vocabulary.
+With experts the feed-forward is a mixture: each token goes to its top-k experts and no token is dropped.
+Shape letters: B batch, T time, N = B T tokens, D model width, H heads, K key/value heads, E width of a head,
+R experts per token, X experts, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,10 +19,12 @@ from torch import Tensor, nn
 
 from cli import BadInput
 from kernels.cross_entropy import linear_cross_entropy
+from kernels.grouped_matmul import Routing, grouped_matmul
 from kernels.relu2_mlp import relu2_mlp
 
 INIT_STD = 0.02
 ROPE_BASE = 10_000.0
+EXPERT_PROJECTIONS = ("gate", "up", "down")  # those of which each expert has its own
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # gate: swiglu only
 KERNELS = frozenset(("cross_entropy", "relu2_mlp"))  # fused kernels that a training loss can use
 # Stored (d_ff, d) like `up`, so that both are one batch for Muon; the map is the transpose.
@@ -28,7 +33,11 @@ STORED_TRANSPOSED = ("down",)
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a model; every field is a count except `ffn` (activation) and `dropout` (probability)."""
+    """Shape of a model; every field is a count except `ffn` (activation) and `dropout` (probability).
+
+    `experts` 0 is a dense model. Of a mixture, each token goes to `top_k` experts, `balance` weighs the load-balancing
+    loss and `router_noise` is the standard deviation of what training adds to the router's logits.
+    """
 
     d_model: int
     layers: int
@@ -39,6 +48,10 @@ class ModelConfig:
     ffn: str = "silu"
     qk_norm: bool = False
     dropout: float = 0.0
+    experts: int = 0
+    top_k: int = 2
+    balance: float = 0.01
+    router_noise: float = 0.0
 
     def __post_init__(self) -> None:
         for count in ("d_model", "layers", "heads", "kv_heads", "d_ff", "seq_len"):
@@ -52,6 +65,10 @@ class ModelConfig:
             raise BadInput(f"unknown ffn {self.ffn!r}; choose from {', '.join(ACTIVATIONS)}")
         if not 0 <= self.dropout < 1:
             raise BadInput(f"dropout {self.dropout}: must lie in [0, 1)")
+        if self.experts < 0 or (self.experts and not 1 <= self.top_k <= self.experts):
+            raise BadInput(f"top_k {self.top_k}: must lie between 1 and the {self.experts} experts")
+        if not (0 <= self.balance < math.inf and 0 <= self.router_noise < math.inf):
+            raise BadInput(f"balance {self.balance} and router_noise {self.router_noise}: must not be negative")
 
     @property
     def head_width(self) -> int:
@@ -74,6 +91,8 @@ SIZES = {
     "50m": ModelConfig(512, 8, 8, 8, 2048, seq_len=512),
     "88m": ModelConfig(512, 22, 8, 4, 2048, seq_len=2048, ffn="relu2", qk_norm=True),
     "108m": ModelConfig(768, 10, 16, 16, 3072, seq_len=512),
+    "moe-79m": ModelConfig(384, 6, 8, 8, 1536, seq_len=512, experts=8),
+    "moe-nano": ModelConfig(128, 2, 4, 4, 256, seq_len=256, qk_norm=True, experts=4),
 }
 
 
@@ -87,7 +106,10 @@ class Projection(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a projection is stored: matrix `index` of bank number `bank`, as its map or as the transpose."""
+    """Where a projection is stored: matrix `index` of bank number `bank`, as its map or as the transpose.
+
+    `index` counts matrices over all leading dimensions: members, layers and, innermost, experts.
+    """
 
     layer: int
     name: str
@@ -98,7 +120,10 @@ class Place(NamedTuple):
 
 
 class Bank(NamedTuple):
-    """All projections of one stored shape: `parameter` (members x layers, rows, cols), member by member."""
+    """All projections of one stored shape: `parameter` (members x layers, rows, cols), member by member.
+
+    A bank of experts is (members x layers, experts, rows, cols).
+    """
 
     parameter: nn.Parameter
     members: tuple[str, ...]
@@ -106,7 +131,7 @@ class Bank(NamedTuple):
 
     @property
     def transposed(self) -> tuple[bool, ...]:
-        """For each matrix of the bank, whether its map is the transpose of what is stored."""
+        """For each layer of each member, whether its map is the transpose of what is stored."""
         return tuple(name in STORED_TRANSPOSED for name in self.members for _ in range(self.layers))
 
 
@@ -144,8 +169,10 @@ class Transformer(nn.Module):
         if config.ffn == "swiglu":
             stored["gate"] = (config.d_ff, D)
         stored |= {"up": (config.d_ff, D), "down": (config.d_ff, D)}
-        members: dict[tuple[int, int], list[str]] = {}
+        members: dict[tuple[int, ...], list[str]] = {}
         for name, shape in stored.items():
+            if config.experts and name in EXPERT_PROJECTIONS:
+                shape = (config.experts, *shape)
             members.setdefault(shape, []).append(name)
         self.weights = nn.ParameterDict(
             {"_".join(names): torch.empty(len(names) * L, *shape) for shape, names in members.items()}
@@ -161,9 +188,13 @@ class Transformer(nn.Module):
         self.register_buffer("sin_TE", sin, persistent=False)
         for matrix in (self.embedding, *self.weights.values()):
             nn.init.normal_(matrix, std=INIT_STD)
+        if config.experts:
+            self.router = nn.Parameter(torch.empty(L, config.experts, D).normal_(std=INIT_STD))
+            # How many choices of the last forward fell on each expert.
+            self.register_buffer("expert_counts", torch.zeros(L, config.experts, dtype=torch.long), persistent=False)
 
     def banks(self) -> list[Bank]:
-        """Every block matrix, grouped by stored shape; the embedding and the gains are in none."""
+        """Every block matrix, grouped by stored shape; the embedding, the gains and the router are in none."""
         return [Bank(p, tuple(name.split("_")), self.config.layers) for name, p in self.weights.items()]
 
     def places(self) -> Iterator[Place]:
@@ -172,9 +203,14 @@ class Transformer(nn.Module):
         for layer in range(self.config.layers):
             for name in PROJECTIONS:
                 for number, bank in enumerate(banks):
-                    if name in bank.members:
-                        index = bank.members.index(name) * bank.layers + layer
-                        yield Place(layer, name, None, number, index, name in STORED_TRANSPOSED)
+                    if name not in bank.members:
+                        continue
+                    index, transposed = bank.members.index(name) * bank.layers + layer, name in STORED_TRANSPOSED
+                    if bank.parameter.ndim == 3:
+                        yield Place(layer, name, None, number, index, transposed)
+                    for expert in range(bank.parameter.shape[1] if bank.parameter.ndim == 4 else 0):
+                        place = index * bank.parameter.shape[1] + expert
+                        yield Place(layer, name, expert, number, place, transposed)
 
     def projections(self, tensors: Sequence[Tensor] | None = None) -> Iterator[Projection]:
         """Each block matrix as its (out, in) map, layer by layer; views, so they follow the weights.
@@ -187,7 +223,11 @@ class Transformer(nn.Module):
             yield Projection(place.layer, place.name, place.expert, matrix.mT if place.transposed else matrix)
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V), or with targets the mean cross-entropy in nats, a 0-D fp32 tensor."""
+        """Logits (B, T, V), or with targets the mean cross-entropy in nats, a 0-D fp32 tensor.
+
+        In training the loss of a mixture includes the load-balancing loss of every layer. `expert_counts` is
+        overwritten in place.
+        """
         c, dtype = self.config, self.compute_dtype
         B, T = tokens_BT.shape
         per_layer: dict[str, tuple[Tensor, ...]] = {}
@@ -198,17 +238,30 @@ class Transformer(nn.Module):
 
         x = F.embedding(tokens_BT, self.embedding).to(dtype) * c.d_model**0.5
         x = self._drop(x)
+        counts, balance = [], 0.0
         for layer in range(c.layers):
             w = {name: matrices[layer] for name, matrices in per_layer.items()}
             x = x + self._drop(self._attention(rms_norm(x, self.attention_gain[layer]), w, layer, B, T))
-            x = x + self._drop(self._ffn(rms_norm(x, self.ffn_gain[layer]), w))
+            h = rms_norm(x, self.ffn_gain[layer])
+            if c.experts:
+                y, count, layer_balance = self._mixture(h.flatten(0, 1), w, layer)
+                h = y.view_as(h)
+                counts.append(count)
+                balance = balance + layer_balance
+            else:
+                h = self._ffn(h, w)
+            x = x + self._drop(h)
+        if c.experts:
+            self.expert_counts.copy_(torch.stack(counts))
         x = rms_norm(x, self.final_gain)
         if targets_BT is not None and "cross_entropy" in self.kernels and self.training:
-            return linear_cross_entropy(x.flatten(0, 1), self.embedding.to(dtype), targets_BT.flatten())
+            loss = linear_cross_entropy(x.flatten(0, 1), self.embedding.to(dtype), targets_BT.flatten())
+            return loss + balance if c.experts else loss
         logits = F.linear(x, self.embedding.to(dtype))
         if targets_BT is None:
             return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets_BT.flatten())
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets_BT.flatten())
+        return loss + balance if c.experts and self.training else loss
 
     def _attention(self, x: Tensor, w: dict[str, Tensor], layer: int, B: int, T: int) -> Tensor:
         E = self.config.head_width
@@ -235,17 +288,54 @@ class Transformer(nn.Module):
         hidden = activation(F.linear(x, w["gate"])) * up if "gate" in w else activation(up)
         return hidden @ w["down"]
 
+    def _mixture(self, x_ND: Tensor, w: dict[str, Tensor], layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The chosen experts' outputs (N, D), weighted; how often each was chosen (X,); the load-balancing loss.
+
+        Weights are the softmax over the chosen logits alone (which is the softmax over all, renormalised), in fp32.
+        The loss is balance X sum_e f_e P_e (Fedus et al. 2021): f_e the share of the choices, P_e the mean probability.
+        """
+        c = self.config
+        logits_NX = F.linear(x_ND.float(), self.router[layer])
+        probabilities_X = logits_NX.softmax(-1).mean(0)
+        if c.router_noise and self.training:
+            logits_NX = logits_NX + c.router_noise * torch.randn_like(logits_NX)
+        chosen_NR, experts_NR = logits_NX.topk(c.top_k)
+        routing = Routing(experts_NR, c.experts)
+        x = routing.send(x_ND)
+        activation = ACTIVATIONS[c.ffn]
+        up = grouped_matmul(x, w["up"].mT, routing.offsets)
+        gated = "gate" in w
+        hidden = activation(grouped_matmul(x, w["gate"].mT, routing.offsets)) * up if gated else activation(up)
+        y_NRD = routing.collect(grouped_matmul(hidden, w["down"], routing.offsets))
+        y_ND = (y_NRD * chosen_NR.softmax(-1).to(y_NRD.dtype)[..., None]).sum(1)
+        shares_X = routing.counts.to(probabilities_X.dtype) / experts_NR.numel()
+        return y_ND, routing.counts, c.balance * c.experts * (shares_X * probabilities_X).sum()
+
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
+    def active_parameter_count(self) -> int:
+        """Parameters that one token meets: all but the experts it does not go to."""
+        return self.parameter_count() - self._idle_count()
+
     def matmul_parameter_count(self) -> int:
-        """Parameters that multiply activations: the block matrices and the tied head."""
-        return self.embedding.numel() + sum(p.numel() for p in self.weights.values())
+        """Parameters that multiply activations: the block matrices, the router and the tied head."""
+        router = self.router.numel() if self.config.experts else 0
+        return self.embedding.numel() + router + sum(p.numel() for p in self.weights.values())
+
+    def active_matmul_parameter_count(self) -> int:
+        """Those of them that multiply one token's activations."""
+        return self.matmul_parameter_count() - self._idle_count()
+
+    def _idle_count(self) -> int:
+        experts = sum(p.numel() for p in self.weights.values() if p.ndim == 4)
+        return experts - experts * self.config.top_k // self.config.experts if experts else 0
 
     def flops_per_token(self, seq_len: int, causal: bool = False) -> int:
-        """Forward and backward, 6 N + 12 L d T: attention in full (PaLM, appendix B) or its causal half."""
+        """Forward and backward, 6 N + 12 L d T: N the active matmul parameters, attention in full (PaLM, appendix B)
+        or its causal half."""
         attention = 12 * self.config.layers * self.config.d_model * seq_len
-        return 6 * self.matmul_parameter_count() + (attention // 2 if causal else attention)
+        return 6 * self.active_matmul_parameter_count() + (attention // 2 if causal else attention)

@@ -2,7 +2,7 @@
 
     optimizers = build_optimizers(model, "muon", lr=0.02, adamw_lr=0.005)
 
-Matrices in the blocks go to Muon (or AdamW), embedding and gains always to AdamW with a learning rate of their own.
+Matrices in the blocks go to Muon (or AdamW); embedding, gains and router always to AdamW, at a rate of their own.
 Muon costs one batched Newton-Schulz per bank and step: about 2 % of the model's FLOPs at 65k tokens per update.
 """
 
@@ -79,7 +79,8 @@ class Muon(torch.optim.Optimizer):
 
     m <- lerp(m, g, 1 - momentum), u = lerp(g, m, momentum) with Nesterov, else m. Parameters are 2-D, 3-D or 4-D; the
     last two dimensions are the matrix. Two options belong to a parameter group:
-    `transposed`: for each matrix of a bank, True where the map is the transpose of what is stored (for `lr_scale`);
+    `transposed`: for each entry of a bank's first dimension, True where the map is the transpose of what is stored
+    (for `lr_scale`);
     `row_splits`: row counts of the projections fused into one matrix, each orthogonalised by itself. Without it a
     fused matrix is orthogonalised as one.
     Speaks GradScaler's protocol for fused optimizers: with attributes `grad_scale` and `found_inf` (0-D tensors)
@@ -159,7 +160,7 @@ class Muon(torch.optim.Optimizer):
             if splits and (sum(splits) != p.shape[-2] or min(splits) < 1):
                 return f"row_splits {splits} do not add up to {p.shape[-2]} rows"
             if transposed and (p.ndim < 3 or len(transposed) != len(p)):
-                return f"transposed needs one entry for each matrix of a bank of shape {tuple(p.shape)}"
+                return f"transposed needs one entry for each layer of matrices of a bank of shape {tuple(p.shape)}"
         return None
 
     @torch.no_grad()
@@ -334,7 +335,8 @@ def build_optimizers(
     **muon_options: Any,
 ) -> list[torch.optim.Optimizer]:
     """Muon plus AdamW, or AdamW alone: `lr` and `weight_decay` drive the block matrices under either, `adamw_lr` the
-    embedding and the gains. Every group carries its `peak_lr`; every parameter is in exactly one group (asserted)."""
+    embedding, the gains and the router. Every group carries its `peak_lr`; every parameter is in exactly one group
+    (asserted)."""
     banks = model.banks()
     in_banks = {id(bank.parameter) for bank in banks}
     others = {"params": [p for p in model.parameters() if id(p) not in in_banks], "lr": adamw_lr, "weight_decay": 0.0}

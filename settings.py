@@ -22,13 +22,15 @@ from kernels.newton_schulz import COEFFICIENTS, METHODS
 from model import KERNELS, SIZES, ModelConfig
 from optim import LR_SCALES, SCHEDULES
 
-# Peak learning rates: (block matrices, embedding and gains). nano: the winners of the sweep in bench/LOG.md. The other
-# sizes were not swept yet: Muon's are the 88M speedrun's of the prior work, AdamW's lie between its 0.006 and 0.0005.
+NANO = ("nano", "moe-nano")  # for a first look on a CPU
+# Peak learning rates: (block matrices, embedding and gains). nano: the winners of the sweep in bench/LOG.md, which
+# moe-nano borrows. The other sizes were not swept yet: Muon's are the 88M speedrun's of the prior work, AdamW's lie
+# between its 0.006 and 0.0005.
 NANO_LR = {"muon": (0.04, 0.02), "adamw": (0.005, 0.02)}
 DEFAULT_LR = {"muon": (0.024, 0.006), "adamw": (0.002, 0.006)}
 KERNELS_THAT_PAY: frozenset[str] = frozenset()  # of model.KERNELS: those with an end-to-end win in runs/records
 BATCH_TOKENS, EVAL_TOKENS = 16_384, 131_072
-NANO_BATCH_TOKENS, NANO_EVAL_TOKENS = 8192, 16_384  # for a first look on a CPU
+NANO_BATCH_TOKENS, NANO_EVAL_TOKENS = 8192, 16_384
 EVENTS_PER_RUN = 20  # validation and spectra, unless their flags say otherwise
 LARGE_SPECTRA_PER_RUN = 4  # above nano: an event of the 88M model is 5 to 8 s of work for two CPU cores
 
@@ -38,7 +40,7 @@ class Settings:
     """Train one language model with Muon or AdamW and log the spectra of its weights."""
 
     model: str = "88m"
-    """Named size: nano, 11m, 16m, 29m, 50m, 88m or 108m."""
+    """Named size: nano, 11m, 16m, 29m, 50m, 88m, 108m, or with experts moe-nano, moe-79m."""
     layers: int | None = None
     """Blocks, instead of the size's."""
     d_model: int | None = None
@@ -51,10 +53,18 @@ class Settings:
     """Width of the feed-forward layer, instead of the size's."""
     ffn: str | None = None
     """Feed-forward activation (relu2, silu, relu, gelu, swiglu), instead of the size's."""
+    experts: int | None = None
+    """Experts per layer, instead of the size's; 0 = one dense feed-forward layer."""
+    top_k: int | None = None
+    """Experts that each token goes to, instead of the size's."""
+    balance: float = 0.01
+    """Weight of the experts' load-balancing loss, which is part of the training loss."""
+    router_noise: float = 0.0
+    """Standard deviation of the noise that training adds to the router's logits."""
     dropout: float = 0.0
     """Probability of dropping an element of the embedding and of each block's outputs."""
     optimizer: Literal["muon", "adamw"] = "muon"
-    """Optimizer of the block matrices; embedding and gains always use AdamW."""
+    """Optimizer of the block matrices; embedding, gains and router always use AdamW."""
     data: Path | None = None
     """Folder of token shards (default: the embedded shards that make speedrun builds)."""
     tokens: Count = 2_015_232
@@ -70,7 +80,7 @@ class Settings:
     lr: float | None = None
     """Peak learning rate of the block matrices (default: muon 0.024, adamw 0.002; nano 0.04, 0.005)."""
     adamw_lr: float | None = None
-    """Peak learning rate of embedding and gains, under either optimizer (default: 0.006; nano 0.02)."""
+    """Peak learning rate of embedding, gains and router, under either optimizer (default: 0.006; nano 0.02)."""
     momentum: float = 0.95
     """Muon's momentum."""
     nesterov: bool = True
@@ -156,7 +166,7 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
         raise BadInput("--resume needs the --name of the run to continue")
     if given.log == "tensorboard" and find_spec("tensorboard") is None:
         raise BadInput("--log tensorboard: the package is not installed; pip install tensorboard")
-    lr, adamw_lr = (NANO_LR if given.model == "nano" else DEFAULT_LR)[given.optimizer]
+    lr, adamw_lr = (NANO_LR if given.model in NANO else DEFAULT_LR)[given.optimizer]
     cuda = given.device == "cuda" or (given.device == "auto" and torch.cuda.is_available())
     if cuda and not torch.cuda.is_available():
         raise BadInput("--device cuda: this PyTorch sees no CUDA device")
@@ -171,12 +181,12 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
         "data": given.data or default_data(given.model),
         "name": given.name or f"{given.model}-{given.optimizer}-{given.seed}-{utc_time}",
     }
-    nano = given.model == "nano"
+    nano = given.model in NANO
     if given.batch_tokens is None:
         filled["batch_tokens"] = NANO_BATCH_TOKENS if nano else BATCH_TOKENS
     if given.eval_tokens is None:
         filled["eval_tokens"] = NANO_EVAL_TOKENS if nano else EVAL_TOKENS
-    for field in ("layers", "d_model", "heads", "kv_heads", "d_ff", "ffn", "seq_len"):
+    for field in ("layers", "d_model", "heads", "kv_heads", "d_ff", "ffn", "seq_len", "experts", "top_k"):
         override = getattr(given, field)
         filled[field] = getattr(size, field) if override is None else override
     s = dataclasses.replace(given, **filled)
@@ -190,7 +200,7 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
         raise BadInput(f"--batch-tokens {s.batch_tokens}: not divisible by {unit}")
     updates = math.ceil(s.tokens / s.batch_tokens)
     cadence = max(1, updates // EVENTS_PER_RUN)
-    spectra_cadence = cadence if s.model == "nano" else max(1, updates // LARGE_SPECTRA_PER_RUN)
+    spectra_cadence = cadence if nano else max(1, updates // LARGE_SPECTRA_PER_RUN)
     s = dataclasses.replace(
         s,
         eval_every=cadence if s.eval_every is None else s.eval_every,
@@ -212,7 +222,7 @@ def chosen_kernels(flag: str) -> frozenset[str]:
 def default_data(model: str) -> Path:
     """The embedded shards whose vocabulary suits the model, or the other ones where only those were built."""
     small, large = Path("shards/embedded-4096"), Path("shards/embedded-49152")
-    first, second = (small, large) if model == "nano" else (large, small)
+    first, second = (small, large) if model in NANO else (large, small)
     return second if second.exists() and not first.exists() else first
 
 
@@ -232,7 +242,7 @@ def check_ranges(s: Settings) -> None:
     check("seed", 0 <= s.seed < 2**63, "0 or more")
     for flag in ("lr", "adamw_lr", "adam_eps"):
         check(flag, 0 < getattr(s, flag) < math.inf, "a positive number")
-    for flag in ("weight_decay", "grad_clip"):
+    for flag in ("weight_decay", "grad_clip", "balance", "router_noise"):
         check(flag, 0 <= getattr(s, flag) < math.inf, "0 or a positive number")
     for flag in ("momentum", "beta1", "beta2", "dropout"):
         check(flag, 0 <= getattr(s, flag) < 1, "at least 0 and below 1")

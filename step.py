@@ -30,12 +30,14 @@ def prepare_torch() -> None:
 
 
 class Numbers(NamedTuple):
-    """A step's results on the host. `not_finite` names the parameters whose gradients are not."""
+    """A step's results on the host. `not_finite` names the parameters whose gradients are not; `expert_counts` are a
+    mixture's choices over the global batch, layer by layer, None of a dense model."""
 
     loss: float
     grad_norm: float
     stop_asked: bool
     not_finite: tuple[str, ...]
+    expert_counts: list[list[float]] | None = None
 
     @property
     def finite(self) -> bool:
@@ -43,10 +45,13 @@ class Numbers(NamedTuple):
 
 
 class Deferred:
-    """Numbers on their way from the device; only `read` waits, and for them alone."""
+    """Numbers on their way from the device; only `read` waits, and for them alone.
 
-    def __init__(self, values: Tensor, names: Sequence[str]) -> None:
-        self.names, self.arrived = names, None
+    `values` holds loss, norm, stop, a norm for each of `names`, and `layers` equal rows of counts.
+    """
+
+    def __init__(self, values: Tensor, names: Sequence[str], layers: int = 0) -> None:
+        self.names, self.layers, self.arrived = names, layers, None
         self.values = values
         if values.is_cuda:
             self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -57,9 +62,12 @@ class Deferred:
     def read(self) -> Numbers:
         if self.arrived is not None:
             self.arrived.synchronize()
-        loss, grad_norm, stop, *norms = self.values.tolist()
+        loss, grad_norm, stop, *rest = self.values.tolist()
+        norms, flat = rest[: len(self.names)], rest[len(self.names) :]
+        experts = len(flat) // self.layers if self.layers else 0
+        counts = [flat[layer * experts : (layer + 1) * experts] for layer in range(self.layers)] or None
         bad = tuple(name for name, norm in zip(self.names, norms, strict=True) if not math.isfinite(norm))
-        return Numbers(loss, grad_norm, bool(stop), bad)
+        return Numbers(loss, grad_norm, bool(stop), bad, counts)
 
 
 class TrainingStep:
@@ -80,6 +88,7 @@ class TrainingStep:
         self.micro_batch, self.grad_clip, self.world_size = micro_batch, grad_clip, world_size
         self.forward = torch.compile(model, dynamic=False, fullgraph=True, backend=backend) if compiled else model
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.mixture = model.config.experts > 0
         self.device = model.embedding.device
         self.times = Times(self.device)
 
@@ -96,16 +105,19 @@ class TrainingStep:
         micro_batches = batch_BT1.to(self.device, non_blocking=True).long().split(self.micro_batch)
         self.times.mark("transfer")
         loss = torch.zeros((), device=self.device)
+        counts = torch.zeros_like(self.model.expert_counts, dtype=torch.float32) if self.mixture else loss.new_empty(0)
         for rows in micro_batches:
             share = self.forward(rows[:, :-1], rows[:, 1:]) / (len(micro_batches) * self.world_size)
             self.times.mark("forward")
             share.backward()
             self.times.mark("backward")
             loss += share.detach()
+            if self.mixture:
+                counts += self.model.expert_counts
         stop = torch.full((), float(stop_asked), device=self.device)
         if self.world_size > 1:
             shared = torch.stack((loss, stop))
-            for tensor in (shared, *(p.grad for p in self.trained.values())):
+            for tensor in (shared, *((counts,) if self.mixture else ()), *(p.grad for p in self.trained.values())):
                 dist.all_reduce(tensor)
             loss, stop = shared
         norms = torch.stack([torch.linalg.vector_norm(p.grad) for p in self.trained.values()])
@@ -114,7 +126,8 @@ class TrainingStep:
         clip = torch.clamp(grad_norm / self.grad_clip, min=1.0) if self.grad_clip else torch.ones_like(loss)
         for optimizer in self.optimizers:
             optimizer.grad_scale, optimizer.found_inf = clip, found_inf
-        return Deferred(torch.cat((torch.stack((loss, grad_norm, stop)), norms)), tuple(self.trained))
+        values = torch.cat((torch.stack((loss, grad_norm, stop)), norms, counts.flatten()))
+        return Deferred(values, tuple(self.trained), self.model.config.layers if self.mixture else 0)
 
     def apply(self) -> Times:
         """The optimizers' step on the gradients, clipped, or nothing where they are not finite; frees the gradients."""

@@ -127,6 +127,9 @@ class Run:
         """Run from the current step to the end or to a signal; returns the summary's status."""
         s = self.s
         self.out.say(f"memory of one update: {self.memory.describe(s.micro_batch)}")
+        if self.model.config.experts:
+            params, active = self.model.parameter_count(), self.model.active_parameter_count()
+            self.out.say(f"{params:,} parameters, of which a token meets {active:,} ({active / params:.1%})")
         self.warm_up()
         if self.loaded is not None:
             self.load(self.loaded)
@@ -183,7 +186,7 @@ class Run:
         s = self.s
         factor = lr_factor(self.step, self.updates, s.schedule, s.warmup, s.min_lr)
         set_lr(self.optimizers, factor)
-        if s.dropout:  # masks depend on (seed, step, rank) alone, so a resumed run draws the same ones
+        if s.dropout or s.router_noise:  # both depend on (seed, step, rank) alone, so a resumed run draws the same
             torch.manual_seed(int(np.random.SeedSequence([s.seed, self.step, self.rank.index]).generate_state(1)[0]))
         numbers = self.work.gradients(next(self.loader), self.signalled)
         if self.spectra is not None:
@@ -305,6 +308,9 @@ class Run:
             self.out.bar.update()
             self.out.bar.set_postfix_str(f"loss {numbers.loss:.4f}, {tokens_per_second:,.0f} tok/s")
         if self.is_event(update.step, self.s.log_every):
+            for layer, counts in enumerate(numbers.expert_counts or ()):
+                shares = {"layer": layer, "utilization": [finite(count / sum(counts)) for count in counts]}
+                self.write({"kind": "experts", "step": update.step, **shares})
             self.out.line(  # on a terminal the bar shows them
                 {
                     "step": f"{update.step}/{self.updates}",
@@ -374,7 +380,9 @@ class Run:
             **identity,
             "steps": self.updates,
             "params": self.model.parameter_count(),
+            "active_params": self.model.active_parameter_count(),
             "matmul_params": self.model.matmul_parameter_count(),
+            "active_matmul_params": self.model.active_matmul_parameter_count(),
             "flops_per_token": self.model.flops_per_token(self.s.seq_len),
             "world_size": self.rank.count,
             "device_name": self.device_name(),

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import tyro
 
-from kernels import configs, cross_entropy, matmul_add, muon, relu2_mlp, symmetric
+from kernels import configs, cross_entropy, grouped_matmul, matmul_add, muon, relu2_mlp, symmetric
 from kernels.configs import Tile
 
 
@@ -47,6 +47,7 @@ TRITON_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "f
 INTEGERS = ("M", "N", "K", "ROWS", "COLS", "ROWS_PADDED", "COLS_PADDED", "blocks", "sums", "V")
 UNALIGNED = ("blocks", "sums")  # other sizes and strides are multiples of 16 in the sizes of this project
 POINTERS = {"partial_ptr": "*fp32", "sums_ptr": "*fp32", "losses_ptr": "*fp32", "targets_ptr": "*i64"}
+POINTERS["offsets_ptr"] = "*i32"
 POINTERS |= dict.fromkeys(("lr_ptr", "scale_ptr", "grad_scale_ptr", "found_inf_ptr"), "*fp32")
 
 
@@ -85,7 +86,7 @@ class Result:
 
     def faults(self) -> list[str]:
         """What must not be, in words."""
-        is_matmul = self.kernel.split()[0] in ("symmetric_matmul", "matmul_add", "relu2_mlp")
+        is_matmul = self.kernel.split()[0] in MATMULS
         return [
             words
             for wrong, words in (
@@ -105,8 +106,12 @@ KERNELS = {
     "rescale": muon.rescale_kernel,
     "update": muon.update_kernel,
     "relu2_mlp": relu2_mlp.relu2_kernel,
+    "grouped_matmul": grouped_matmul.grouped_matmul_kernel,
+    "grouped_outer": grouped_matmul.grouped_outer_kernel,
     "softmax_gradient": cross_entropy.softmax_gradient_kernel,
 }
+
+MATMULS = ("symmetric_matmul", "matmul_add", "relu2_mlp", "grouped_matmul", "grouped_outer")
 
 
 def variants(capability: int) -> list[Variant]:
@@ -136,6 +141,8 @@ def variants(capability: int) -> list[Variant]:
                     unit = ("stride_ak", "stride_bk", "stride_hn")
                     name = f"relu2_mlp {'backward' if backward else 'forward'}"
                     found[_variant(name, capability, dtype, constants, unit, tile)] = None
+                if dtype != torch.float16:
+                    found |= dict.fromkeys(_grouped_variants(capability, dtype, m))
                 if dtype == torch.float16:
                     constants = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
                     constants |= {"MASKED": masked, "WIDEN": False}
@@ -154,6 +161,21 @@ def variants(capability: int) -> list[Variant]:
     for dtype in (torch.bfloat16, torch.float32):
         found[_variant("softmax_gradient", capability, dtype, {"BLOCK_V": tile.block_n}, (), tile)] = None
     return list(found)
+
+
+def _grouped_variants(capability: int, dtype: torch.dtype, m: int) -> list[Variant]:
+    made, pair = [], divmod(capability, 10)
+    full = configs.full_tile(pair, dtype, grouped_matmul.ANY_LENGTH, m, m)
+    for name, unit, (tile, masked) in (
+        ("grouped_matmul", ("stride_ak", "stride_wk"), full),  # by up.mT, and dx of down
+        ("grouped_matmul rows", ("stride_ak", "stride_wn"), full),
+        ("grouped_outer", ("stride_am", "stride_yn"), configs.tail_tile(pair, dtype, 4 * m, m)),
+    ):
+        constants = {"GROUPS": 8} if name.startswith("grouped_matmul") else {}
+        constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+        constants |= {"MASKED": masked, "WIDEN": False}
+        made.append(_variant(name, capability, dtype, constants, unit, tile))
+    return made
 
 
 def _variant(name: str, capability: int, dtype: torch.dtype, constants: dict, unit: tuple, tile: Tile) -> Variant:

@@ -72,6 +72,7 @@ DEFAULT = Row(T64, T64, T64, T64, T64, chunked=False)  # fits every GPU since Am
 FP32 = Tile(
     64, 64, 32, 4, 3
 )  # exact fp32 has no tensor cores; with 8 warps it spills on sm_120, with 2 stages on sm_90
+FP32_TAIL = Tile(32, 32, 32, 4, 3)  # with a second, masked loop FP32 spills 750 bytes, 64 x 64 x 16 spills 8
 INTERPRETER = Tile(64, 64, 64, 4, 1)  # the interpreter's time goes by the number of blocks
 
 
@@ -90,6 +91,20 @@ def full_tile(capability: tuple[int, int], dtype: torch.dtype, m: int, n: int, k
     """The tile of a full (m, k) x (k, n) product, and whether its blocks must be masked."""
     own = row(capability)
     return _choose(own.full_small if min(m, n) < SMALL_SIDE else own.full, own, dtype, m, n, k)
+
+
+def tail_tile(capability: tuple[int, int], dtype: torch.dtype, m: int, n: int) -> tuple[Tile, bool]:
+    """The tile of a full product over a length that only the device knows: its kernel has a masked loop for the rest,
+    whence more state. And whether the blocks of the (m, n) result must be masked."""
+    own = row(capability)
+    tile = own.full_small if min(m, n) < SMALL_SIDE else own.full
+    if INTERPRETED:
+        tile = INTERPRETER
+    elif dtype == torch.float32:
+        tile = FP32_TAIL
+    elif tile.block_m == own.roomy.block_m:
+        tile = own.roomy
+    return tile, _overhangs(tile, m, n, tile.block_k)
 
 
 def _choose(tile: Tile, own: Row, dtype: torch.dtype, m: int, n: int, k: int) -> tuple[Tile, bool]:
