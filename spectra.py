@@ -8,6 +8,7 @@ wait for the worker; after that the loop waits for it. An event's lines are writ
 whole events only; a worker that failed says so at the next call.
 """
 
+import os
 import queue
 import sys
 import threading
@@ -128,6 +129,8 @@ class SpectraRecorder:
             self.worker.join()
 
     def _work(self) -> None:
+        # A second pool of OpenMP threads beside a training on the CPU cost every step 25 % (bench/LOG.md).
+        torch.set_num_threads(1 if self.stream is None else max(1, (os.cpu_count() or 2) - 1))
         ended = False
         while not ended:
             event = self.events.get()

@@ -108,6 +108,19 @@ def test_the_loop_goes_on_while_the_worker_measures_and_waits_when_the_queue_is_
     recorder.close()
 
 
+def test_the_worker_takes_one_thread_and_leaves_the_loop_its_own(tmp_path, monkeypatch):
+    before, seen = torch.get_num_threads(), []
+    decompose_bank = spectra.decompose_bank
+    monkeypatch.setattr(
+        spectra, "decompose_bank", lambda bank: (seen.append(torch.get_num_threads()), decompose_bank(bank))[1]
+    )
+    recorder = SpectraRecorder(small_model(), tmp_path / "s.jsonl")
+    recorder.record(0, 0)
+    recorder.close()
+    assert set(seen) == {1}
+    assert torch.get_num_threads() == before
+
+
 def test_a_failing_worker_raises_in_the_loop_and_never_hangs(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "finite", lambda value: 1 / 0)
     model = small_model()
