@@ -49,6 +49,16 @@ def config_hash(config: dict[str, Any], leave_out: Iterable[str]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def check_same_run(name: str, old: dict[str, Any], new: dict[str, Any], ignored: Iterable[str]) -> None:
+    """BadInput that names every setting in which the run to resume and the one asked for differ."""
+    if old["config_hash"] == new["config_hash"]:
+        return
+    identity = list(new)[: list(new).index("vocab_size") + 1]  # what the hash is made of comes first
+    changed = [key for key in identity if key not in ignored and old.get(key) != new[key]]
+    said = ", ".join(f"{key} was {old.get(key)}, is {new[key]}" for key in changed)
+    raise BadInput(f"--resume {name}: its settings differ ({said}); repeat them or choose another name")
+
+
 def provenance() -> dict[str, Any]:
     """Commit and versions that a run's config.json records; None where something is absent."""
     versions = {}

@@ -7,6 +7,7 @@
 
 import dataclasses
 import math
+import os
 import time
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
 import runfiles
 from cli import BadInput, Count
@@ -152,6 +154,20 @@ class Rank:
     count: int = 1
     local: int = 0
     """Its number on this machine, which is also its GPU's."""
+
+
+def join_ranks(device: str) -> Rank:
+    """This process's place among those torchrun started; a process of its own otherwise."""
+    env = os.environ
+    rank = Rank(int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0)))
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if cuda:
+        if rank.local >= torch.cuda.device_count():
+            raise BadInput(f"--nproc_per_node: more ranks than the {torch.cuda.device_count()} GPUs of this machine")
+        torch.cuda.set_device(rank.local)
+    if rank.count > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return rank
 
 
 def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]:

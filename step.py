@@ -4,17 +4,19 @@
     numbers = step.gradients(batch_BT1); times = step.apply()      # later: numbers.read(), times.milliseconds()
 
 A loss or gradient norm that is not finite turns the update into nothing on the device itself, so that the host may
-learn of it a step later. train.py runs this class, bench/train.py times it.
+learn of it a step later. train.py runs this class and `evaluate`, bench/train.py times it.
 """
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from clock import Times
@@ -136,3 +138,23 @@ class TrainingStep:
             optimizer.zero_grad(set_to_none=True)
         self.times.mark("optimizer")
         return self.times
+
+
+@torch.no_grad()
+def evaluate(model: Transformer, batches: Iterable[np.ndarray], world_size: int = 1) -> tuple[float, float]:
+    """Mean loss in nats and next-token accuracy over this rank's `batches` of token rows and all other ranks'."""
+    model.eval()
+    device = model.embedding.device
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, tokens
+    for batch in batches:
+        rows = torch.from_numpy(batch).to(device).long()
+        targets = rows[:, 1:].flatten()
+        logits = model(rows[:, :-1]).flatten(0, 1).float()
+        sums[0] += F.cross_entropy(logits, targets, reduction="sum")
+        sums[1] += (logits.argmax(dim=-1) == targets).sum()
+        sums[2] += len(targets)
+    if world_size > 1:
+        dist.all_reduce(sums)
+    model.train()
+    loss, accuracy = (sums[:2] / sums[2]).tolist()
+    return loss, accuracy

@@ -8,8 +8,8 @@ The clock (train_seconds) runs over updates and their spectra; compilation, warm
 
 import dataclasses
 import gc
+import itertools
 import math
-import os
 import resource
 import signal
 import sys
@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import tyro
 
 import runfiles
@@ -35,9 +34,9 @@ from memory import MemoryCount, available_bytes, choose_micro_batch
 from metrics import JsonlWriter, cut_jsonl, finite
 from model import ModelConfig, Transformer
 from optim import build_optimizers, lr_factor, set_lr
-from settings import NOT_IN_HASH, Rank, Settings, chosen_kernels, resolve
+from settings import NOT_IN_HASH, Rank, Settings, chosen_kernels, join_ranks, resolve
 from spectra import SpectraRecorder, WorkerFailed
-from step import Deferred, Numbers, TrainingStep, prepare_torch
+from step import Deferred, Numbers, TrainingStep, evaluate, prepare_torch
 
 WARMUP_UPDATES = 4  # untimed: state is made in the first, Muon's step is captured by the third
 VALIDATION_TOKENS = {"cuda": 8192, "cpu": 1024}  # per forward pass: its logits are whole, and in fp32
@@ -109,14 +108,14 @@ class Run:
             say=self.out.say,
         )
         self.val_stream = TokenStream(shards, "val")
+        self.validation_rows = max(1, VALIDATION_TOKENS[self.device.type] // s.seq_len)
         self.step, self.watch = 0, Stopwatch(self.device)
         self.signalled = self.stop_asked = False  # a signal reached this rank; all ranks agreed to stop
         self.under_way: deque[Update] = deque()
         self.last_stop: Point = 0.0
         self.began, self.earlier_wall_seconds, self.earlier_spectra_seconds = time.perf_counter(), 0.0, 0.0
-        self.metrics = self.spectra = self.live = self.loaded = (
-            None  # opened with the folder, all but the last by rank 0
-        )
+        self.metrics = self.spectra = self.live = None  # opened by rank 0
+        self.loaded: dict[str, Any] | None = None  # the checkpoint that this run goes on from
         self.config = self.describe()
         self.last_val: dict[str, float | None] = {"val_loss": None, "val_accuracy": None}
         self.best_val_loss, self.last_train_loss = math.inf, None
@@ -252,26 +251,11 @@ class Run:
             self.spectra.flush()
             self.last_stop = point(self.device)
 
-    @torch.no_grad()
     def validate(self) -> None:
         """Mean loss and next-token accuracy over the first --eval-tokens validation tokens, shared out over ranks."""
-        self.model.eval()
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, tokens
-        rows_at_once = max(1, VALIDATION_TOKENS[self.device.type] // self.s.seq_len)
-        batches = validation_batches(self.val_stream, self.s.eval_tokens, self.s.seq_len, rows_at_once)
-        for i, batch in enumerate(batches):
-            if i % self.rank.count != self.rank.index:
-                continue
-            rows = torch.from_numpy(batch).to(self.device).long()
-            targets = rows[:, 1:].flatten()
-            logits = self.model(rows[:, :-1]).flatten(0, 1).float()
-            sums[0] += F.cross_entropy(logits, targets, reduction="sum")
-            sums[1] += (logits.argmax(dim=-1) == targets).sum()
-            sums[2] += len(targets)
-        if self.rank.count > 1:
-            dist.all_reduce(sums)
-        self.model.train()
-        loss, accuracy = (sums[:2] / sums[2]).tolist()
+        batches = validation_batches(self.val_stream, self.s.eval_tokens, self.s.seq_len, self.validation_rows)
+        mine = itertools.islice(batches, self.rank.index, None, self.rank.count)
+        loss, accuracy = evaluate(self.model, mine, self.rank.count)
         self.last_val = {"val_loss": finite(loss), "val_accuracy": accuracy}
         if loss < self.best_val_loss:
             self.best_val_loss = loss
@@ -343,7 +327,7 @@ class Run:
         if self.s.resume and self.loaded is None:
             self.out.say(f"{self.folder}: no checkpoint to resume from, starting at the beginning")
         if self.loaded is not None:
-            self.check_same_run(self.loaded["config"])
+            runfiles.check_same_run(self.s.name, self.loaded["config"], self.config, NOT_IN_HASH)
             if self.loaded["step"] >= self.updates:
                 self.out.say(f"{self.folder}: finished already, at step {self.loaded['step']}; nothing to do")
                 return False
@@ -393,13 +377,6 @@ class Run:
     def device_name(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
-    def check_same_run(self, old: dict[str, Any]) -> None:
-        if old["config_hash"] != self.config["config_hash"]:
-            keys = [*vars(self.s), "data_fingerprint", "vocab_size"]
-            changed = [key for key in keys if key not in NOT_IN_HASH and old.get(key) != self.config[key]]
-            said = ", ".join(f"{key} was {old.get(key)}, is {self.config[key]}" for key in changed)
-            raise BadInput(f"--resume {self.s.name}: its settings differ ({said}); repeat them or choose another name")
-
     def checkpoint(self) -> None:
         """Write everything that the rest of the run depends on, from rank 0."""
         if self.rank.index != 0:
@@ -428,7 +405,6 @@ class Run:
         self.model.load_state_dict(contents["model"])
         for optimizer, state in zip(self.optimizers, contents["optimizer"], strict=True):
             optimizer.load_state_dict(state)
-        self.step = contents["step"]
         self.loader.load_state_dict(contents["loader"])
         torch.set_rng_state(contents["rng"]["torch"])
         if self.device.type == "cuda" and contents["rng"]["cuda"] is not None:
@@ -474,20 +450,6 @@ class Run:
             **{key: self.config[key] for key in ("params", "data_fingerprint", "config_hash")},
         }
         runfiles.write_json(self.folder / runfiles.SUMMARY, summary)
-
-
-def join_ranks(device: str) -> Rank:
-    """This process's place among those torchrun started; a process of its own otherwise."""
-    env = os.environ
-    rank = Rank(int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0)))
-    cuda = device != "cpu" and torch.cuda.is_available()
-    if cuda:
-        if rank.local >= torch.cuda.device_count():
-            raise BadInput(f"--nproc_per_node: more ranks than the {torch.cuda.device_count()} GPUs of this machine")
-        torch.cuda.set_device(rank.local)
-    if rank.count > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
-    return rank
 
 
 @exit_with_a_sentence
