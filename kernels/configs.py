@@ -147,6 +147,19 @@ def empty_matrices(like: Tensor, batch: int, rows: int, cols: int) -> Tensor:
     return like.new_empty(batch, rows, padded(cols))[:, :, :cols]
 
 
+def tile_constants(tile: Tile, masked: bool, dtype: torch.dtype, square: bool = False) -> dict[str, int | bool]:
+    """What every matmul kernel is compiled with; a `square` one has no BLOCK_N."""
+    return {
+        "BLOCK_M": tile.block_m,
+        **({} if square else {"BLOCK_N": tile.block_n}),
+        "BLOCK_K": tile.block_k,
+        "MASKED": masked,
+        "WIDEN": INTERPRETED and dtype == torch.bfloat16,  # the interpreter's bf16 dot is wrong
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Start `kernel` on the device of its first argument; all launches go through here: a test counts them."""
     with torch.cuda.device_of(arguments[0]):

@@ -173,7 +173,7 @@ def launch_grouped_matmul(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor
         *weights.stride(),
         out.stride(0),
         GROUPS=groups,
-        **_constants(tile, masked, x.dtype),
+        **configs.tile_constants(tile, masked, x.dtype),
     )
     return out
 
@@ -195,21 +195,9 @@ def launch_grouped_outer(x: Tensor, dy: Tensor, offsets: Tensor) -> Tensor:
         *x.stride(),
         *dy.stride(),
         *out.stride()[:2],
-        **_constants(tile, masked, x.dtype),
+        **configs.tile_constants(tile, masked, x.dtype),
     )
     return out
-
-
-def _constants(tile: configs.Tile, masked: bool, dtype: torch.dtype) -> dict[str, int | bool]:
-    return {
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-        "MASKED": masked,
-        "WIDEN": configs.INTERPRETED and dtype == torch.bfloat16,  # the interpreter's bf16 dot is wrong
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-    }
 
 
 def torch_takes(*matrices: Tensor) -> bool:

@@ -133,13 +133,7 @@ def launch_matmul_add(A: Tensor, B: Tensor, C: Tensor, beta: float) -> Tensor:
         *B.stride(),
         *C.stride(),
         *out.stride()[:2],
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        MASKED=masked,
-        WIDEN=configs.INTERPRETED and A.dtype == torch.bfloat16,  # the interpreter's bf16 dot is wrong
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **configs.tile_constants(tile, masked, A.dtype),
     )
     return out
 

@@ -112,14 +112,8 @@ def launch_relu2(A: Tensor, B: Tensor, h: Tensor | None) -> Tensor:
         *B.stride(),
         *(0, 0) if h is None else h.stride(),
         out.stride(0),
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
         BACKWARD=h is not None,
-        MASKED=masked,
-        WIDEN=configs.INTERPRETED and A.dtype == torch.bfloat16,  # the interpreter's bf16 dot is wrong
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **configs.tile_constants(tile, masked, A.dtype),
     )
     return out
 

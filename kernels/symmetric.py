@@ -147,14 +147,9 @@ def launch_symmetric_matmul(
         *(0, 0) if C is None else C.stride()[:2],
         *(0, 0) if D is None else D.stride()[:2],
         *out.stride()[:2],
-        BLOCK_M=tile.block_m,
-        BLOCK_K=tile.block_k,
         HAS_C=C is not None,
         HAS_D=D is not None,
-        MASKED=masked,
-        WIDEN=configs.INTERPRETED and A.dtype == torch.bfloat16,  # the interpreter's bf16 dot is wrong
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **configs.tile_constants(tile, masked, A.dtype, square=True),
     )
     return out
 
