@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import runfiles
+from lapack import eigh_leading
 
 SUBSPACE_RANK = 5  # of the singular subspaces whose alignment is measured
 UPDATE_KEYS = (
@@ -116,32 +117,21 @@ class Spectrum(NamedTuple):
 
 def decompose(matrices: Tensor) -> Spectrum:
     """The spectra of a batch (B, m, n): singular values to 1e-5 of themselves wherever they exceed 1e-3 of the largest
-    (in fact to about 1e-9), subspaces as an SVD gives them. Full eigenvectors cost no more than the top five alone."""
+    (in fact to about 1e-9), subspaces as an SVD gives them."""
     X = matrices.double()
-    finite = X.isfinite().all(dim=-1).all(dim=-1)
-    X = torch.where(finite[:, None, None], X, 0.0)
+    finite = matrices.isfinite().all(dim=-1).all(dim=-1)
+    if not finite.all():
+        X = torch.where(finite[:, None, None], X, 0.0)
     m, n = X.shape[1:]
     k = min(SUBSPACE_RANK, m, n)
     small = X.mT if m > n else X
-    eigenvalues, vectors = _eigh(small @ small.mT)
-    eigenvalues, near = eigenvalues.flip(-1), vectors[:, :, -k:].flip(-1)
+    eigenvalues, near = eigh_leading(small @ small.mT, k)
     largest = eigenvalues[:, :1].clamp(min=0.0)
     eigenvalues = torch.where(eigenvalues <= max(m, n) * ROUNDING * largest, 0.0, eigenvalues)  # NaN stays
     s = torch.where(finite[:, None], eigenvalues.sqrt(), math.nan)
     far = small.mT @ near
     far = far / torch.linalg.vector_norm(far, dim=1, keepdim=True)  # NaN where s_k is 0: there is no such direction
     return Spectrum(s, far, near) if m > n else Spectrum(s, near, far)
-
-
-def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Ascending eigenvalues and vectors; NaN for a matrix on which LAPACK does not converge."""
-    try:
-        return torch.linalg.eigh(gram)
-    except torch.linalg.LinAlgError:
-        if len(gram) == 1:
-            return torch.full_like(gram[:, 0], math.nan), torch.full_like(gram, math.nan)
-        halves = [_eigh(half) for half in gram.tensor_split(2)]
-        return tuple(torch.cat(parts) for parts in zip(*halves, strict=True))
 
 
 def alignment(subspace_a: Tensor, subspace_b: Tensor) -> float:
