@@ -137,12 +137,14 @@ class Settings:
     """Where run folders are made."""
     name: str | None = None
     """Name of the run's folder (default: model-optimizer-seed-UTC time)."""
+    plots: bool = True
+    """Draw the run's plots when it is finished."""
 
 
 # Settings that do not change what is learned; two runs that differ only here have the same config_hash.
 NOT_IN_HASH = {
     *("data", "micro_batch", "eval_every", "eval_tokens", "spectra_every", "checkpoint_every", "log_every", "log"),
-    *("resume", "compile", "kernels", "device", "runs_dir", "name"),
+    *("resume", "compile", "kernels", "device", "runs_dir", "name", "plots"),
 }
 
 
@@ -228,6 +230,12 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
     if shards.tokens("val") <= s.seq_len:
         raise BadInput(f"{s.data}: {shards.tokens('val'):,} validation tokens are too few for --seq-len {s.seq_len}")
     return s, config, shards
+
+
+def identity(s: Settings, shards: Shards) -> dict[str, Any]:
+    """Every resolved setting under its flag's name, and which data they meet; `NOT_IN_HASH` decides nothing."""
+    flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(s).items()}
+    return flags | {"data_fingerprint": shards.fingerprint, "vocab_size": shards.vocab_size}
 
 
 def chosen_kernels(flag: str) -> frozenset[str]:

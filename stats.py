@@ -26,7 +26,7 @@ CONFIDENCE = 0.95
 # Runs that differ only here are repetitions of one experiment; any other setting, also one not known here, counts.
 NOT_LEARNED = {
     *("seed", "name", "runs_dir", "data", "device", "compile", "kernels", "micro_batch", "resume", "log"),
-    *("log_every", "checkpoint_every", "eval_every", "spectra_every"),
+    *("log_every", "checkpoint_every", "eval_every", "spectra_every", "plots"),
 }
 
 

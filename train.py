@@ -34,7 +34,7 @@ from memory import MemoryCount, available_bytes, choose_micro_batch
 from metrics import JsonlWriter, cut_jsonl, finite
 from model import ModelConfig, Transformer
 from optim import build_optimizers, lr_factor, set_lr
-from settings import NOT_IN_HASH, Rank, Settings, chosen_kernels, join_ranks, resolve
+from settings import NOT_IN_HASH, Rank, Settings, chosen_kernels, identity, join_ranks, resolve
 from spectra import SpectraRecorder, WorkerFailed
 from step import Deferred, Numbers, TrainingStep, evaluate, prepare_torch
 
@@ -358,10 +358,9 @@ class Run:
 
     def describe(self) -> dict[str, Any]:
         """config.json: every resolved setting under its flag's name, and where the run comes from."""
-        flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(self.s).items()}
-        identity = flags | {"data_fingerprint": self.shards.fingerprint, "vocab_size": self.shards.vocab_size}
+        said = identity(self.s, self.shards)
         return {
-            **identity,
+            **said,
             "steps": self.updates,
             "params": self.model.parameter_count(),
             "active_params": self.model.active_parameter_count(),
@@ -370,7 +369,7 @@ class Run:
             "flops_per_token": self.model.flops_per_token(self.s.seq_len),
             "world_size": self.rank.count,
             "device_name": self.device_name(),
-            "config_hash": runfiles.config_hash(identity, NOT_IN_HASH),
+            "config_hash": runfiles.config_hash(said, NOT_IN_HASH),
             **runfiles.provenance(),
         }
 
@@ -487,7 +486,7 @@ def run_training(run: Run) -> int:
         gc.unfreeze()
         run.close()
     run.summarize(status, None if status == "finished" else f"signal after step {run.step}")
-    if status == "finished" and run.rank.index == 0:
+    if status == "finished" and run.s.plots and run.rank.index == 0:
         draw_plots(run.folder)
     which = "final" if status == "finished" else "last"  # a stopped run does not validate again
     run.out.say(f"{run.folder}: {status} after {run.step} updates, {which} validation loss {run.last_val['val_loss']}")

@@ -1,0 +1,317 @@
+"""Every experiment of the documents as one command: plan, run, continue, report.
+
+    python experiments.py list
+    python experiments.py run moe-momentum --scale nano        what it needs runs first; Ctrl-C, and run goes on later
+    python experiments.py status everything --scale nano
+    python experiments.py report everything --scale nano
+
+Runs live in runs/experiments-<scale>/, named by a hash of their settings, so suites share those they have in common and
+a finished one is never trained twice.
+"""
+
+import dataclasses
+import fnmatch
+import functools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+import runfiles
+from cli import BadInput, Count, exit_with_a_sentence, make_folder
+from launcher import Interrupted, Job, free_slots, is_held, run_here, submit
+from settings import NOT_IN_HASH, Rank, Settings, identity, resolve
+from suites import SCALES, SUITES, Condition, Fields, Suite, with_needs
+
+EVERYTHING = "everything"
+MEASURES = {"eval_every", "eval_tokens", "spectra_every"}  # change no weight, but what there is to report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which runs, and where they are."""
+
+    suite: tyro.conf.Positional[str]
+    """A suite of `list`, or everything."""
+    scale: Literal["full", "nano"] = "full"
+    """The documents' sizes, or the same experiments on a model for two CPU cores."""
+    only: str | None = None
+    """Only conditions whose name matches this pattern, as in "muon*"; of the suite named, not of those it needs."""
+    seeds: tuple[int, ...] | None = None
+    """Other seeds than the suite's; of the suite named, not of those it needs."""
+    tokens: Count | None = None
+    """Another budget for every run: a first look. Such runs are kept apart from the suite's own."""
+    data: Path | None = None
+    """Folder of token shards (default: the embedded shards that make speedrun builds)."""
+    runs_dir: Path | None = None
+    """Where the runs are (default: runs/experiments-<scale>)."""
+
+    @property
+    def folder(self) -> Path:
+        return self.runs_dir or Path("runs") / f"experiments-{self.scale}"
+
+    def suites(self) -> list[str]:
+        if self.suite != EVERYTHING and self.suite not in SUITES:
+            raise BadInput(f"{self.suite}: no such suite; choose from {', '.join(SUITES)} or {EVERYTHING}")
+        return list(SUITES) if self.suite == EVERYTHING else [self.suite]
+
+
+@dataclass(frozen=True, kw_only=True)
+class List:
+    """Every suite with its question, conditions and runs."""
+
+    scale: Literal["full", "nano"] = "full"
+    """The documents' sizes, or the same experiments on a model for two CPU cores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Selection):
+    """Train what is missing of a suite, and first of the suites whose winners it takes up."""
+
+    dry_run: bool = False
+    """Only say what would be trained."""
+    retry: bool = False
+    """Try runs again that failed."""
+    jobs: int | None = None
+    """Runs at once (default: one per free GPU, without a GPU one per core, each with one thread)."""
+    submit: Literal["slurm", "local"] | None = None
+    """Hand each run to an existing scheduler instead, through submitit; local is its own, for a try."""
+    partition: str | None = None
+    """Slurm partition."""
+    hours: float = 24.0
+    """Longest time of a job."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status(Selection):
+    """Which runs of a suite are finished, at work, waiting or failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Selection):
+    """Write one page about the runs that there are: tables, tests, figures, and the claims of the documents."""
+
+    out: Path | None = None
+    """Folder for report.html, report.md and plots/ (default: a folder report/ beside the runs)."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A condition of a suite with its runs, one for each seed."""
+
+    condition: Condition
+    jobs: tuple[Job, ...]
+
+
+class Planner:
+    """Suites as jobs; a suite that takes up another's winners can be planned when that one's runs are over."""
+
+    def __init__(self, chosen: Selection) -> None:
+        self.chosen, self.scale = chosen, SCALES[chosen.scale]
+
+    @functools.cache  # noqa: B019  one planner per command
+    def job(self, fields: tuple[tuple[str, Any], ...], seed: int) -> Job:
+        """The run of these settings; settings that make the same run give the same name."""
+        given = dict(fields) | {"seed": seed}
+        if self.chosen.tokens is not None:
+            given["tokens"] = self.chosen.tokens
+        if self.chosen.data is not None:
+            given["data"] = self.chosen.data
+        resolved, _, shards = resolve(Settings(**given), Rank())
+        # What "auto" precision becomes is the machine's affair: a login node without a GPU plans the same runs.
+        said = identity(resolved, shards) | {"precision": given.get("precision", "auto")}
+        key = runfiles.config_hash(said, (NOT_IN_HASH | {"seed"}) - MEASURES)
+        defaults = {f.name: f.default for f in dataclasses.fields(Settings)}
+        flags = [word for name, value in given.items() if value != defaults[name] for word in _flag(name, value)]
+        return Job(
+            name=f"{resolved.model}-{resolved.optimizer}-{key[:10]}-seed{seed}",
+            flags=tuple(flags),
+            updates=-(-resolved.tokens // resolved.batch_tokens),
+            tokens=resolved.tokens,
+            runs_dir=self.chosen.folder,
+        )
+
+    def plan(self, name: str) -> list[Planned]:
+        """The conditions of a suite with their runs; BadInput where a suite that it needs has runs to go."""
+        suite, named = SUITES[name], name in self.chosen.suites()
+        seeds = self.chosen.seeds if named and self.chosen.seeds is not None else suite.seeds
+        conditions = suite.plan(self.scale, self.winner)
+        if named and self.chosen.only is not None:
+            conditions = [c for c in conditions if fnmatch.fnmatchcase(c.name, self.chosen.only)]
+            if not conditions and self.chosen.suite != EVERYTHING:
+                raise BadInput(f"--only {self.chosen.only}: no condition of {name} has such a name")
+        return [Planned(c, tuple(self.job(tuple(c.fields.items()), seed) for seed in seeds)) for c in conditions]
+
+    @functools.cache  # noqa: B019
+    def winner(self, name: str, optimizer: str) -> Fields:
+        """The settings of a suite's condition with the least mean loss; all its runs must be over."""
+        losses: dict[int, float] = {}
+        planned = [p for p in self.plan(name) if p.condition.fields["optimizer"] == optimizer]
+        if not planned:
+            raise BadInput(f"--only {self.chosen.only}: leaves no run of {optimizer} in {name}, whose best is needed")
+        for i, (_, jobs) in enumerate((p.condition, p.jobs) for p in planned):
+            to_go = [job for job in jobs if job.state() not in ("finished", "failed")]
+            if to_go:
+                raise BadInput(f"{name}: {to_go[0].name} has not finished, and its best setting is needed")
+            finals = [job.summary().get("final_val_loss") for job in jobs]
+            if all(final is not None for final in finals):  # a setting that diverged with any seed does not win
+                losses[i] = float(np.mean(finals))
+        if not losses:
+            raise BadInput(f"{name}: every run of {optimizer} failed, so there is no best setting")
+        return planned[min(losses, key=lambda i: losses[i])].condition.fields
+
+    def stages(self) -> list[list[str]]:
+        return with_needs(self.chosen.suites())
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return [flag if value else "--no-" + flag[2:]]
+    return [flag, str(value)]
+
+
+def unique(planned: Sequence[Planned]) -> list[Job]:
+    """Each run once, in the order of the plan."""
+    return list({job.name: job for p in planned for job in p.jobs}.values())
+
+
+def list_suites(arguments: List) -> None:
+    stages = with_needs(list(SUITES))
+    for name in (name for stage in stages for name in stage):
+        suite = SUITES[name]
+        needs = f"  needs {', '.join(suite.needs)}" if suite.needs else ""
+        conditions = suite.plan(SCALES[arguments.scale], lambda other, optimizer: _Unknown())
+        print(f"{name:18} {suite.source}  {suite.question}")
+        print(f"{'':22} {len(conditions)} conditions x {_seeds(suite)}{needs}")
+
+
+class _Unknown(dict[str, Any]):
+    """Stands for settings that a sweep has yet to find, where only the names of conditions are wanted."""
+
+    def __missing__(self, key: str) -> float:
+        return 1.0
+
+
+def _seeds(suite: Suite) -> str:
+    return f"{len(suite.seeds)} seed{'s' * (len(suite.seeds) > 1)}"
+
+
+def run(arguments: Run) -> int:
+    """Train stage by stage; 0 if every run of the suites is finished, 1 if some failed, 130 after Ctrl-C."""
+    planner = Planner(arguments)
+    first = arguments.suites()
+    extra = [name for stage in planner.stages() for name in stage if name not in first]
+    if extra:
+        print(f"{arguments.suite} takes its settings from the best runs of {', '.join(extra)}, which come first")
+    failed: list[Job] = []
+    slots = free_slots(arguments.jobs) if arguments.submit is None and not arguments.dry_run else []
+    for stage in planner.stages():
+        try:
+            jobs = unique([p for name in stage for p in planner.plan(name)])
+        except BadInput as later:
+            if not arguments.dry_run:
+                raise
+            print(f"{', '.join(stage)}: planned when what they need has finished ({later})")
+            break
+        if arguments.dry_run:
+            say_plan(stage, jobs)
+            continue
+        make_folder(arguments.folder, exist_ok=True)
+        if arguments.retry:
+            for job in jobs:
+                if job.state() == "failed":
+                    job.forget()
+        todo = [job for job in jobs if job.state() not in ("finished", "failed")]
+        print(f"{', '.join(stage)}: {len(jobs)} runs, {len(todo)} to go", flush=True)
+        try:
+            if arguments.submit is not None:
+                submit(jobs, arguments.submit, arguments.partition, arguments.hours)
+            else:
+                run_here(jobs, slots)
+        except Interrupted:
+            print("stopped; the same command goes on from here", file=sys.stderr)
+            return 130
+        failed += [job for job in jobs if job.state() == "failed"]
+    for job in {job.name: job for job in failed}.values():
+        print(f"failed: {job.name}: {job.reason()} (--retry tries it again)")
+    return 1 if failed else 0
+
+
+def say_plan(stage: Sequence[str], jobs: Sequence[Job]) -> None:
+    print(f"{', '.join(stage)}: {len(jobs)} runs, {sum(job.tokens for job in jobs):,} tokens")
+    for job in jobs:
+        print(f"  {job.state():9} {job.name}  {' '.join(job.flags)}")
+
+
+def status(arguments: Status) -> None:
+    """A line per run, the loss of those that have one."""
+    planner = Planner(arguments)
+    for stage in planner.stages():
+        for name in stage:
+            if name not in arguments.suites():
+                continue
+            try:
+                planned = planner.plan(name)
+            except BadInput as later:
+                print(f"{name}: waits for what it needs ({later})")
+                continue
+            jobs = unique(planned)
+            done = sum(job.state() == "finished" for job in jobs)
+            print(f"{name}: {done} of {len(jobs)} runs finished")
+            for p in planned:
+                for job in p.jobs:
+                    print(f"  {p.condition.name:32} {_progress(job)}  {job.name}")
+
+
+def _progress(job: Job) -> str:
+    state = job.state()
+    if state == "finished":
+        loss = job.summary().get("final_val_loss")
+        return f"finished, loss {loss:.4f}" if loss is not None else "finished, no loss"
+    if state == "failed":
+        return f"failed: {job.reason()}"
+    if is_held(job):
+        return f"at work, {job.updates_done()} of {job.updates} updates"
+    return f"{job.updates_done()} of {job.updates} updates, stopped" if state == "started" else state
+
+
+def report(arguments: Report) -> None:
+    from report_suites import Results, write_suite_report
+
+    planner = Planner(arguments)
+    results, later = [], []
+    for name in arguments.suites():
+        try:
+            planned = [(p.condition, [job.folder for job in p.jobs]) for p in planner.plan(name)]
+        except BadInput as refusal:
+            later.append(f"{name} waits for what it needs: {refusal}")
+            continue
+        results.append(Results.load(SUITES[name], planned))
+    page = write_suite_report(results, later, arguments.scale, arguments.out or arguments.folder / "report")
+    print(f"report: {page}")
+
+
+@exit_with_a_sentence
+def main() -> int | None:
+    command = tyro.cli(
+        Annotated[List, tyro.conf.subcommand("list")]
+        | Annotated[Run, tyro.conf.subcommand("run")]
+        | Annotated[Status, tyro.conf.subcommand("status")]
+        | Annotated[Report, tyro.conf.subcommand("report")],
+        description=__doc__,
+        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+    )
+    if isinstance(command, List):
+        return list_suites(command)
+    if isinstance(command, Run):
+        return run(command)
+    return status(command) if isinstance(command, Status) else report(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
