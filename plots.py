@@ -306,11 +306,11 @@ def _ticks_at(ax: plt.Axes, ticks: Sequence[float], words: Sequence[str]) -> Non
     ax.set_xticklabels([words[i] for i in kept], rotation=45, ha="right", rotation_mode="anchor")
 
 
-def learning_rate_sensitivity(runs: Sequence[Run], slack: float = 0.1) -> Figure:
+def learning_rate_sensitivity(runs: Sequence[Run]) -> Figure:
     """Final loss, accuracy and perplexity against the learning rate, and the largest spike of the training loss.
 
-    Where several groups share a rate, the line joins the best of them and the others are dots. Bars at the bottom:
-    the rates that cost at most `slack` nats more than the best. Crosses at the top edge: runs that failed or diverged.
+    Where several groups share a rate, the line joins the best of them and the others are dots. Bars at the bottom: the
+    rates whose loss is at most 1 % (dark) and 5 % (light) above the best. Crosses at the top edge: runs that failed.
     """
     figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 6.6), sharex=True)
     panels: tuple[tuple[str, Callable[[Group], list[float]]], ...] = (
@@ -327,16 +327,19 @@ def learning_rate_sensitivity(runs: Sequence[Run], slack: float = 0.1) -> Figure
             held = best.get(group.config["lr"])
             if held is None or not held.loss <= group.loss:
                 best[group.config["lr"]] = group
-        tolerance = learning_rate_tolerance(list(best), [group.loss for group in best.values()], slack)
         label = optimizer_name(optimizer)
-        if tolerance:
+        for share, alpha in ((0.05, 0.3), (0.01, 0.9)):
+            tolerance = learning_rate_tolerance(list(best), [group.loss for group in best.values()], share)
+            if tolerance is None:
+                continue
             at_bottom = {"transform": axes[0, 0].get_xaxis_transform(), "solid_capstyle": "butt"}
             height = 0.02 + 0.03 * len(handles)
             axes[0, 0].plot(
-                [tolerance.low, tolerance.high], [height] * 2, color=color, alpha=0.45, linewidth=5, **at_bottom
+                [tolerance.low, tolerance.high], [height] * 2, color=color, alpha=alpha, linewidth=5, **at_bottom
             )
             bound = "at least " if tolerance.open_low or tolerance.open_high else ""
-            label += f": best {tolerance.best:g}; within {slack:g} nats over a factor of {bound}{tolerance.ratio:.1f}"
+            start = f": best {tolerance.best:g}; within" if share == 0.05 else ","
+            label += f"{start} {share:.0%} over {bound}{tolerance.decades:.2f} decades"
         for ax, (words, values_of) in zip(axes.flat, panels, strict=True):
             ax.set_ylabel(words)
             for group in members:

@@ -81,10 +81,10 @@ def curve_drawings(runs: Sequence[Run]) -> list[Drawing]:
                 _drawing(
                     f"learning_rate_sensitivity{mark}",
                     f"Sensitivity to the learning rate{title}",
-                    "The bars at the bottom of the first panel span the rates that cost at most 0.1 nats more than "
-                    "the best one: the wider, the easier to tune. A best rate at the edge of its line says that the "
-                    "grid was too narrow. Crosses at the top edge are runs without a final loss; the last panel shows "
-                    "how unsteady training was.",
+                    "The bars at the bottom of the first panel span the rates whose loss is at most 1 % (dark) and 5 % "
+                    "(light) above the best one: the wider, the easier to tune. A best rate at the edge of its line "
+                    "says that the grid was too narrow. Crosses at the top edge are runs without a final loss; the "
+                    "last panel shows how unsteady training was.",
                     lambda part=part: plots.learning_rate_sensitivity(part),
                 )
             )

@@ -238,9 +238,12 @@ def identity(s: Settings, shards: Shards) -> dict[str, Any]:
     return flags | {"data_fingerprint": shards.fingerprint, "vocab_size": shards.vocab_size}
 
 
-def chosen_kernels(flag: str) -> frozenset[str]:
-    """The fused kernels that --kernels stands for."""
-    return {"on": KERNELS, "off": frozenset(), "auto": KERNELS_THAT_PAY}[flag]
+def chosen_kernels(flag: str, capability: tuple[int, int]) -> frozenset[str]:
+    """The fused kernels that --kernels stands for on a GPU of this compute capability, (0, 0) without one; below 8.0,
+    where Triton's tensor-core code is not tried (a T4 is 7.5), auto is none."""
+    if flag == "auto":
+        return KERNELS_THAT_PAY if capability >= (8, 0) else frozenset()
+    return KERNELS if flag == "on" else frozenset()
 
 
 def default_data(model: str) -> Path:

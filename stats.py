@@ -351,7 +351,7 @@ def first_reaching(x: np.ndarray, loss: np.ndarray, target: float) -> float | No
 
 @dataclass(frozen=True)
 class Tolerance:
-    """The learning rates around the best that cost at most `slack` nats; `open_*`: the grid ended first."""
+    """The learning rates around the best whose loss stays near the best one's; `open_*`: the grid ended first."""
 
     best: float
     low: float
@@ -360,22 +360,29 @@ class Tolerance:
     open_high: bool
 
     @property
-    def ratio(self) -> float:
-        return self.high / self.low
+    def decades(self) -> float:
+        return math.log10(self.high / self.low)
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the best rate is the lowest or highest that was tried."""
+        return (self.open_low and self.low == self.best) or (self.open_high and self.high == self.best)
 
 
-def learning_rate_tolerance(rates: Sequence[float], losses: Sequence[float], slack: float = 0.1) -> Tolerance | None:
-    """How wide the valley of the best rate is, linear in log rate between grid points; None with no finite loss.
+def learning_rate_tolerance(rates: Sequence[float], losses: Sequence[float], share: float = 0.01) -> Tolerance | None:
+    """The width of the valley around the best rate within which the loss is at most (1 + share) times the best loss.
 
-    A loss that is NaN or infinite (a diverged run) ends the valley at its neighbour towards the best rate.
+    Between grid points the loss is taken as linear in the logarithm of the rate. The valley is the one connected piece
+    around the best rate; a loss that is NaN or infinite (a diverged run) ends it at its neighbour towards the best;
+    where the grid ends inside, the width is a lower bound. None with no finite loss.
     """
     order = np.argsort(rates)
-    x = np.log(np.asarray(rates, dtype=float)[order])
-    y = np.asarray(losses, dtype=float)[order]
+    exact = np.asarray(rates, dtype=float)[order]
+    x, y = np.log(exact), np.asarray(losses, dtype=float)[order]
     if not np.isfinite(y).any():
         return None
     best = int(np.nanargmin(np.where(np.isfinite(y), y, np.nan)))
-    limit = y[best] + slack
+    limit = y[best] * (1 + share)
 
     def edge(direction: int) -> tuple[float, bool]:
         i = best
@@ -383,13 +390,23 @@ def learning_rate_tolerance(rates: Sequence[float], losses: Sequence[float], sla
             after = i + direction
             if not y[after] <= limit:
                 if not np.isfinite(y[after]):
-                    return float(x[i]), False
-                return float(x[i] + (limit - y[i]) / (y[after] - y[i]) * (x[after] - x[i])), False
+                    return float(exact[i]), False
+                return math.exp(x[i] + (limit - y[i]) / (y[after] - y[i]) * (x[after] - x[i])), False
             i = after
-        return float(x[i]), True
+        return float(exact[i]), True
 
     (low, open_low), (high, open_high) = edge(-1), edge(1)
-    return Tolerance(math.exp(x[best]), math.exp(low), math.exp(high), open_low, open_high)
+    return Tolerance(float(exact[best]), low, high, open_low, open_high)
+
+
+def unsteadiness(run: Run, share: float = 0.1) -> float:
+    """Standard deviation of the last `share` of the training losses about their line, in nats; NaN below 4 updates."""
+    loss = run.train.get("train_loss", np.empty(0))
+    last = loss[-max(4, round(share * len(loss))) :]
+    if len(loss) < 4 or not np.isfinite(last).all():
+        return math.nan
+    x = np.arange(len(last))
+    return float(np.std(last - np.polyval(np.polyfit(x, last, 1), x), ddof=2))
 
 
 def largest_spike(run: Run) -> float:

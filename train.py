@@ -29,6 +29,7 @@ from cli import BadInput, exit_with_a_sentence, make_folder
 from clock import Point, Stopwatch, Times, point, seconds_between
 from data import Loader, Shards, TokenStream, validation_batches
 from devices import Speed
+from kernels.configs import capability
 from live import TensorBoard
 from memory import MemoryCount, available_bytes, choose_micro_batch
 from metrics import JsonlWriter, cut_jsonl, finite
@@ -69,7 +70,7 @@ class Run:
         torch.manual_seed(s.seed)
         self.model = Transformer(config, shards.vocab_size)  # on the CPU first: the same weights on every device
         self.model.to(self.device).compute_dtype = torch.bfloat16 if s.precision == "bf16" else torch.float32
-        self.model.kernels = chosen_kernels(s.kernels)
+        self.model.kernels = chosen_kernels(s.kernels, capability(self.device))
         sequences = s.batch_tokens // (s.seq_len * rank.count)
         self.memory = MemoryCount(self.model, s.optimizer, sequences, s.seq_len, compiled=s.compile == "on")
         micro_batch = choose_micro_batch(self.memory, s.micro_batch, self.device)

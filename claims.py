@@ -1,0 +1,338 @@
+"""What the five documents claimed, and what the runs say: claim by claim, with the numbers.
+
+    for claim, finding in judge_all(results_by_suite, "nano"): print(claim.says, finding.verdict, finding.numbers)
+
+A verdict needs three seeds and an interval, corrected for every test of its suite, that excludes zero. At nano scale
+anything less is "not testable here"; at full scale it is "not confirmed". Times are judged on a GPU only.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from inference import Test, family, paired, slope
+from results import Results
+from stats import CONFIDENCE, Run, learning_rate_tolerance
+
+CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE = "confirmed", "not confirmed", "not testable here"
+FEWEST_SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    verdict: str
+    numbers: str
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a claim is judged from: its suite, the scale, and how many tests of this suite to correct for."""
+
+    results: Results
+    scale: str
+    tests: int
+
+    def verdict(self, n: int, low: float, high: float, expected: int) -> str:
+        """`expected` is the sign of the claim; `low` and `high` the corrected interval."""
+        if n >= FEWEST_SEEDS and (low > 0 or high < 0):
+            return CONFIRMED if (low > 0) == (expected > 0) else NOT_CONFIRMED
+        return NOT_TESTABLE if self.scale == "nano" or n < FEWEST_SEEDS else NOT_CONFIRMED
+
+    def one_sample(self, values: Mapping[int, float]) -> tuple[float, float, float]:
+        """Mean and corrected interval of a number of each seed."""
+        zeros = dict.fromkeys(values, 0.0)
+        return paired(values, zeros, 1 - (1 - CONFIDENCE) / max(1, self.tests))[:3]
+
+
+Judge = Callable[[Context], Finding | None]  # None: the runs that it needs are not there
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement of a document; `extra` where its test is not one of its suite's own tests of the loss."""
+
+    source: str
+    suite: str
+    says: str
+    theirs: str
+    judge: Judge
+    extra: bool = True
+
+
+def interval(mean: float, low: float, high: float, unit: str, form: str = ".3f") -> str:
+    if math.isnan(low):
+        return f"{mean:{form}}{unit}, single seed"
+    return f"{mean:{form}}{unit} (corrected interval {low:{form}} to {high:{form}})"
+
+
+def _p(value: float) -> str:
+    return "p < 0.0001" if value < 1e-4 else f"p = {value:.2g}"
+
+
+def told(test: Test, unit: str = " nats", form: str = ".3f") -> str:
+    """A test in words."""
+    words = interval(test.difference, test.low, test.high, unit, form)
+    return f"{words}, Holm {_p(test.p_holm)}, n = {min(test.n)}" if test.tested else words
+
+
+def _tests(c: Context, value_of: Callable[[Run], float] | None = None) -> list[Test]:
+    return c.results.tests(c.tests - len(c.results.pairs()), value_of)
+
+
+def lead(
+    expected: int, value_of: Callable[[Run], float] | None = None, unit: str = " nats", form: str = ".3f"
+) -> Judge:
+    """Muon minus AdamW, of the last pair of the suite (of several sizes, the largest)."""
+
+    def judge(c: Context) -> Finding | None:
+        found = [test for test in _tests(c, value_of) if min(test.n) > 0]
+        if not found:
+            return None
+        test = found[-1]
+        return Finding(
+            c.verdict(min(test.n), test.low, test.high, expected), f"{test.a} - {test.b}: {told(test, unit, form)}"
+        )
+
+    return judge
+
+
+def accuracy(run: Run) -> float:
+    return 100 * float(run.val["val_accuracy"][-1])
+
+
+def log_step_time(run: Run) -> float:
+    return math.log(run.step_ms)
+
+
+def slower(c: Context) -> Finding | None:
+    """How much longer Muon's update takes; meaningful on a GPU that runs nothing else."""
+    found = [test for test in _tests(c, log_step_time) if min(test.n) > 0]
+    if not found:
+        return None
+    mean, low, high = (100 * math.expm1(value) for value in (found[-1].difference, found[-1].low, found[-1].high))
+    numbers = f"Muon's update takes {interval(mean, low, high, ' %', '+.1f')} longer"
+    if any(run.config["device"] != "cuda" for run in c.results.runs()):
+        return Finding(NOT_TESTABLE, numbers + ", on a CPU with other runs beside it")
+    return Finding(c.verdict(min(found[-1].n), low, high, 1), numbers)
+
+
+def _is_best(c: Context, name: str, own: Sequence[Test]) -> Finding:
+    """Whether a condition is better than every other, by tests of each other minus it."""
+    best = min(own, key=lambda test: test.difference)
+    enough = all(min(test.n) >= FEWEST_SEEDS for test in own)
+    worse = sum(test.low > 0 for test in own)
+    if enough and any(test.high < 0 for test in own):
+        verdict = NOT_CONFIRMED
+    elif enough and worse == len(own):
+        verdict = CONFIRMED
+    else:
+        verdict = NOT_TESTABLE if c.scale == "nano" or not enough else NOT_CONFIRMED
+    surely = f"{worse} of {len(own)} others are worse for sure; " if enough else ""
+    return Finding(verdict, f"{surely}the best other, {best.a}, minus {name}: {told(best)}")
+
+
+def chosen(name: str) -> Judge:
+    """Whether the condition that the others of its suite are tested against is the best."""
+
+    def judge(c: Context) -> Finding | None:
+        own = [test for test in _tests(c) if test.b == name and min(test.n) > 0]
+        return _is_best(c, name, own) if own else None
+
+    return judge
+
+
+def beats_reference(name: str) -> Judge:
+    """Whether a condition is better than the one it is tested against."""
+
+    def judge(c: Context) -> Finding | None:
+        for test in _tests(c):
+            if test.a == name and min(test.n) > 0:
+                numbers = f"{test.a} - {test.b}: {told(test)}"
+                return Finding(c.verdict(min(test.n), test.low, test.high, -1), numbers)
+        return None
+
+    return judge
+
+
+def best_rate(optimizer: str, rate: float) -> Judge:
+    """Whether a rate is the best of a sweep."""
+
+    def judge(c: Context) -> Finding | None:
+        best, tried = c.results.best(optimizer), {o.condition.fields["lr"]: o for o in c.results.outcomes}
+        if best is None:
+            return None
+        tolerance = c.results.tolerance(optimizer, 0.01)
+        edge = ", on the edge of the grid" if tolerance and tolerance.at_edge else ""
+        numbers = f"best at {best.condition.fields['lr']:g}{edge} (loss {best.loss:.3f})"
+        if rate not in tried or len(tried) < 2:
+            return Finding(NOT_TESTABLE, f"{numbers}; {rate:g} was not tried")
+        mine = tried[rate]
+        others = [(o.name, mine.name, o.losses(), mine.losses()) for o in tried.values() if o is not mine]
+        finding = _is_best(c, mine.name, [test for test in family(others) if min(test.n) > 0])
+        return Finding(finding.verdict, f"{numbers}; {finding.numbers}")
+
+    return judge
+
+
+def wider(c: Context) -> Finding | None:
+    """How much wider Muon's range of good rates is than AdamW's, both swept in one suite: seed by seed, within 5 %."""
+    words = []
+    for share in (0.01, 0.05):
+        pair = [c.results.tolerance(optimizer, share) for optimizer in ("muon", "adamw")]
+        if None in pair:
+            return None
+        said = [f"{'at least ' * (t.open_low or t.open_high)}{t.decades:.2f}" for t in pair]
+        words.append(f"within {share:.0%}: Muon {said[0]}, AdamW {said[1]} decades")
+    decades: dict[str, dict[int, float]] = {"muon": {}, "adamw": {}}
+    for optimizer, by_seed in decades.items():
+        tried = [o for o in c.results.outcomes if o.optimizer == optimizer]
+        for seed in set.union(*(set(o.losses()) for o in tried)):
+            losses = [o.losses().get(seed, math.nan) for o in tried]
+            tolerance = learning_rate_tolerance([o.condition.fields["lr"] for o in tried], losses, 0.05)
+            by_seed[seed] = tolerance.decades if tolerance else math.nan
+    both = {seed: decades["muon"][seed] - decades["adamw"][seed] for seed in decades["muon"].keys() & decades["adamw"]}
+    mean, low, high = c.one_sample(both)
+    numbers = f"{'; '.join(words)}; difference within 5 % {interval(mean, low, high, ' decades', '.2f')}"
+    return Finding(c.verdict(len(both), low, high, 1), numbers)
+
+
+def final_mean(run: Run, key: str, proj: Sequence[str] | None = None, column: int = -1) -> float:
+    """A spectral metric at one event, averaged over layers and then over projections."""
+    values = [np.nanmean(run.grid(name, key)[1][:, column]) for name in proj or run.projections()]
+    return float(np.mean(values)) if values else math.nan
+
+
+def above_chance(run: Run) -> float:
+    return final_mean(run, "left_alignment") - final_mean(run, "left_alignment_chance")
+
+
+def tiers_at_start(c: Context) -> Finding | None:
+    """Whether effective rank is ordered MLP > Q/O > K/V before any training."""
+    by_seed: dict[str, dict[int, float]] = {"MLP - Q/O": {}, "Q/O - K/V": {}}
+    for run in c.results.runs():
+        if not run.projections():
+            continue
+        mlp, qo, kv = (
+            final_mean(run, "effective_rank", names, 0) for names in (("up", "down"), ("q", "o"), ("k", "v"))
+        )
+        by_seed["MLP - Q/O"][run.config["seed"]] = mlp - qo
+        by_seed["Q/O - K/V"][run.config["seed"]] = qo - kv
+    if not by_seed["MLP - Q/O"]:
+        return None
+    intervals = {name: c.one_sample(values) for name, values in by_seed.items()}
+    n = len(by_seed["MLP - Q/O"])
+    there_already = n >= FEWEST_SEEDS and all(low > 0 for _, low, _ in intervals.values())
+    numbers = "; ".join(f"{name} {interval(*values, '', '.1f')}" for name, values in intervals.items())
+    words = "at initialisation already: " if there_already else "at initialisation: "
+    return Finding(NOT_CONFIRMED if there_already else NOT_TESTABLE, words + numbers)
+
+
+def lead_grows(c: Context) -> Finding | None:
+    """Slope of Muon's loss minus AdamW's per tenfold of parameters, seed by seed."""
+    differences: dict[float, dict[int, float]] = {}
+    for a, b in c.results.pairs():
+        left, right = a.losses(), b.losses()
+        both = {seed: left[seed] - right[seed] for seed in left.keys() & right.keys()}
+        if both:
+            differences[float(a.runs[0].config["params"])] = both
+    if len(differences) < 2:
+        return None
+    slopes = slope(differences)
+    mean, low, high = c.one_sample(slopes)
+    return Finding(
+        c.verdict(len(slopes), low, high, -1),
+        f"the difference changes by {interval(mean, low, high, ' nats')} per tenfold of parameters",
+    )
+
+
+def largest_is_worse(c: Context) -> Finding | None:
+    """AdamW's loss at the largest size minus that at the next smaller."""
+    sizes = [outcome for outcome in c.results.outcomes if outcome.optimizer == "adamw" and outcome.losses()]
+    sizes.sort(key=lambda outcome: outcome.runs[0].config["params"])
+    if len(sizes) < 2:
+        return None
+    large, small = sizes[-1].losses(), sizes[-2].losses()
+    both = {seed: large[seed] - small[seed] for seed in large.keys() & small.keys()}
+    mean, low, high = c.one_sample(both)
+    numbers = f"{sizes[-1].name} - {sizes[-2].name}: {interval(mean, low, high, ' nats')}"
+    return Finding(c.verdict(len(both), low, high, 1), numbers)
+
+
+CLAIMS = (
+    Claim(
+        "S0",
+        "speedrun-2m",
+        "Muon ends the 2M-token run lower",
+        "0.84 nats; 0.41 against a tuned AdamW",
+        lead(-1),
+        False,
+    ),
+    Claim(
+        "S0",
+        "speedrun-2m",
+        "Muon predicts more tokens rightly",
+        "16.29 against 10.10 %",
+        lead(1, accuracy, " points", ".2f"),
+    ),
+    Claim("S0", "speedrun-2m", "Muon's update takes longer", "9 %", slower),
+    Claim(
+        *("S0", "speedrun-2m", "Muon's updates align less with the weights than AdamW's", "lower, no chance level"),
+        lead(-1, above_chance, " above chance"),
+    ),
+    Claim("S0", "speedrun-2m", "Training made the rank tiers MLP > Q/O > K/V", "seen after training", tiers_at_start),
+    Claim(
+        *("S1", "baseline", "Muon keeps more effective rank than AdamW", "no collapse under Muon"),
+        lead(1, lambda run: final_mean(run, "effective_rank"), " directions", ".2f"),
+    ),
+    Claim("S3", "baseline", "The lead lasts", "0.058 nats after 1.7B tokens", lead(-1), False),
+    Claim("S3", "baseline", "Muon's throughput is lower", "97.9k against 81.4k tokens/s", slower),
+    Claim(
+        *(
+            "S2",
+            "lr-sensitivity",
+            "Muon's range of good rates is wider",
+            "30 times, they say; 4.5 against 2.86, they show",
+        ),
+        wider,
+    ),
+    Claim("S2", "model-size", "Muon beats AdamW at the largest size", "accuracy .946 against .284", lead(-1), False),
+    Claim("S2", "model-size", "The lead grows with the model", "-.010, .013, .044, .662 of accuracy", lead_grows),
+    Claim("S2", "model-size", "AdamW breaks down at the largest size", ".917 to .284 of accuracy", largest_is_worse),
+    Claim("S2", "model-size", "Muon's update takes longer", "3.5 to 5.1 %", slower),
+    Claim("S4", "moe-lr-muon", "Muon's best rate is 0.07", "5.720 at 0.07", best_rate("muon", 0.07)),
+    Claim("S4", "moe-lr-adam", "AdamW's best rate is 0.001", "6.726 after 200 steps", best_rate("adamw", 0.001)),
+    Claim("S4", "moe-momentum", "Momentum 0.9 is best", "chosen", chosen("momentum 0.9"), False),
+    Claim("S4", "moe-weight-decay", "Weight decay 0.1 is best", "chosen", chosen("weight_decay 0.1"), False),
+    Claim("S4", "moe-ns-steps", "Five Newton-Schulz steps are best", "chosen", chosen("ns_steps 5"), False),
+    Claim("S4", "moe-nesterov", "Nesterov momentum helps", "chosen", chosen("with Nesterov"), False),
+    Claim("S4", "moe-warmup", "A warm-up of 5 % is best", "counted in micro-steps", chosen("warmup 0.05"), False),
+    Claim("S4", "moe-schedule", "Cosine is best", "fell to 0.905 of the peak only", chosen("cosine"), False),
+    Claim(
+        "S4", "moe-aux-ratio", "A tenth of Muon's rate suits the rest", "0.007 to 0.07", chosen("aux/Muon 1/10"), False
+    ),
+    Claim("S4", "moe-clip", "Clipping at 1 is best", "chosen", chosen("grad_clip 1"), False),
+    Claim("S4", "moe-min-lr", "A last rate of a tenth is best", "chosen", chosen("min_lr 0.1"), False),
+    Claim(
+        *("S4", "moe-adam", "AdamW is better constant, without warm-up", "5.548, its best"),
+        beats_reference("constant, no warm-up"),
+        False,
+    ),
+    Claim("S4", "moe-long", "Muon leads in a longer run too", "longer runs of both", lead(-1), False),
+    Claim("S4", "moe-final", "The best Muon beats the best AdamW", "5.158 against 5.548", lead(-1), False),
+)
+
+
+def judge_all(results: Mapping[str, Results], scale: str) -> list[tuple[Claim, Finding]]:
+    """Every claim with its finding; without its runs a claim is not testable."""
+    extra = Counter(claim.suite for claim in CLAIMS if claim.extra)
+    found = []
+    for claim in CLAIMS:
+        finding = None
+        if claim.suite in results:
+            own = results[claim.suite]
+            finding = claim.judge(Context(own, scale, len(own.pairs()) + extra[claim.suite]))
+        found.append((claim, finding or Finding(NOT_TESTABLE, f"{claim.suite} has not been run")))
+    return found

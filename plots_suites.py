@@ -1,0 +1,91 @@
+"""Figures of a suite: its conditions side by side, and how long each took to a loss.
+
+plots.save(condition_bars(results), folder, "moe-momentum_bars")
+"""
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from inference import median_time, summarize
+from plots import OPTIMIZER_COLORS, OTHER_COLOR, WIDTH, legend_below, optimizer_name
+from results import Outcome, Results
+from stats import first_reaching
+
+FEWEST_REACH = 0.5  # of the runs, for a median time to be drawn
+
+
+def condition_bars(results: Results) -> Figure:
+    """Final loss of every condition in the plan's order: dots are runs, whiskers 95 % t-intervals, a dashed line the
+    condition that the others are tested against; conditions whose corrected interval against it excludes 0 are bold."""
+    shown = [outcome for outcome in results.outcomes if outcome.losses()]
+    apart = {test.a for test in results.tests() if test.excludes_zero}
+    references = {outcome.condition.versus for outcome in shown}
+    figure, ax = plt.subplots(figsize=(WIDTH, 1.6 + 0.34 * len(shown)))
+    values = [loss for outcome in shown for loss in outcome.losses().values()]
+    spread = max(max(values) - min(values), 0.01)
+    for place, outcome in enumerate(shown):
+        color = OPTIMIZER_COLORS.get(outcome.optimizer, OTHER_COLOR)
+        losses = list(outcome.losses().values())
+        summary = summarize(losses)
+        ax.plot(losses, [place] * len(losses), "o", color=color, alpha=0.45, markersize=4.5)
+        ax.plot(summary.mean, place, "D", color=color, markersize=6)
+        if np.isfinite(summary.low):
+            half = (summary.high - summary.low) / 2
+            ax.errorbar(summary.mean, place, xerr=half, color=color, capsize=3, linewidth=1.3)
+        if outcome.name in references:
+            ax.axvline(summary.mean, color=color, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+    ax.set_yticks(range(len(shown)), [_label(outcome, references) for outcome in shown])
+    for tick, outcome in zip(ax.get_yticklabels(), shown, strict=True):
+        tick.set_fontweight("bold" if outcome.name in apart else "normal")
+    ax.invert_yaxis()
+    ax.set_ylim(len(shown) - 0.4, -0.6)
+    ax.set_xlim(min(values) - 0.35 * spread, max(values) + 0.35 * spread)  # a wide interval may leave the panel
+    ax.set_xlabel("final validation loss (nats per token): runs, mean, 95 % interval")
+    ax.set_title(results.suite.question)
+    return figure
+
+
+def _label(outcome: Outcome, references: set[str | None]) -> str:
+    words = outcome.name + (" (reference)" if outcome.name in references else "")
+    return words + (f", {outcome.failed} failed" if outcome.failed else "")
+
+
+def time_to_loss(results: Results, a: Outcome, b: Outcome) -> Figure:
+    """Training tokens and seconds to each validation loss, a thin line per run; thick, the median while at least half
+    of the runs reach that loss."""
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.7), sharey=True)
+    finals = [loss for outcome in (a, b) for loss in outcome.losses().values()]
+    highest = max(
+        float(run.val["val_loss"][1]) for outcome in (a, b) for run in outcome.runs if len(run.val["step"]) > 1
+    )
+    targets = np.linspace(highest, min(finals), 60)
+    for ax, column, words in zip(
+        axes, ("tokens", "train_seconds"), ("training tokens", "training time (s)"), strict=True
+    ):
+        for outcome in (a, b):
+            color = OPTIMIZER_COLORS.get(outcome.optimizer, OTHER_COLOR)
+            runs = [run for run in outcome.runs if run.val]
+            followed = [float(run.val[column][-1]) for run in runs]
+            times = [[first_reaching(run.val[column], run.val["val_loss"], t) for run in runs] for t in targets]
+            for run_times in zip(*times, strict=True):
+                ax.plot(
+                    [np.nan if t is None else t for t in run_times], targets, color=color, alpha=0.35, linewidth=0.8
+                )
+            medians = [median_time(row, followed).median for row in times]
+            ax.plot([np.nan if m is None else m for m in medians], targets, color=color, linewidth=2)
+        ax.axhline(b.loss, color="#555555", linewidth=1, linestyle=(0, (4, 3)))
+        ax.set_xlabel(words)
+        ax.set_xlim(left=0)
+    axes[0].set_ylabel("validation loss reached (nats)")
+    handles = [
+        Line2D(
+            [], [], color=OPTIMIZER_COLORS.get(o.optimizer, OTHER_COLOR), linewidth=2, label=optimizer_name(o.optimizer)
+        )
+        for o in (a, b)
+    ]
+    target = f"{optimizer_name(b.optimizer)}'s mean final loss, {b.loss:.3f}"
+    handles.append(Line2D([], [], color="#555555", linewidth=1, linestyle=(0, (4, 3)), label=target))
+    legend_below(figure, handles)
+    return figure

@@ -1,0 +1,341 @@
+"""Suites -> one page: the claims of the documents, then each suite with its tests, figures and fairness.
+
+page = write_suite_report([Results.load(...), ...], later=[], scale="nano", out=Path("runs/experiments-nano/report"))
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+import plots
+import plots_spectra
+import plots_suites
+import runfiles
+from claims import CONFIRMED, NOT_CONFIRMED, Claim, Finding, judge_all
+from cli import BadInput, make_folder
+from inference import Test, summarize
+from plots import optimizer_name
+from report_pages import Page, Part, Picture, Table, Verse, html_page, markdown_page
+from results import TOLERANCES, Outcome, Results
+from stats import unsteadiness
+
+SCALE_WORDS = {"full": "at full size", "nano": "at nano scale, on models for two CPU cores"}
+
+
+def number(value: float, form: str) -> str:
+    return f"{value:{form}}" if math.isfinite(value) else "-"
+
+
+def p_value(value: float) -> str:
+    return "-" if math.isnan(value) else "< 0.0001" if value < 1e-4 else f"{value:.2g}"
+
+
+def conditions_table(results: Results) -> Table:
+    header = ("condition", "runs", "mean loss", "std. dev.", "95 % interval", "accuracy", "failed", "unsteadiness")
+    rows = []
+    for outcome in results.outcomes:
+        s = summarize(list(outcome.losses().values()))
+        accuracy = outcome.values(lambda run: 100 * float(run.val["val_accuracy"][-1]))
+        rough = outcome.values(unsteadiness)
+        to_go = f" (+{outcome.to_go} to go)" if outcome.to_go else ""
+        rows.append(
+            (
+                outcome.name,
+                f"{s.n}{', single seed' if outcome.planned == 1 else ''}{to_go}",
+                number(s.mean, ".4f"),
+                number(s.deviation, ".4f"),
+                f"{s.low:.4f} to {s.high:.4f}" if math.isfinite(s.low) else "-",
+                f"{np.mean(list(accuracy.values())):.2f} %" if accuracy else "-",
+                f"{outcome.failed} of {outcome.planned}",
+                number(float(np.mean(list(rough.values()))) if rough else math.nan, ".3f"),
+            )
+        )
+    return Table(header, rows)
+
+
+def tests_table(tests: Sequence[Test]) -> Table:
+    header = (
+        "difference of final loss",
+        "n",
+        "nats",
+        "corrected interval",
+        "p paired",
+        "p Welch",
+        "p Holm",
+        "Hedges' g",
+    )
+    rows = [
+        (
+            f"{test.a} - {test.b}",
+            " and ".join(str(n) for n in dict.fromkeys(test.n)),
+            number(test.difference, "+.4f"),
+            f"{test.low:+.4f} to {test.high:+.4f}" if math.isfinite(test.low) else "single seed: no test",
+            p_value(test.p_paired),
+            p_value(test.p_welch),
+            p_value(test.p_holm),
+            number(test.effect, "+.2f"),
+        )
+        for test in tests
+    ]
+    return Table(header, rows)
+
+
+def findings(results: Results) -> list[str]:
+    """The suite's question answered in sentences with the numbers in them."""
+    if results.suite.varies == "lr":
+        return [sentence for optimizer in results.optimizers() for sentence in rate_sentences(results, optimizer)]
+    tests = results.tests()
+    sentences = [test_sentence(test) for test in tests if test.excludes_zero]
+    told_apart = {test.a for test in tests if test.excludes_zero}
+    unclear = [test for test in tests if test.tested and test.a not in told_apart]
+    if unclear:
+        least = min(unclear, key=lambda test: test.p_holm)
+        names = ", ".join(test.a for test in unclear)
+        sentences.append(
+            f"Not told apart from {least.b}: {names} (the nearest to it, {least.a}: {least.difference:+.4f} nats, "
+            f"Holm p = {p_value(least.p_holm)})."
+        )
+    sentences += [
+        f"{test.a} - {test.b}: {test.difference:+.4f} nats, single seed." for test in tests if not test.tested
+    ]
+    for optimizer in results.optimizers():
+        best = results.best(optimizer)
+        if best is not None and sum(o.optimizer == optimizer for o in results.outcomes) > 1:
+            sentences.append(f"Least mean loss of {optimizer_name(optimizer)}: {best.name}, {best.loss:.4f}.")
+    for a, b in results.pairs():
+        if a.optimizer != b.optimizer and math.isfinite(b.loss):
+            sentences.append(reached_sentence(results, a, b))
+    return sentences
+
+
+def test_sentence(test: Test) -> str:
+    side = "lower" if test.difference < 0 else "higher"
+    return (
+        f"{test.a} ends {abs(test.difference):.4f} nats {side} than {test.b} (corrected interval {test.low:+.4f} to "
+        f"{test.high:+.4f}, Holm p = {p_value(test.p_holm)}, g = {number(test.effect, '+.1f')})."
+    )
+
+
+def rate_sentences(results: Results, optimizer: str) -> list[str]:
+    best, words = results.best(optimizer), []
+    if best is None:
+        return [f"{optimizer_name(optimizer)}: no rate has a final loss."]
+    at_edge = False
+    for share in TOLERANCES:
+        tolerance = results.tolerance(optimizer, share)
+        at_edge |= tolerance.at_edge
+        bound = "at least " if tolerance.open_low or tolerance.open_high else ""
+        words.append(f"within {share:.0%} over {bound}{tolerance.decades:.2f} decades")
+    seeds = ", single seed" if len(best.losses()) == 1 else ""
+    edge = " It lies ON THE EDGE OF THE GRID: a better rate may lie outside." if at_edge else ""
+    rate = best.condition.fields["lr"]
+    return [
+        f"{optimizer_name(optimizer)}: best rate {rate:g} (loss {best.loss:.4f}{seeds}); {' and '.join(words)}.{edge}"
+    ]
+
+
+def reached_sentence(results: Results, a: Outcome, b: Outcome) -> str:
+    found = results.reached(a, b)
+
+    def said(side: str, outcome: Outcome) -> str:
+        tokens, seconds = found[f"{side} tokens"], found[f"{side} train_seconds"]
+        if tokens.median is None:
+            return f"{outcome.name} does not in {tokens.never} of {tokens.n} runs of {tokens.longest:,.0f} tokens"
+        never = f", {tokens.never} of {tokens.n} never" if tokens.never else ""
+        within = "" if seconds.median is None else f" and {seconds.median:.1f} s"
+        return f"{outcome.name} after {tokens.median:,.0f} tokens{within} (median{never})"
+
+    return f"To {b.name}'s mean final loss of {b.loss:.4f}: {said('a', a)}; {said('b', b)}."
+
+
+def figures(results: Results) -> list[tuple[Picture, Callable[[], Figure]]]:
+    """The suite's figures, with how to read each."""
+    finished = [run for run in results.runs() if run.status == "finished"]
+    if not finished:
+        return []
+    found: list[tuple[Picture, Callable[[], Figure]]] = []
+
+    def add(kind: str, title: str, how: str, draw: Callable[[], Figure]) -> None:
+        stem = f"{results.name}_{kind}"
+        found.append((Picture(stem, title, f"{results.name}: {title}", how), draw))
+
+    crosses = [(a, b) for a, b in results.pairs() if a.optimizer != b.optimizer and a.losses() and b.losses()]
+    if results.suite.varies == "lr":
+        if plots.has_rates(finished):
+            add(
+                "rates",
+                "Sensitivity to the learning rate",
+                "The bars at the bottom of the first panel span the rates whose loss is at most 1 % (dark) and 5 % "
+                "(light) above the best; between grid points the loss is taken as linear in the logarithm of the rate.",
+                lambda: plots.learning_rate_sensitivity(results.runs()),
+            )
+        return found
+    add(
+        "bars",
+        "Final loss of every condition",
+        "Dots are runs, diamonds means, whiskers 95 % t-intervals, the dashed line the condition that the others are "
+        "tested against. Bold names differ from it for sure: their corrected interval excludes zero.",
+        lambda: plots_suites.condition_bars(results),
+    )
+    if results.suite.varies == "params":
+        add(
+            "sizes",
+            "Scaling with model size",
+            "Each optimizer at its own rate; mean over seeds with its 95 % interval.",
+            lambda: plots.model_scaling(finished),
+        )
+    elif crosses:
+        add(
+            "curves",
+            "Loss curves",
+            "Mean over seeds; the band spans them. Left against tokens, right against time.",
+            lambda: plots.loss_curves(finished),
+        )
+    if results.suite.varies != "params" and crosses and all(len(run.val["step"]) > 2 for run in finished):
+        add(
+            "time_to_loss",
+            "How long to a loss",
+            "Lower and further left is better. A thin line is a run; a thick one the median over runs, drawn while at "
+            "least half of them reach that loss: runs that never do count as censored, not as missing.",
+            lambda: plots_suites.time_to_loss(results, *crosses[-1]),
+        )
+    if results.suite.varies == "schedule":
+        add(
+            "schedules",
+            "The schedules",
+            "The rate that each update used; schedules count updates.",
+            lambda: plots.learning_rate_schedules(finished),
+        )
+    if crosses and any(run.experts for run in finished):
+        for outcome in crosses[-1]:
+            add(
+                f"experts_{outcome.optimizer}",
+                f"Use of the experts under {optimizer_name(outcome.optimizer)}",
+                "The share of tokens that each expert is given in the first seed's run; the line on the bar is an even "
+                "share.",
+                lambda run=outcome.runs[0]: plots.expert_utilization(run),
+            )
+    watched = [run for run in finished if run.projections()]
+    if crosses and watched:
+        add(
+            "alignment",
+            "Alignment of updates and weights, with chance",
+            "Output directions. The dotted line is the level of chance for this dimension; Muon's update has nearly "
+            "equal singular values, so its top directions are nearly arbitrary.",
+            lambda: plots_spectra.alignment_with_chance(watched),
+        )
+        add(
+            "rank",
+            "Effective rank over time",
+            "Mean over layers and seeds, the band from the lowest to the highest layer; dotted, the value at "
+            "initialisation, which depends on the shape alone.",
+            lambda: plots_spectra.metric_over_time(watched, "effective_rank"),
+        )
+    return found
+
+
+def suite_part(results: Results, pictures: Sequence[Picture]) -> Part:
+    items: list[Table | Picture | Verse] = [
+        Verse(f"{results.suite.question} ({results.suite.source})", findings(results) or ["No run has finished yet."]),
+        conditions_table(results),
+    ]
+    if results.pairs():
+        items.append(tests_table(results.tests()))
+    if fairness := results.fairness():
+        items.append(Verse("Fairness", fairness))
+    return Part(results.name, [*items, *pictures])
+
+
+def claims_table(judged: Sequence[tuple[Claim, Finding]]) -> Table:
+    header = ("document", "what it claimed", "its numbers", "we find", "our numbers", "suite")
+    rows = [(c.source, c.says, c.theirs, f.verdict, f.numbers, c.suite) for c, f in judged]
+    return Table(header, rows)
+
+
+NOTES = (
+    "A verdict needs three seeds and an interval, corrected for all tests of its suite, that excludes zero.",
+    "Tests pair the runs of one seed, which share batches and initial weights; Welch's test stands beside. p values "
+    "are corrected by Holm within a suite, intervals by Bonferroni so that all of a suite hold together.",
+    "A learning rate's tolerance is the width in decades around the best rate within which the loss stays within 1 % "
+    "or 5 % of the best, linear in the logarithm of the rate between grid points; 'at least': the grid ended first.",
+    "Unsteadiness is the spread of the last tenth of the training losses about their line, in nats.",
+)
+
+
+def build_page(
+    results: Sequence[Results], later: Sequence[str], scale: str, pictures: dict[str, list[Picture]]
+) -> Page:
+    judged = judge_all({r.name: r for r in results}, scale)
+    judged = [(claim, finding) for claim, finding in judged if claim.suite in {r.name for r in results}]
+    verdicts = [finding.verdict for _, finding in judged]
+    confirmed, refuted = verdicts.count(CONFIRMED), verdicts.count(NOT_CONFIRMED)
+    runs = {run.path: run for r in results for run in r.runs()}
+    finished = sum(run.status == "finished" for run in runs.values())
+    failed = sum(run.status == "failed" for run in runs.values())
+    hours = sum(run.train_seconds for run in runs.values()) / 3600
+    devices = sorted({str(run.config.get("device_name")) for run in runs.values()})
+    commits = sorted({str(run.config.get("git_commit"))[:10] for run in runs.values()})
+    planned = sum(r.planned_runs for r in results)
+    headline = (
+        f"{len(judged)} claims put to the test {SCALE_WORDS[scale]}: {confirmed} confirmed, {refuted} not confirmed, "
+        f"{len(judged) - confirmed - refuted} not testable here"
+    )
+    summary = Table(
+        ("suite", "document", "question", "runs", "finding"),
+        [
+            (
+                r.name,
+                r.suite.source,
+                r.suite.question,
+                f"{r.finished()} of {r.planned_runs}",
+                (findings(r) or ["no run has finished yet"])[0],
+            )
+            for r in results
+        ],
+    )
+    warnings = [*later]
+    if finished < len({run.path for run in runs.values()}) or sum(r.finished() for r in results) < planned:
+        warnings.append(f"{planned - sum(r.finished() for r in results)} planned runs have not finished.")
+    parts = [Part("What the documents claimed, what we find", [claims_table(judged)])] if judged else []
+    parts += [suite_part(r, pictures[r.name]) for r in results]
+    made = [
+        f"Runs: {finished} finished, {failed} failed, {hours:.1f} hours of training in all on {', '.join(devices)}.",
+        f"Commits: {', '.join(commits)}. Each run's config.json has its settings, versions and data fingerprint.",
+        f"Again: python experiments.py run {results[0].name if len(results) == 1 else 'everything'} --scale {scale}",
+    ]
+    parts.append(Part("Provenance", [Verse("Where these numbers come from", made)]))
+    return Page(
+        title=f"muon-speedrun experiments, {scale}",
+        headline=headline if judged else f"{results[0].name}: {results[0].suite.question}",
+        lead=[
+            f"{finished} runs of {len(results)} suites. Both optimizers see the same batches from the same initial "
+            "weights, each at the rate of its own sweep."
+        ],
+        tiles=[],
+        summary=summary,
+        notes=NOTES,
+        warnings=warnings,
+        parts=parts,
+    )
+
+
+def write_suite_report(results: Sequence[Results], later: Sequence[str], scale: str, out: Path) -> Path:
+    """report.html, report.md and plots/ in `out`; BadInput where there is nothing to report."""
+    results = [r for r in results if r.outcomes]
+    if not any(r.finished() for r in results):
+        raise BadInput(later[0] if later else "no run of this suite has finished yet: python experiments.py run")
+    folder = out / "plots"
+    make_folder(folder, exist_ok=True)
+    drawn: dict[str, list[Picture]] = {}
+    for r in results:
+        drawn[r.name] = []
+        for picture, draw in figures(r):
+            plots.save(draw(), folder, picture.stem)
+            drawn[r.name].append(picture)
+    page = build_page(results, later, scale, drawn)
+    for name, text in (("report.html", html_page(page, folder)), ("report.md", markdown_page(page))):
+        runfiles.write_whole(out / name, lambda file, text=text: file.write(text), mode="w")
+    return out / "report.html"
