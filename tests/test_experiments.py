@@ -20,12 +20,13 @@ from model import KERNELS
 from settings import Rank, Settings, chosen_kernels, resolve
 
 ROOT = Path(experiments.__file__).parent
-SUITE = ("run", "moe-nesterov", "--scale", "nano", "--tokens", "8192", "--seeds", "0", "--jobs", "2")
-RUNS, UPDATES = 8, 4  # seven rates of the sweep and the two conditions, of which one is a run of the sweep
+SLIVER = ("run", "moe-lr-muon", "--scale", "nano", "--tokens", "8192")
+RUNS, UPDATES = 4, 4  # the rates 0.01 to 0.07
 
 
-def command(tmp_path, shards_folder, *more):
-    return [sys.executable, "experiments.py", *SUITE, "--runs-dir", str(tmp_path), "--data", str(shards_folder), *more]
+def command(tmp_path, shards_folder, *more, only="* 0.0*", jobs=("--jobs", "2")):
+    where = ("--runs-dir", str(tmp_path), "--data", str(shards_folder))
+    return [sys.executable, "experiments.py", *SLIVER, "--only", only, *jobs, *where, *more]
 
 
 def steps_logged(folder):
@@ -45,19 +46,18 @@ def children_of(pid):
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def assert_complete(tmp_path):
+def assert_complete(tmp_path, runs=RUNS):
     folders = sorted(path.parent for path in tmp_path.glob("*/config.json"))
-    assert len(folders) == RUNS
+    assert len(folders) == runs
     for folder in folders:
         assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
         assert steps_logged(folder) == list(range(1, UPDATES + 1)), folder
-    return folders
 
 
 @pytest.mark.parametrize("runs_die_too", [False, True])
 def test_a_suite_killed_in_the_middle_loses_and_repeats_nothing(tmp_path, shards_folder, runs_die_too):
     suite = subprocess.Popen(command(tmp_path, shards_folder), cwd=ROOT, stdout=subprocess.DEVNULL)
-    wait_until(lambda: len(list(tmp_path.glob("*/summary.json"))) >= 2 and len(children_of(suite.pid)) == 2)
+    wait_until(lambda: list(tmp_path.glob("*/summary.json")) and len(children_of(suite.pid)) == 2)
     children = children_of(suite.pid)
     suite.kill()
     suite.wait()
@@ -70,7 +70,7 @@ def test_a_suite_killed_in_the_middle_loses_and_repeats_nothing(tmp_path, shards
     assert_complete(tmp_path)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     third = subprocess.run(command(tmp_path, shards_folder), cwd=ROOT, capture_output=True, text=True, check=False)
-    assert re.findall(r"(\d+) to go", third.stdout) == ["0", "0"]
+    assert re.findall(r"(\d+) to go", third.stdout) == ["0"]
 
 
 def test_an_interrupted_suite_stops_its_runs_and_goes_on(tmp_path, shards_folder):
@@ -90,30 +90,67 @@ def test_an_interrupted_suite_stops_its_runs_and_goes_on(tmp_path, shards_folder
     assert_complete(tmp_path)
 
 
-def test_a_suite_runs_as_jobs_of_a_scheduler_and_is_reported(tmp_path, shards_folder, run_main):
+def test_a_suite_runs_as_jobs_of_a_scheduler(tmp_path, shards_folder):
     """submitit's own local executor stands for Slurm."""
-    narrow = ("--submit", "local", "--only", "with*")
-    done = subprocess.run(
-        command(tmp_path, shards_folder, *narrow), cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    words = command(tmp_path, shards_folder, "--submit", "local", only="* 0.0[12]", jobs=())
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=ROOT, env=one_thread, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    folders = assert_complete_at(tmp_path, RUNS)
-    where = ("--scale", "nano", "--tokens", "8192", "--seeds", "0", "--runs-dir", tmp_path, "--data", shards_folder)
-    code, out, _ = run_main(experiments.main, "status", "moe-nesterov", *where)
-    assert (code, out.count("finished, loss")) == (0, 2)
-    assert all(folder.name in {path.name for path in tmp_path.iterdir()} for folder in folders)
-    code, out, _ = run_main(experiments.main, "report", "moe-nesterov", *where)
-    page = (tmp_path / "report" / "report.html").read_text()
+    assert "2 jobs on local" in done.stdout
+    assert_complete(tmp_path, runs=2)
+
+
+FAKE_TRAINING = """
+import sys
+from pathlib import Path
+sys.path.insert(0, ROOT)
+from tests.synthetic import write_run
+import json
+flags = dict(zip(sys.argv[1::1], sys.argv[2::1]))
+lr, seed = float(flags["--lr"]), int(flags.get("--seed", 0))
+optimizer = flags.get("--optimizer", "muon")
+best = 0.04 if optimizer == "muon" else 0.004
+final = 3 + abs(lr - best) + 0.001 * (seed * 7 % 5) + 0.2 * (optimizer == "adamw")
+folder = Path(flags["--runs-dir"], flags["--name"])
+with Path(flags["--runs-dir"], "starts").open("a") as file:
+    file.write(flags["--name"] + "\\n")
+write_run(folder, final=final, optimizer=optimizer, seed=seed, lr=lr, spectra=False, model="nano", device="cpu")
+summary = json.loads((folder / "summary.json").read_text()) | {"final_val_loss": final}
+(folder / "summary.json").write_text(json.dumps(summary))
+"""
+
+
+def test_everything_is_planned_in_stages_trained_once_and_reported(tmp_path, shards_folder, run_main, monkeypatch):
+    fake_training(tmp_path, monkeypatch, FAKE_TRAINING.replace("ROOT", repr(str(ROOT))))
+    monkeypatch.setattr(launcher, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(experiments, "submit", None)
+    where = ("--scale", "nano", "--runs-dir", tmp_path / "runs", "--data", shards_folder)
+    code, out, err = run_main(experiments.main, "run", "everything", *where, "--jobs", "4")
+    assert code == 0, err
+    stages = [line for line in out.splitlines() if line.endswith("to go")]
+    assert [line.split(", ")[0].split(":")[0] for line in stages] == ["speedrun-lr", "speedrun-2m", "moe-final"]
+    starts = (tmp_path / "runs" / "starts").read_text().split()
+    assert len(starts) == len(set(starts)) > 150
+    code, out, _ = run_main(experiments.main, "run", "everything", *where)
     assert code == 0
-    assert "single seed" in page
-    assert "not testable here" in page
-    assert (tmp_path / "report" / "plots" / "moe-nesterov_bars.png").exists()
+    assert "about" not in out
+    assert (tmp_path / "runs" / "starts").read_text().split() == starts
+    code, out, _ = run_main(experiments.main, "status", "moe-final", *where)
+    assert (code, out.count("finished, loss")) == (0, 6)
+    final = {p.condition.name: p.condition.fields for p in planner_of(*where).plan("moe-final")}
+    assert (final["muon"]["lr"], final["adamw"]["lr"]) == (0.04, 0.005)  # of the two sweeps, the nearest to the best
+    code, out, err = run_main(experiments.main, "report", "moe-final", *where)
+    assert code == 0, err
+    page = (tmp_path / "runs" / "report" / "report.html").read_text()
+    assert "The best Muon beats the best AdamW" in page
+    assert "1 confirmed" in page
+    assert (tmp_path / "runs" / "report" / "plots" / "moe-final_bars.png").exists()
 
 
-def assert_complete_at(tmp_path, count):
-    folders = [path.parent for path in tmp_path.glob("*/summary.json")]
-    assert len(folders) == count
-    return folders
+def planner_of(*words):
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    chosen = experiments.Selection(suite="moe-final", scale="nano", runs_dir=given["--runs-dir"], data=given["--data"])
+    return experiments.Planner(chosen)
 
 
 def job(tmp_path, name="a", *flags):
