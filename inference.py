@@ -8,7 +8,6 @@ tested. Intervals of a family hold together (Bonferroni); p values are corrected
 """
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -132,27 +131,26 @@ def family(pairs: Sequence[Pair], others: int = 0) -> list[Test]:
 
 @dataclass(frozen=True)
 class Reached:
-    """How long it took to reach something over several runs; `median` is None where fewer than half did."""
+    """How long it took to reach something over `n` runs, `never` of which did not; `median` is None where fewer than
+    half did."""
 
     n: int
     never: int
     median: float | None
-    longest: float
-    """The longest that a run was followed."""
 
 
-def median_time(times: Sequence[float | None], followed: Sequence[float]) -> Reached:
-    """The Kaplan-Meier median of times of which some are censored: None = not reached while `followed`."""
-    if not times:
-        return Reached(0, 0, None, math.nan)
-    events = [time for time in times if time is not None]
-    censored = [end for time, end in zip(times, followed, strict=True) if time is None]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # all censored: no interval, which is not asked for
-        curve = scipy_stats.ecdf(scipy_stats.CensoredData(uncensored=events, right=censored)).sf
+def median_time(times: Sequence[float | None]) -> Reached:
+    """The Kaplan-Meier median of times of which some are censored: None = not reached in the whole run.
+
+    All runs of a condition have the same budget, so a censored one outlasts every time that was seen.
+    """
+    reached = [time for time in times if time is not None]
+    never = len(times) - len(reached)
+    if not reached:
+        return Reached(len(times), never, None)
+    curve = scipy_stats.ecdf(scipy_stats.CensoredData(uncensored=reached, right=[max(reached)] * never)).sf
     below = np.flatnonzero(curve.probabilities <= 0.5)
-    median = float(curve.quantiles[below[0]]) if len(below) else None
-    return Reached(len(times), len(censored), median, max(followed))
+    return Reached(len(times), never, float(curve.quantiles[below[0]]) if len(below) else None)
 
 
 def slope(values: Mapping[float, BySeed]) -> dict[int, float]:

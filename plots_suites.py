@@ -7,13 +7,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from inference import median_time, summarize
 from plots import OPTIMIZER_COLORS, OTHER_COLOR, WIDTH, legend_below, optimizer_name
 from results import Outcome, Results
 from stats import first_reaching
-
-FEWEST_REACH = 0.5  # of the runs, for a median time to be drawn
 
 
 def condition_bars(results: Results) -> Figure:
@@ -67,17 +66,18 @@ def time_to_loss(results: Results, a: Outcome, b: Outcome) -> Figure:
         for outcome in (a, b):
             color = OPTIMIZER_COLORS.get(outcome.optimizer, OTHER_COLOR)
             runs = [run for run in outcome.runs if run.val]
-            followed = [float(run.val[column][-1]) for run in runs]
             times = [[first_reaching(run.val[column], run.val["val_loss"], t) for run in runs] for t in targets]
             for run_times in zip(*times, strict=True):
                 ax.plot(
                     [np.nan if t is None else t for t in run_times], targets, color=color, alpha=0.35, linewidth=0.8
                 )
-            medians = [median_time(row, followed).median for row in times]
+            medians = [median_time(row).median for row in times]
             ax.plot([np.nan if m is None else m for m in medians], targets, color=color, linewidth=2)
         ax.axhline(b.loss, color="#555555", linewidth=1, linestyle=(0, (4, 3)))
         ax.set_xlabel(words)
         ax.set_xlim(left=0)
+        ax.xaxis.set_major_locator(MaxNLocator(5))
+    axes[0].xaxis.set_major_formatter(EngFormatter(sep=""))
     axes[0].set_ylabel("validation loss reached (nats)")
     handles = [
         Line2D(

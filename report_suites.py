@@ -143,7 +143,8 @@ def reached_sentence(results: Results, a: Outcome, b: Outcome) -> str:
     def said(side: str, outcome: Outcome) -> str:
         tokens, seconds = found[f"{side} tokens"], found[f"{side} train_seconds"]
         if tokens.median is None:
-            return f"{outcome.name} does not in {tokens.never} of {tokens.n} runs of {tokens.longest:,.0f} tokens"
+            budget = f"{outcome.runs[0].budget:,} tokens"
+            return f"{outcome.name} does not get there in {tokens.never} of {tokens.n} runs of {budget}"
         never = f", {tokens.never} of {tokens.n} never" if tokens.never else ""
         within = "" if seconds.median is None else f" and {seconds.median:.1f} s"
         return f"{outcome.name} after {tokens.median:,.0f} tokens{within} (median{never})"

@@ -126,7 +126,7 @@ class Results:
             for column in ("tokens", "train_seconds"):
                 runs = [run for run in outcome.runs if run.val]
                 times = [first_reaching(run.val[column], run.val["val_loss"], b.loss) for run in runs]
-                found[f"{side} {column}"] = median_time(times, [float(run.val[column][-1]) for run in runs])
+                found[f"{side} {column}"] = median_time(times)
         return found
 
     def fairness(self) -> list[str]:
