@@ -2,19 +2,19 @@
 
     for claim, finding in judge_all(results_by_suite, "nano"): print(claim.says, finding.verdict, finding.numbers)
 
-A verdict needs three seeds and an interval, corrected for every test of its suite, that excludes zero. At nano scale
-anything less is "not testable here"; at full scale it is "not confirmed". Times are judged on a GPU only.
+A verdict needs three finished seeds a side and an interval, corrected for every test of its suite, that excludes zero;
+otherwise, and where a run failed or is to come, the claim is "not testable here" (at full scale, with three seeds, "not
+confirmed"). Times are judged on a GPU only.
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from inference import Test, family, paired, slope
-from results import Results
+from inference import Contrast, family, p_words, paired, slope
+from results import Outcome, Results
 from stats import CONFIDENCE, Run, learning_rate_tolerance
 
 CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE = "confirmed", "not confirmed", "not testable here"
@@ -29,22 +29,29 @@ class Finding:
 
 @dataclass(frozen=True)
 class Context:
-    """What a claim is judged from: its suite, the scale, and how many tests of this suite to correct for."""
+    """What a claim is judged from: its suite, the others, and the scale."""
 
     results: Results
+    others: Mapping[str, Results]
     scale: str
-    tests: int
 
     def verdict(self, n: int, low: float, high: float, expected: int) -> str:
         """`expected` is the sign of the claim; `low` and `high` the corrected interval."""
-        if n >= FEWEST_SEEDS and (low > 0 or high < 0):
+        if n < FEWEST_SEEDS:
+            return NOT_TESTABLE
+        if low > 0 or high < 0:
             return CONFIRMED if (low > 0) == (expected > 0) else NOT_CONFIRMED
-        return NOT_TESTABLE if self.scale == "nano" or n < FEWEST_SEEDS else NOT_CONFIRMED
+        return NOT_TESTABLE if self.scale == "nano" else NOT_CONFIRMED
+
+    def of_contrast(self, test: Contrast, expected: int) -> str:
+        """Never a verdict on those that were left when some diverged."""
+        failed = sum(o.failed for o in self.results.outcomes if o.name in (test.a, test.b))
+        return NOT_TESTABLE if failed else self.verdict(min(test.n), test.low, test.high, expected)
 
     def one_sample(self, values: Mapping[int, float]) -> tuple[float, float, float]:
         """Mean and corrected interval of a number of each seed."""
-        zeros = dict.fromkeys(values, 0.0)
-        return paired(values, zeros, 1 - (1 - CONFIDENCE) / max(1, self.tests))[:3]
+        confidence = 1 - (1 - CONFIDENCE) / max(1, self.results.family_size)
+        return paired(values, dict.fromkeys(values, 0.0), confidence)[:3]
 
 
 Judge = Callable[[Context], Finding | None]  # None: the runs that it needs are not there
@@ -63,23 +70,17 @@ class Claim:
 
 
 def interval(mean: float, low: float, high: float, unit: str, form: str = ".3f") -> str:
+    if math.isnan(mean):
+        return "no finished run on one side"
     if math.isnan(low):
         return f"{mean:{form}}{unit}, single seed"
     return f"{mean:{form}}{unit} (corrected interval {low:{form}} to {high:{form}})"
 
 
-def _p(value: float) -> str:
-    return "p < 0.0001" if value < 1e-4 else f"p = {value:.2g}"
-
-
-def told(test: Test, unit: str = " nats", form: str = ".3f") -> str:
+def told(test: Contrast, unit: str = " nats", form: str = ".3f") -> str:
     """A test in words."""
     words = interval(test.difference, test.low, test.high, unit, form)
-    return f"{words}, Holm {_p(test.p_holm)}, n = {min(test.n)}" if test.tested else words
-
-
-def _tests(c: Context, value_of: Callable[[Run], float] | None = None) -> list[Test]:
-    return c.results.tests(c.tests - len(c.results.pairs()), value_of)
+    return f"{words}, Holm {p_words(test.p_holm)}, n = {min(test.n)}" if test.tested else words
 
 
 def lead(
@@ -88,13 +89,8 @@ def lead(
     """Muon minus AdamW, of the last pair of the suite (of several sizes, the largest)."""
 
     def judge(c: Context) -> Finding | None:
-        found = [test for test in _tests(c, value_of) if min(test.n) > 0]
-        if not found:
-            return None
-        test = found[-1]
-        return Finding(
-            c.verdict(min(test.n), test.low, test.high, expected), f"{test.a} - {test.b}: {told(test, unit, form)}"
-        )
+        test = c.results.tests(value_of)[-1]
+        return Finding(c.of_contrast(test, expected), f"{test.a} - {test.b}: {told(test, unit, form)}")
 
     return judge
 
@@ -109,50 +105,44 @@ def log_step_time(run: Run) -> float:
 
 def slower(c: Context) -> Finding | None:
     """How much longer Muon's update takes; meaningful on a GPU that runs nothing else."""
-    found = [test for test in _tests(c, log_step_time) if min(test.n) > 0]
-    if not found:
-        return None
-    mean, low, high = (100 * math.expm1(value) for value in (found[-1].difference, found[-1].low, found[-1].high))
+    test = c.results.tests(log_step_time)[-1]
+    mean, low, high = (100 * math.expm1(value) for value in (test.difference, test.low, test.high))
     numbers = f"Muon's update takes {interval(mean, low, high, ' %', '+.1f')} longer"
     if any(run.config["device"] != "cuda" for run in c.results.runs()):
         return Finding(NOT_TESTABLE, numbers + ", on a CPU with other runs beside it")
-    return Finding(c.verdict(min(found[-1].n), low, high, 1), numbers)
+    return Finding(c.of_contrast(test, 1), numbers)
 
 
-def _is_best(c: Context, name: str, own: Sequence[Test]) -> Finding:
-    """Whether a condition is better than every other, by tests of each other minus it."""
-    best = min(own, key=lambda test: test.difference)
-    enough = all(min(test.n) >= FEWEST_SEEDS for test in own)
-    worse = sum(test.low > 0 for test in own)
-    if enough and any(test.high < 0 for test in own):
+def _is_best(c: Context, name: str, own: Sequence[Contrast]) -> Finding:
+    """Whether a condition is better than every other, by tests of each other minus it; one that diverged is worse."""
+    diverged = {o.name for o in c.results.outcomes if o.failed}
+    tested = [test for test in own if test.a not in diverged and min(test.n) > 0]
+    enough = name not in diverged and all(min(test.n) >= FEWEST_SEEDS for test in tested)
+    worse = sum(test.low > 0 for test in tested) + sum(test.a in diverged for test in own)
+    if enough and any(test.high < 0 for test in tested):
         verdict = NOT_CONFIRMED
     elif enough and worse == len(own):
         verdict = CONFIRMED
     else:
         verdict = NOT_TESTABLE if c.scale == "nano" or not enough else NOT_CONFIRMED
     surely = f"{worse} of {len(own)} others are worse for sure; " if enough else ""
+    if not tested:
+        return Finding(verdict, f"{surely}every other one diverged")
+    best = min(tested, key=lambda test: test.difference)
     return Finding(verdict, f"{surely}the best other, {best.a}, minus {name}: {told(best)}")
 
 
 def chosen(name: str) -> Judge:
     """Whether the condition that the others of its suite are tested against is the best."""
-
-    def judge(c: Context) -> Finding | None:
-        own = [test for test in _tests(c) if test.b == name and min(test.n) > 0]
-        return _is_best(c, name, own) if own else None
-
-    return judge
+    return lambda c: _is_best(c, name, [test for test in c.results.tests() if test.b == name])
 
 
 def beats_reference(name: str) -> Judge:
     """Whether a condition is better than the one it is tested against."""
 
     def judge(c: Context) -> Finding | None:
-        for test in _tests(c):
-            if test.a == name and min(test.n) > 0:
-                numbers = f"{test.a} - {test.b}: {told(test)}"
-                return Finding(c.verdict(min(test.n), test.low, test.high, -1), numbers)
-        return None
+        test = next(test for test in c.results.tests() if test.a == name)
+        return Finding(c.of_contrast(test, -1), f"{test.a} - {test.b}: {told(test)}")
 
     return judge
 
@@ -164,39 +154,44 @@ def best_rate(optimizer: str, rate: float) -> Judge:
         best, tried = c.results.best(optimizer), {o.condition.fields["lr"]: o for o in c.results.outcomes}
         if best is None:
             return None
-        tolerance = c.results.tolerance(optimizer, 0.01)
-        edge = ", on the edge of the grid" if tolerance and tolerance.at_edge else ""
+        edge = ", on the edge of the grid" if c.results.on_edge(best) else ""
         numbers = f"best at {best.condition.fields['lr']:g}{edge} (loss {best.loss:.3f})"
-        if rate not in tried or len(tried) < 2:
+        if rate not in tried:
             return Finding(NOT_TESTABLE, f"{numbers}; {rate:g} was not tried")
         mine = tried[rate]
         others = [(o.name, mine.name, o.losses(), mine.losses()) for o in tried.values() if o is not mine]
-        finding = _is_best(c, mine.name, [test for test in family(others) if min(test.n) > 0])
+        finding = _is_best(c, mine.name, family(others, c.results.suite.extra_tests))
         return Finding(finding.verdict, f"{numbers}; {finding.numbers}")
 
     return judge
 
 
 def wider(c: Context) -> Finding | None:
-    """How much wider Muon's range of good rates is than AdamW's, both swept in one suite: seed by seed, within 5 %."""
+    """How much wider Muon's range of good rates is than AdamW's: seed by seed, within 5 %."""
+    sweeps = {"muon": c.results, "adamw": c.others.get("moe-lr-adam")}
+    if sweeps["adamw"] is None or sweeps["adamw"].to_go:
+        return None
     words = []
     for share in (0.01, 0.05):
-        pair = [c.results.tolerance(optimizer, share) for optimizer in ("muon", "adamw")]
+        pair = [sweep.tolerance(optimizer, share) for optimizer, sweep in sweeps.items()]
         if None in pair:
             return None
         said = [f"{'at least ' * (t.open_low or t.open_high)}{t.decades:.2f}" for t in pair]
         words.append(f"within {share:.0%}: Muon {said[0]}, AdamW {said[1]} decades")
-    decades: dict[str, dict[int, float]] = {"muon": {}, "adamw": {}}
-    for optimizer, by_seed in decades.items():
-        tried = [o for o in c.results.outcomes if o.optimizer == optimizer]
-        for seed in set.union(*(set(o.losses()) for o in tried)):
-            losses = [o.losses().get(seed, math.nan) for o in tried]
-            tolerance = learning_rate_tolerance([o.condition.fields["lr"] for o in tried], losses, 0.05)
-            by_seed[seed] = tolerance.decades if tolerance else math.nan
+    open_ended = pair[1].open_low or pair[1].open_high  # AdamW's may be wider than it seems
+    decades = {optimizer: _decades_by_seed(sweep.outcomes) for optimizer, sweep in sweeps.items()}
     both = {seed: decades["muon"][seed] - decades["adamw"][seed] for seed in decades["muon"].keys() & decades["adamw"]}
     mean, low, high = c.one_sample(both)
     numbers = f"{'; '.join(words)}; difference within 5 % {interval(mean, low, high, ' decades', '.2f')}"
-    return Finding(c.verdict(len(both), low, high, 1), numbers)
+    return Finding(NOT_TESTABLE if open_ended else c.verdict(len(both), low, high, 1), numbers)
+
+
+def _decades_by_seed(outcomes: Sequence[Outcome]) -> dict[int, float]:
+    """The width within 5 % of each seed that finished at every rate."""
+    rates = [o.condition.fields["lr"] for o in outcomes]
+    losses = [o.losses() for o in outcomes]
+    seeds = set.intersection(*map(set, losses))
+    return {s: learning_rate_tolerance(rates, [of[s] for of in losses], 0.05).decades for s in sorted(seeds)}
 
 
 def final_mean(run: Run, key: str, proj: Sequence[str] | None = None, column: int = -1) -> float:
@@ -230,51 +225,57 @@ def tiers_at_start(c: Context) -> Finding | None:
     return Finding(NOT_CONFIRMED if there_already else NOT_TESTABLE, words + numbers)
 
 
+def _leads(c: Context) -> dict[float, dict[int, float]]:
+    """Muon's loss minus AdamW's by seed, for each size (parameters) at which no run failed."""
+    found: dict[float, dict[int, float]] = {}
+    for a, b in c.results.crosses():
+        left, right = a.losses(), b.losses()
+        if not a.failed and not b.failed and left.keys() & right.keys():
+            both = {seed: left[seed] - right[seed] for seed in left.keys() & right.keys()}
+            found[float(a.runs[0].config["params"])] = both
+    return dict(sorted(found.items()))
+
+
+def _budgets(c: Context) -> str:
+    tokens = sorted({run.budget for run in c.results.runs()})
+    return "" if len(tokens) < 2 else f" (sizes trained on {tokens[0]:,} to {tokens[-1]:,} tokens)"
+
+
 def lead_grows(c: Context) -> Finding | None:
     """Slope of Muon's loss minus AdamW's per tenfold of parameters, seed by seed."""
-    differences: dict[float, dict[int, float]] = {}
-    for a, b in c.results.pairs():
-        left, right = a.losses(), b.losses()
-        both = {seed: left[seed] - right[seed] for seed in left.keys() & right.keys()}
-        if both:
-            differences[float(a.runs[0].config["params"])] = both
-    if len(differences) < 2:
+    leads = _leads(c)
+    if len(leads) < 2:
         return None
-    slopes = slope(differences)
+    slopes = slope(leads)
     mean, low, high = c.one_sample(slopes)
-    return Finding(
-        c.verdict(len(slopes), low, high, -1),
-        f"Muon's loss minus AdamW's, per tenfold of parameters: {interval(mean, low, high, ' nats')}",
-    )
+    numbers = f"Muon's loss minus AdamW's, per tenfold of parameters: {interval(mean, low, high, ' nats')}{_budgets(c)}"
+    return Finding(c.verdict(len(slopes), low, high, -1), numbers)
 
 
-def largest_is_worse(c: Context) -> Finding | None:
-    """AdamW's loss at the largest size minus that at the next smaller."""
-    sizes = [outcome for outcome in c.results.outcomes if outcome.optimizer == "adamw" and outcome.losses()]
-    sizes.sort(key=lambda outcome: outcome.runs[0].config["params"])
-    if len(sizes) < 2:
-        return None
-    large, small = sizes[-1].losses(), sizes[-2].losses()
-    both = {seed: large[seed] - small[seed] for seed in large.keys() & small.keys()}
-    mean, low, high = c.one_sample(both)
-    numbers = f"{sizes[-1].name} - {sizes[-2].name}: {interval(mean, low, high, ' nats')}"
-    return Finding(c.verdict(len(both), low, high, 1), numbers)
+def largest_breaks_down(c: Context) -> Finding | None:
+    """How much AdamW falls behind Muon from the second largest size to the largest: sizes have budgets of their own, so
+    their losses do not compare directly."""
+    largest = c.results.pairs()[-1][1]
+    if largest.failed >= FEWEST_SEEDS and largest.failed == largest.planned:
+        return Finding(CONFIRMED, f"{largest.name} diverged with all of {largest.planned} seeds")
+    leads = list(_leads(c).values())
+    if largest.failed or len(leads) < 2:
+        return Finding(NOT_TESTABLE, f"{largest.failed} of {largest.planned} runs of {largest.name} diverged")
+    small, large = leads[-2:]
+    behind = {seed: small[seed] - large[seed] for seed in small.keys() & large.keys()}
+    mean, low, high = c.one_sample(behind)
+    numbers = f"AdamW falls behind Muon by {interval(mean, low, high, ' nats')} from the size before{_budgets(c)}"
+    return Finding(c.verdict(len(behind), low, high, 1), numbers)
 
 
 CLAIMS = (
     Claim(
-        "S0",
-        "speedrun-2m",
-        "Muon ends the 2M-token run lower",
-        "0.84 nats; 0.41 against a tuned AdamW",
+        *("S0", "speedrun-2m", "Muon ends the 2M-token run lower", "0.84 nats; 0.41 against AdamW at 0.0005"),
         lead(-1),
         False,
     ),
     Claim(
-        "S0",
-        "speedrun-2m",
-        "Muon predicts more tokens rightly",
-        "16.29 against 10.10 %",
+        *("S0", "speedrun-2m", "Muon predicts more tokens rightly", "16.29 against 10.10 %"),
         lead(1, accuracy, " points", ".2f"),
     ),
     Claim("S0", "speedrun-2m", "Muon's update takes longer", "9 %", slower),
@@ -289,19 +290,13 @@ CLAIMS = (
     ),
     Claim("S3", "baseline", "The lead lasts", "0.058 nats after 1.7B tokens", lead(-1), False),
     Claim("S3", "baseline", "Muon's throughput is lower", "97.9k against 81.4k tokens/s", slower),
-    Claim(
-        *(
-            "S2",
-            "lr-sensitivity",
-            "Muon's range of good rates is wider",
-            "30 times, they say; 4.5 against 2.86, they show",
-        ),
-        wider,
-    ),
     Claim("S2", "model-size", "Muon beats AdamW at the largest size", "accuracy .946 against .284", lead(-1), False),
     Claim("S2", "model-size", "The lead grows with the model", "-.010, .013, .044, .662 of accuracy", lead_grows),
-    Claim("S2", "model-size", "AdamW breaks down at the largest size", ".917 to .284 of accuracy", largest_is_worse),
+    Claim("S2", "model-size", "AdamW breaks down at the largest size", ".917 to .284 of accuracy", largest_breaks_down),
     Claim("S2", "model-size", "Muon's update takes longer", "3.5 to 5.1 %", slower),
+    Claim(
+        *("S4", "moe-lr-muon", "Muon's range of good rates is wider", "30 times, said; 4.5 against 2.86, shown"), wider
+    ),
     Claim("S4", "moe-lr-muon", "Muon's best rate is 0.07", "5.720 at 0.07", best_rate("muon", 0.07)),
     Claim("S4", "moe-lr-adam", "AdamW's best rate is 0.001", "6.726 after 200 steps", best_rate("adamw", 0.001)),
     Claim("S4", "moe-momentum", "Momentum 0.9 is best", "chosen", chosen("momentum 0.9"), False),
@@ -326,13 +321,16 @@ CLAIMS = (
 
 
 def judge_all(results: Mapping[str, Results], scale: str) -> list[tuple[Claim, Finding]]:
-    """Every claim with its finding; without its runs a claim is not testable."""
-    extra = Counter(claim.suite for claim in CLAIMS if claim.extra)
+    """Every claim whose suite is among `results`, with its finding."""
     found = []
     for claim in CLAIMS:
-        finding = None
-        if claim.suite in results:
-            own = results[claim.suite]
-            finding = claim.judge(Context(own, scale, len(own.pairs()) + extra[claim.suite]))
-        found.append((claim, finding or Finding(NOT_TESTABLE, f"{claim.suite} has not been run")))
+        if claim.suite not in results:
+            continue
+        own = results[claim.suite]
+        if own.to_go:
+            finding = Finding(NOT_TESTABLE, f"{own.to_go} of {own.planned} runs are to come")
+        else:
+            no_runs = Finding(NOT_TESTABLE, "the runs that it needs have not finished")
+            finding = claim.judge(Context(own, results, scale)) or no_runs
+        found.append((claim, finding))
     return found

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import tyro
 
 import runfiles
 from cli import BadInput, Count, exit_with_a_sentence, make_folder
-from launcher import Interrupted, Job, free_slots, is_held, run_here, submit
+from launcher import OVER, Interrupted, Job, Later, free_slots, is_held, run_here, submit
+from results import Results
 from settings import NOT_IN_HASH, Rank, Settings, identity, resolve
 from suites import SCALES, SUITES, Condition, Fields, Suite, with_needs
 
@@ -99,6 +99,10 @@ class Report(Selection):
     """Folder for report.html, report.md and plots/ (default: a folder report/ beside the runs)."""
 
 
+class NotYet(BadInput):
+    """A suite cannot be planned before the runs of another are over."""
+
+
 @dataclass(frozen=True)
 class Planned:
     """A condition of a suite with its runs, one for each seed."""
@@ -146,23 +150,31 @@ class Planner:
                 raise BadInput(f"--only {self.chosen.only}: no condition of {name} has such a name")
         return [Planned(c, tuple(self.job(tuple(c.fields.items()), seed) for seed in seeds)) for c in conditions]
 
+    def results(self, name: str) -> Results:
+        return Results.load(
+            SUITES[name], [(p.condition, {job.folder: job.state() for job in p.jobs}) for p in self.plan(name)]
+        )
+
     @functools.cache  # noqa: B019
     def winner(self, name: str, optimizer: str) -> Fields:
-        """The settings of a suite's condition with the least mean loss; all its runs must be over."""
-        losses: dict[int, float] = {}
+        """The settings of a suite's condition with the least mean loss; NotYet until all its runs are over."""
         planned = [p for p in self.plan(name) if p.condition.fields["optimizer"] == optimizer]
         if not planned:
             raise BadInput(f"--only {self.chosen.only}: leaves no run of {optimizer} in {name}, whose best is needed")
-        for i, (_, jobs) in enumerate((p.condition, p.jobs) for p in planned):
-            to_go = [job for job in jobs if job.state() not in ("finished", "failed")]
-            if to_go:
-                raise BadInput(f"{name}: {to_go[0].name} has not finished, and its best setting is needed")
-            finals = [job.summary().get("final_val_loss") for job in jobs]
-            if all(final is not None for final in finals):  # a setting that diverged with any seed does not win
-                losses[i] = float(np.mean(finals))
-        if not losses:
-            raise BadInput(f"{name}: every run of {optimizer} failed, so there is no best setting")
-        return planned[min(losses, key=lambda i: losses[i])].condition.fields
+        to_go = [job.name for p in planned for job in p.jobs if job.state() not in OVER]
+        if to_go:
+            raise NotYet(f"{name}: {to_go[0]} has not finished, and its best setting is needed")
+        best = self.results(name).best(optimizer)
+        if best is None:
+            raise BadInput(f"{name}: runs of every setting of {optimizer} failed, so there is no best one")
+        return best.condition.fields
+
+    def outline(self, name: str) -> Later:
+        """About how much a suite will train whose settings are not known yet."""
+        conditions = SUITES[name].plan(self.scale, lambda suite, optimizer: _Unknown())
+        seeds = self.chosen.seeds or SUITES[name].seeds
+        tokens = sum(self.chosen.tokens or c.fields["tokens"] for c in conditions)
+        return Later(len(conditions) * len(seeds), tokens * len(seeds))
 
     def stages(self) -> list[list[str]]:
         return with_needs(self.chosen.suites())
@@ -208,12 +220,13 @@ def run(arguments: Run) -> int:
     extra = [name for stage in planner.stages() for name in stage if name not in first]
     if extra:
         print(f"{arguments.suite} takes its settings from the best runs of {', '.join(extra)}, which come first")
-    failed: list[Job] = []
     slots = free_slots(arguments.jobs) if arguments.submit is None and not arguments.dry_run else []
-    for stage in planner.stages():
+    seen: dict[str, Job] = {}
+    stages = planner.stages()
+    for number, stage in enumerate(stages):
         try:
             jobs = unique([p for name in stage for p in planner.plan(name)])
-        except BadInput as later:
+        except NotYet as later:
             if not arguments.dry_run:
                 raise
             print(f"{', '.join(stage)}: planned when what they need has finished ({later})")
@@ -226,20 +239,25 @@ def run(arguments: Run) -> int:
             for job in jobs:
                 if job.state() == "failed":
                     job.forget()
-        todo = [job for job in jobs if job.state() not in ("finished", "failed")]
+        todo = [job for job in jobs if job.state() not in OVER]
         print(f"{', '.join(stage)}: {len(jobs)} runs, {len(todo)} to go", flush=True)
+        outlines = [planner.outline(name) for after in stages[number + 1 :] for name in after]
+        rest = Later(sum(o.runs for o in outlines), sum(o.tokens for o in outlines))
         try:
             if arguments.submit is not None:
-                submit(jobs, arguments.submit, arguments.partition, arguments.hours)
+                submit(jobs, arguments.submit, arguments.partition, arguments.hours, rest)
             else:
-                run_here(jobs, slots)
+                run_here(jobs, slots, rest)
         except Interrupted:
             print("stopped; the same command goes on from here", file=sys.stderr)
             return 130
-        failed += [job for job in jobs if job.state() == "failed"]
-    for job in {job.name: job for job in failed}.values():
-        print(f"failed: {job.name}: {job.reason()} (--retry tries it again)")
-    return 1 if failed else 0
+        seen |= {job.name: job for job in jobs}
+    for job in seen.values():
+        if job.state() == "failed":
+            print(f"failed: {job.name}: {job.reason()} (--retry tries it again)")
+        elif job.state() != "finished":
+            print(f"not finished: {job.name}; {job.log} has what it said")
+    return 0 if all(job.state() == "finished" for job in seen.values()) else 1
 
 
 def say_plan(stage: Sequence[str], jobs: Sequence[Job]) -> None:
@@ -257,7 +275,7 @@ def status(arguments: Status) -> None:
                 continue
             try:
                 planned = planner.plan(name)
-            except BadInput as later:
+            except NotYet as later:
                 print(f"{name}: waits for what it needs ({later})")
                 continue
             jobs = unique(planned)
@@ -281,19 +299,19 @@ def _progress(job: Job) -> str:
 
 
 def report(arguments: Report) -> None:
-    from report_suites import Results, write_suite_report
+    from report_suites import write_suite_report
 
     planner = Planner(arguments)
-    results, later = [], []
-    for name in arguments.suites():
+    results, later = {}, []
+    for name in (name for stage in planner.stages() for name in stage):
         try:
-            planned = [(p.condition, [job.folder for job in p.jobs]) for p in planner.plan(name)]
-        except BadInput as refusal:
-            later.append(f"{name} waits for what it needs: {refusal}")
-            continue
-        results.append(Results.load(SUITES[name], planned))
-    page = write_suite_report(results, later, arguments.scale, arguments.out or arguments.folder / "report")
-    print(f"report: {page}")
+            results[name] = planner.results(name)
+        except NotYet as refusal:
+            if name in arguments.suites():
+                later.append(f"{name} waits for what it needs: {refusal}.")
+    shown = [results[name] for name in arguments.suites() if name in results]
+    out = arguments.out or arguments.folder / "report"
+    print(f"report: {write_suite_report(shown, results, later, arguments.scale, out)}")
 
 
 @exit_with_a_sentence

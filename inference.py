@@ -9,7 +9,7 @@ tested. Intervals of a family hold together (Bonferroni); p values are corrected
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats as scipy_stats
@@ -69,6 +69,11 @@ def hedges_g(a: Sequence[float], b: Sequence[float]) -> float:
     return factor * float(np.mean(a) - np.mean(b)) / pooled
 
 
+def p_words(value: float) -> str:
+    """A p value as readers write it."""
+    return "p < 0.0001" if value < 1e-4 else f"p = {value:.2g}"
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjusted p values (Holm 1979): the smallest times m, the next times m - 1, ..., never falling, at most 1. A NaN
     is no test: it stays NaN and is not counted in m."""
@@ -81,7 +86,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Test:
+class Contrast:
     """a - b over seeds. `p` is the test that counts: paired where the seeds pair, else Welch's; `low` and `high` are
     its interval, widened so that all of the family hold together with 95 %."""
 
@@ -109,7 +114,7 @@ class Test:
         return self.low > 0 or self.high < 0
 
 
-def family(pairs: Sequence[Pair], others: int = 0) -> list[Test]:
+def family(pairs: Sequence[Pair], others: int = 0) -> list[Contrast]:
     """Every pair of a suite tested, corrected together, and for `others` more tests made elsewhere on the same runs."""
     kept = [(a, b, finite(x), finite(y)) for a, b, x, y in pairs]
     testable = sum(len(x) > 1 and len(y) > 1 for _, _, x, y in kept)
@@ -121,11 +126,10 @@ def family(pairs: Sequence[Pair], others: int = 0) -> list[Test]:
         if set(x) == set(y) and len(x) > 1:
             difference, low, high, p_paired = paired(x, y, confidence)
         effect = hedges_g(list(x.values()), list(y.values()))
-        unadjusted.append(Test(a, b, (len(x), len(y)), difference, low, high, p_welch, p_paired, math.nan, effect))
+        unadjusted.append(Contrast(a, b, (len(x), len(y)), difference, low, high, p_welch, p_paired, math.nan, effect))
     p_values = [test.p for test in unadjusted] + [1.0] * others
     return [
-        Test(**(vars(test) | {"p_holm": p_holm}))
-        for test, p_holm in zip(unadjusted, holm(p_values)[: len(unadjusted)], strict=True)
+        replace(test, p_holm=p_holm) for test, p_holm in zip(unadjusted, holm(p_values)[: len(unadjusted)], strict=True)
     ]
 
 
@@ -140,17 +144,13 @@ class Reached:
 
 
 def median_time(times: Sequence[float | None]) -> Reached:
-    """The Kaplan-Meier median of times of which some are censored: None = not reached in the whole run.
+    """The median of times of which some are censored: None = not reached in the whole run.
 
-    All runs of a condition have the same budget, so a censored one outlasts every time that was seen.
+    All runs of a condition have the same budget, so a censored one outlasts every time that was seen, and the
+    Kaplan-Meier median is the time by which half of all runs were there.
     """
-    reached = [time for time in times if time is not None]
-    never = len(times) - len(reached)
-    if not reached:
-        return Reached(len(times), never, None)
-    curve = scipy_stats.ecdf(scipy_stats.CensoredData(uncensored=reached, right=[max(reached)] * never)).sf
-    below = np.flatnonzero(curve.probabilities <= 0.5)
-    return Reached(len(times), never, float(curve.quantiles[below[0]]) if len(below) else None)
+    reached, half = sorted(time for time in times if time is not None), math.ceil(len(times) / 2)
+    return Reached(len(times), len(times) - len(reached), reached[half - 1] if 0 < half <= len(reached) else None)
 
 
 def slope(values: Mapping[float, BySeed]) -> dict[int, float]:

@@ -1,6 +1,6 @@
 """Runs of a suite as processes: which are done, which wait, and as many side by side as there are GPUs or cores.
 
-    outcome = run_here(jobs, free_slots(None)); submit(jobs, "slurm", folder)
+    run_here(jobs, free_slots(None)); jobs[0].state()
 
 One process per run, each `train.py --resume`, so that an interrupted run goes on where it was. The process inherits a
 lock: where a launcher was killed and its runs live on, the next one waits for them and starts no second writer.
@@ -27,6 +27,7 @@ from cli import BadInput
 
 MOST_DEATHS = 3  # of a run's process without a word, after which it is not started again
 BAD_INPUT = 2  # the exit code that no second try mends
+OVER = ("finished", "failed")
 DEATH = "-- ended without a summary, exit code "
 POLL_SECONDS = 0.5
 TRAIN = Path(__file__).resolve().parent / "train.py"
@@ -66,7 +67,7 @@ class Job:
     def state(self) -> str:
         """finished, failed (and not to be tried again unasked), started (to be resumed) or waiting."""
         status = self.summary().get("status")
-        if status in ("finished", "failed"):
+        if status in OVER:
             return status
         codes = self.deaths()
         if len(codes) >= MOST_DEATHS or BAD_INPUT in codes:
@@ -145,13 +146,21 @@ def start(job: Job, environment: dict[str, str]) -> subprocess.Popen[bytes] | No
 
 def is_held(job: Job) -> bool:
     """Whether some process is at this run."""
-    with _held(job.lock) as lock:
-        return lock is None
+    if not job.lock.exists():
+        return False
+    with job.lock.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def note_death(job: Job, code: int) -> None:
-    """Count an end without a summary, but for a signal that somebody sent to stop it."""
-    if code not in (0, -signal.SIGTERM, -signal.SIGINT) and not job.summary():
+    """Count an end that says nothing: no verdict in the summary, and nobody sent it a signal to stop."""
+    status = job.summary().get("status")
+    well = status in OVER or code in (-signal.SIGTERM, -signal.SIGINT) or (code == 0 and status == "stopped")
+    if not well:
         with job.log.open("a") as said:
             said.write(f"{DEATH}{code}\n")
 
@@ -198,10 +207,18 @@ class Interrupted(Exception):
     """Somebody asked the launcher to stop; every run has stopped and can go on later."""
 
 
-def run_here(jobs: Sequence[Job], slots: Sequence[dict[str, str]]) -> None:
+@dataclass(frozen=True)
+class Later:
+    """What a suite has to train after these jobs, as far as it is known: for the time left."""
+
+    runs: int = 0
+    tokens: int = 0
+
+
+def run_here(jobs: Sequence[Job], slots: Sequence[dict[str, str]], later: Later = Later()) -> None:
     """Train every job that is not over, in order, as many at once as there are slots; Interrupted after Ctrl-C or
     SIGTERM, once each has written its checkpoint."""
-    waiting = [job for job in jobs if job.state() in ("waiting", "started")]
+    waiting = [job for job in jobs if job.state() not in OVER]
     running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}  # by slot
     asked: list[int] = []  # signals to stop; the second kills
     told: set[tuple[int, bool]] = set()  # processes that have been sent one
@@ -210,7 +227,7 @@ def run_here(jobs: Sequence[Job], slots: Sequence[dict[str, str]]) -> None:
         asked.append(signal_number)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    progress = Progress(jobs)
+    progress = Progress(jobs, later)
     try:
         while (waiting and not asked) or running:
             for slot, (job, process) in list(running.items()):
@@ -221,15 +238,16 @@ def run_here(jobs: Sequence[Job], slots: Sequence[dict[str, str]]) -> None:
                 code = process.poll()
                 if code is not None:
                     del running[slot]
-                    note_death(job, code)
-                    if job.state() == "started" and not asked:
+                    if not kill:
+                        note_death(job, code)
+                    if job.state() not in OVER and not asked:
                         waiting.insert(0, job)
                     progress.ended(job)
             elsewhere = []
             for slot in range(len(slots)):
                 while slot not in running and waiting and not asked:
                     job = waiting.pop(0)
-                    if job.state() not in ("waiting", "started"):
+                    if job.state() in OVER:
                         progress.ended(job)  # by a process that outlived an earlier launcher
                         continue
                     process = start(job, slots[slot])
@@ -249,12 +267,12 @@ def run_here(jobs: Sequence[Job], slots: Sequence[dict[str, str]]) -> None:
 
 
 class Progress:
-    """How far the suite is, in training tokens, with the time left; without a terminal a line per run."""
+    """How far all the suites are, in training tokens, with the time left; without a terminal a line per run."""
 
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self.jobs = {job.name: job for job in jobs}
-        self.over = {job.name for job in jobs if job.state() in ("finished", "failed")}
-        tokens = sum(job.tokens for job in jobs)
+    def __init__(self, jobs: Sequence[Job], later: Later) -> None:
+        self.jobs, self.later = {job.name: job for job in jobs}, later
+        self.over = {job.name for job in jobs if job.state() in OVER}
+        tokens = sum(job.tokens for job in jobs) + later.tokens
         self.began, self.already = time.monotonic(), self._tokens()
         self.bar = None
         if sys.stderr.isatty():
@@ -266,12 +284,13 @@ class Progress:
 
     def ended(self, job: Job) -> None:
         state = job.state()
-        if state in ("finished", "failed"):
+        if state in OVER:
             self.over.add(job.name)
         loss = job.summary().get("final_val_loss")
         words = f"validation loss {loss:.4f}" if state == "finished" and loss is not None else ""
         words = job.reason() if state == "failed" else words
-        line = f"[{len(self.over)}/{len(self.jobs)}] {job.name}: {state}{', ' * bool(words)}{words}{self._left()}"
+        more = f", then {self.later.runs} more" if self.later.runs else ""
+        line = f"[{len(self.over)}/{len(self.jobs)}{more}] {job.name}: {state}{', ' * bool(words)}{words}{self._left()}"
         if self.bar is not None:
             self.bar.write(line)
         else:
@@ -280,7 +299,7 @@ class Progress:
     def _left(self) -> str:
         if self.bar is not None:
             return ""
-        total, done = sum(job.tokens for job in self.jobs.values()), self._tokens()
+        total, done = sum(job.tokens for job in self.jobs.values()) + self.later.tokens, self._tokens()
         if done <= self.already or done >= total:
             return ""
         minutes = (time.monotonic() - self.began) * (total - done) / (done - self.already) / 60
@@ -298,22 +317,24 @@ class Progress:
 
 
 def train_once(job: Job) -> int:
-    """What a scheduler's job does: train one run to its end in this process's place; returns its exit code."""
-    process = start(job, {})
-    if process is None:
-        return 0
-    code = process.wait()
-    note_death(job, code)
-    return code
+    """What a scheduler's job does: train one run to its end, after any other process that is at it; its exit code."""
+    while job.state() not in OVER:
+        process = start(job, {})
+        if process is not None:
+            code = process.wait()
+            note_death(job, code)
+            return code
+        time.sleep(POLL_SECONDS)
+    return 0
 
 
-def submit(jobs: Sequence[Job], cluster: str, partition: str | None, hours: float) -> None:
+def submit(jobs: Sequence[Job], cluster: str, partition: str | None, hours: float, later: Later = Later()) -> None:
     """Every job that is not over as one job of an existing scheduler, through submitit; waits for all of them."""
     try:
         import submitit
     except ModuleNotFoundError:
         raise BadInput("--submit needs the package submitit: pip install submitit") from None
-    waiting = [job for job in jobs if job.state() in ("waiting", "started")]
+    waiting = [job for job in jobs if job.state() not in OVER]
     if not waiting:
         return
     here = str(TRAIN.parent)
@@ -327,7 +348,7 @@ def submit(jobs: Sequence[Job], cluster: str, partition: str | None, hours: floa
     with executor.batch():
         submitted = [executor.submit(train_once, job) for job in waiting]
     print(f"{len(submitted)} jobs on {cluster}: {submitted[0].job_id} and on; logs in {executor.folder}", flush=True)
-    progress, left = Progress(jobs), dict(zip(submitted, waiting, strict=True))
+    progress, left = Progress(jobs, later), dict(zip(submitted, waiting, strict=True))
     try:
         while left:
             for task in [task for task in left if task.done()]:

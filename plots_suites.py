@@ -56,16 +56,15 @@ def time_to_loss(results: Results, a: Outcome, b: Outcome) -> Figure:
     of the runs reach that loss."""
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.7), sharey=True)
     finals = [loss for outcome in (a, b) for loss in outcome.losses().values()]
-    highest = max(
-        float(run.val["val_loss"][1]) for outcome in (a, b) for run in outcome.runs if len(run.val["step"]) > 1
-    )
+    runs = [run for outcome in (a, b) for run in outcome.finished()]
+    highest = max(float(run.val["val_loss"][min(1, len(run.val["step"]) - 1)]) for run in runs)
     targets = np.linspace(highest, min(finals), 60)
     for ax, column, words in zip(
         axes, ("tokens", "train_seconds"), ("training tokens", "training time (s)"), strict=True
     ):
         for outcome in (a, b):
             color = OPTIMIZER_COLORS.get(outcome.optimizer, OTHER_COLOR)
-            runs = [run for run in outcome.runs if run.val]
+            runs = outcome.finished()
             times = [[first_reaching(run.val[column], run.val["val_loss"], t) for run in runs] for t in targets]
             for run_times in zip(*times, strict=True):
                 ax.plot(

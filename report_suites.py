@@ -4,7 +4,7 @@ page = write_suite_report([Results.load(...), ...], later=[], scale="nano", out=
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import plots_suites
 import runfiles
 from claims import CONFIRMED, NOT_CONFIRMED, Claim, Finding, judge_all
 from cli import BadInput, make_folder
-from inference import Test, summarize
+from inference import Contrast, p_words, summarize
 from plots import optimizer_name
 from report_pages import Page, Part, Picture, Table, Verse, html_page, markdown_page
 from results import TOLERANCES, Outcome, Results
@@ -29,12 +29,22 @@ def number(value: float, form: str) -> str:
     return f"{value:{form}}" if math.isfinite(value) else "-"
 
 
-def p_value(value: float) -> str:
-    return "-" if math.isnan(value) else "< 0.0001" if value < 1e-4 else f"{value:.2g}"
+def p_cell(value: float) -> str:
+    return "-" if math.isnan(value) else p_words(value).removeprefix("p = ").removeprefix("p ")
 
 
 def conditions_table(results: Results) -> Table:
-    header = ("condition", "runs", "mean loss", "std. dev.", "95 % interval", "accuracy", "failed", "unsteadiness")
+    header = (
+        "condition",
+        "learning rate",
+        "runs",
+        "mean loss",
+        "std. dev.",
+        "95 % interval",
+        "accuracy",
+        "failed",
+        "unsteadiness",
+    )
     rows = []
     for outcome in results.outcomes:
         s = summarize(list(outcome.losses().values()))
@@ -44,6 +54,7 @@ def conditions_table(results: Results) -> Table:
         rows.append(
             (
                 outcome.name,
+                f"{outcome.condition.fields['lr']:g}",
                 f"{s.n}{', single seed' if outcome.planned == 1 else ''}{to_go}",
                 number(s.mean, ".4f"),
                 number(s.deviation, ".4f"),
@@ -56,7 +67,7 @@ def conditions_table(results: Results) -> Table:
     return Table(header, rows)
 
 
-def tests_table(tests: Sequence[Test]) -> Table:
+def tests_table(tests: Sequence[Contrast]) -> Table:
     header = (
         "difference of final loss",
         "n",
@@ -72,10 +83,10 @@ def tests_table(tests: Sequence[Test]) -> Table:
             f"{test.a} - {test.b}",
             " and ".join(str(n) for n in dict.fromkeys(test.n)),
             number(test.difference, "+.4f"),
-            f"{test.low:+.4f} to {test.high:+.4f}" if math.isfinite(test.low) else "single seed: no test",
-            p_value(test.p_paired),
-            p_value(test.p_welch),
-            p_value(test.p_holm),
+            f"{test.low:+.4f} to {test.high:+.4f}" if math.isfinite(test.low) else "no test",
+            p_cell(test.p_paired),
+            p_cell(test.p_welch),
+            p_cell(test.p_holm),
             number(test.effect, "+.2f"),
         )
         for test in tests
@@ -89,33 +100,32 @@ def findings(results: Results) -> list[str]:
         return [sentence for optimizer in results.optimizers() for sentence in rate_sentences(results, optimizer)]
     tests = results.tests()
     sentences = [test_sentence(test) for test in tests if test.excludes_zero]
-    told_apart = {test.a for test in tests if test.excludes_zero}
-    unclear = [test for test in tests if test.tested and test.a not in told_apart]
-    if unclear:
-        least = min(unclear, key=lambda test: test.p_holm)
-        names = ", ".join(test.a for test in unclear)
-        sentences.append(
-            f"Not told apart from {least.b}: {names} (the nearest to it, {least.a}: {least.difference:+.4f} nats, "
-            f"Holm p = {p_value(least.p_holm)})."
+    unclear = [test for test in tests if test.tested and not test.excludes_zero]
+    for reference in dict.fromkeys(test.b for test in unclear):
+        names = ", ".join(
+            f"{test.a} ({test.difference:+.4f} nats, Holm {p_words(test.p_holm)})"
+            for test in unclear
+            if test.b == reference
         )
-    sentences += [
-        f"{test.a} - {test.b}: {test.difference:+.4f} nats, single seed." for test in tests if not test.tested
-    ]
+        sentences.append(f"Not told apart from {reference}: {names}.")
+    for test in tests:
+        if min(test.n) == 0:
+            sentences.append(f"{test.a} - {test.b}: no finished run on one side.")
+        elif not test.tested:
+            sentences.append(f"{test.a} - {test.b}: {test.difference:+.4f} nats, single seed.")
     for optimizer in results.optimizers():
         best = results.best(optimizer)
         if best is not None and sum(o.optimizer == optimizer for o in results.outcomes) > 1:
             sentences.append(f"Least mean loss of {optimizer_name(optimizer)}: {best.name}, {best.loss:.4f}.")
-    for a, b in results.pairs():
-        if a.optimizer != b.optimizer and math.isfinite(b.loss):
-            sentences.append(reached_sentence(results, a, b))
+    sentences += [reached_sentence(results, a, b) for a, b in results.crosses() if math.isfinite(b.loss)]
     return sentences
 
 
-def test_sentence(test: Test) -> str:
+def test_sentence(test: Contrast) -> str:
     side = "lower" if test.difference < 0 else "higher"
     return (
         f"{test.a} ends {abs(test.difference):.4f} nats {side} than {test.b} (corrected interval {test.low:+.4f} to "
-        f"{test.high:+.4f}, Holm p = {p_value(test.p_holm)}, g = {number(test.effect, '+.1f')})."
+        f"{test.high:+.4f}, Holm {p_words(test.p_holm)}, g = {number(test.effect, '+.1f')})."
     )
 
 
@@ -123,14 +133,12 @@ def rate_sentences(results: Results, optimizer: str) -> list[str]:
     best, words = results.best(optimizer), []
     if best is None:
         return [f"{optimizer_name(optimizer)}: no rate has a final loss."]
-    at_edge = False
     for share in TOLERANCES:
         tolerance = results.tolerance(optimizer, share)
-        at_edge |= tolerance.at_edge
         bound = "at least " if tolerance.open_low or tolerance.open_high else ""
         words.append(f"within {share:.0%} over {bound}{tolerance.decades:.2f} decades")
     seeds = ", single seed" if len(best.losses()) == 1 else ""
-    edge = " It lies ON THE EDGE OF THE GRID: a better rate may lie outside." if at_edge else ""
+    edge = " It lies ON THE EDGE OF THE GRID: a better rate may lie outside." if results.on_edge(best) else ""
     rate = best.condition.fields["lr"]
     return [
         f"{optimizer_name(optimizer)}: best rate {rate:g} (loss {best.loss:.4f}{seeds}); {' and '.join(words)}.{edge}"
@@ -154,7 +162,7 @@ def reached_sentence(results: Results, a: Outcome, b: Outcome) -> str:
 
 def figures(results: Results) -> list[tuple[Picture, Callable[[], Figure]]]:
     """The suite's figures, with how to read each."""
-    finished = [run for run in results.runs() if run.status == "finished"]
+    finished = [run for outcome in results.outcomes for run in outcome.finished()]
     if not finished:
         return []
     found: list[tuple[Picture, Callable[[], Figure]]] = []
@@ -163,7 +171,7 @@ def figures(results: Results) -> list[tuple[Picture, Callable[[], Figure]]]:
         stem = f"{results.name}_{kind}"
         found.append((Picture(stem, title, f"{results.name}: {title}", how), draw))
 
-    crosses = [(a, b) for a, b in results.pairs() if a.optimizer != b.optimizer and a.losses() and b.losses()]
+    crosses = results.crosses()
     if results.suite.varies == "lr":
         if plots.has_rates(finished):
             add(
@@ -217,7 +225,7 @@ def figures(results: Results) -> list[tuple[Picture, Callable[[], Figure]]]:
                 f"Use of the experts under {optimizer_name(outcome.optimizer)}",
                 "The share of tokens that each expert is given in the first seed's run; the line on the bar is an even "
                 "share.",
-                lambda run=outcome.runs[0]: plots.expert_utilization(run),
+                lambda outcome=outcome: plots.expert_utilization(outcome.finished()[0]),
             )
     watched = [run for run in finished if run.projections()]
     if crosses and watched:
@@ -238,13 +246,15 @@ def figures(results: Results) -> list[tuple[Picture, Callable[[], Figure]]]:
     return found
 
 
-def suite_part(results: Results, pictures: Sequence[Picture]) -> Part:
+def suite_part(results: Results, known: Mapping[str, Results], pictures: Sequence[Picture]) -> Part:
     items: list[Table | Picture | Verse] = [
         Verse(f"{results.suite.question} ({results.suite.source})", findings(results) or ["No run has finished yet."]),
         conditions_table(results),
     ]
     if results.pairs():
         items.append(tests_table(results.tests()))
+    if taken_up := results.settings_taken_up(known):
+        items.append(Verse("Settings taken up from sweeps", taken_up))
     if fairness := results.fairness():
         items.append(Verse("Fairness", fairness))
     return Part(results.name, [*items, *pictures])
@@ -257,7 +267,7 @@ def claims_table(judged: Sequence[tuple[Claim, Finding]]) -> Table:
 
 
 NOTES = (
-    "A verdict needs three seeds and an interval, corrected for all tests of its suite, that excludes zero.",
+    "A verdict needs three finished seeds a side and an interval, corrected for all tests of its suite, without zero.",
     "Tests pair the runs of one seed, which share batches and initial weights; Welch's test stands beside. p values "
     "are corrected by Holm within a suite, intervals by Bonferroni so that all of a suite hold together.",
     "A learning rate's tolerance is the width in decades around the best rate within which the loss stays within 1 % "
@@ -267,19 +277,24 @@ NOTES = (
 
 
 def build_page(
-    results: Sequence[Results], later: Sequence[str], scale: str, pictures: dict[str, list[Picture]]
+    results: Sequence[Results],
+    known: Mapping[str, Results],
+    later: Sequence[str],
+    scale: str,
+    pictures: Mapping[str, Sequence[Picture]],
 ) -> Page:
-    judged = judge_all({r.name: r for r in results}, scale)
-    judged = [(claim, finding) for claim, finding in judged if claim.suite in {r.name for r in results}]
+    """`results` are shown; `known` are these and what they take settings from."""
+    shown = {r.name for r in results}
+    judged = [(claim, finding) for claim, finding in judge_all(known, scale) if claim.suite in shown]
     verdicts = [finding.verdict for _, finding in judged]
     confirmed, refuted = verdicts.count(CONFIRMED), verdicts.count(NOT_CONFIRMED)
     runs = {run.path: run for r in results for run in r.runs()}
     finished = sum(run.status == "finished" for run in runs.values())
-    failed = sum(run.status == "failed" for run in runs.values())
+    failed = {(r.name, o.name): o.failed for r in results for o in r.outcomes if o.failed}
     hours = sum(run.train_seconds for run in runs.values()) / 3600
     devices = sorted({str(run.config.get("device_name")) for run in runs.values()})
     commits = sorted({str(run.config.get("git_commit"))[:10] for run in runs.values()})
-    planned = sum(r.planned_runs for r in results)
+    to_go = sum(r.to_go for r in results)
     headline = (
         f"{len(judged)} claims put to the test {SCALE_WORDS[scale]}: {confirmed} confirmed, {refuted} not confirmed, "
         f"{len(judged) - confirmed - refuted} not testable here"
@@ -291,19 +306,18 @@ def build_page(
                 r.name,
                 r.suite.source,
                 r.suite.question,
-                f"{r.finished()} of {r.planned_runs}",
+                f"{r.finished()} of {r.planned}",
                 (findings(r) or ["no run has finished yet"])[0],
             )
             for r in results
         ],
     )
-    warnings = [*later]
-    if finished < len({run.path for run in runs.values()}) or sum(r.finished() for r in results) < planned:
-        warnings.append(f"{planned - sum(r.finished() for r in results)} planned runs have not finished.")
+    warnings = [*later, *(f"{to_go} planned runs are to come." for _ in range(to_go > 0))]
+    warnings += [f"{suite}, {condition}: {count} runs failed." for (suite, condition), count in failed.items()]
     parts = [Part("What the documents claimed, what we find", [claims_table(judged)])] if judged else []
-    parts += [suite_part(r, pictures[r.name]) for r in results]
+    parts += [suite_part(r, known, pictures[r.name]) for r in results]
     made = [
-        f"Runs: {finished} finished, {failed} failed, {hours:.1f} hours of training in all on {', '.join(devices)}.",
+        f"Runs: {finished} finished, {hours:.1f} hours of training in all on {', '.join(devices)}.",
         f"Commits: {', '.join(commits)}. Each run's config.json has its settings, versions and data fingerprint.",
         f"Again: python experiments.py run {results[0].name if len(results) == 1 else 'everything'} --scale {scale}",
     ]
@@ -311,10 +325,7 @@ def build_page(
     return Page(
         title=f"muon-speedrun experiments, {scale}",
         headline=headline if judged else f"{results[0].name}: {results[0].suite.question}",
-        lead=[
-            f"{finished} runs of {len(results)} suites. Both optimizers see the same batches from the same initial "
-            "weights, each at the rate of its own sweep."
-        ],
+        lead=[f"{finished} finished runs, shared by {len(results)} suites."] if len(results) > 1 else [],
         tiles=[],
         summary=summary,
         notes=NOTES,
@@ -323,10 +334,12 @@ def build_page(
     )
 
 
-def write_suite_report(results: Sequence[Results], later: Sequence[str], scale: str, out: Path) -> Path:
+def write_suite_report(
+    results: Sequence[Results], known: Mapping[str, Results], later: Sequence[str], scale: str, out: Path
+) -> Path:
     """report.html, report.md and plots/ in `out`; BadInput where there is nothing to report."""
-    results = [r for r in results if r.outcomes]
-    if not any(r.finished() for r in results):
+    results = [r for r in results if r.finished()]
+    if not results:
         raise BadInput(later[0] if later else "no run of this suite has finished yet: python experiments.py run")
     folder = out / "plots"
     make_folder(folder, exist_ok=True)
@@ -336,7 +349,7 @@ def write_suite_report(results: Sequence[Results], later: Sequence[str], scale: 
         for picture, draw in figures(r):
             plots.save(draw(), folder, picture.stem)
             drawn[r.name].append(picture)
-    page = build_page(results, later, scale, drawn)
+    page = build_page(results, known, later, scale, drawn)
     for name, text in (("report.html", html_page(page, folder)), ("report.md", markdown_page(page))):
         runfiles.write_whole(out / name, lambda file, text=text: file.write(text), mode="w")
     return out / "report.html"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from inference import p_words
 from plots import group_labels, optimizer_name
 from stats import Comparison, Group, Run, compare, first_reaching, group_seeds, t_interval
 
@@ -164,10 +165,9 @@ def chance_sentence(result: Comparison, better: str, worse: str) -> str:
     if not math.isfinite(result.p_value):
         return "The losses do not vary between seeds, so there is no statement about chance."
     words = "Significant" if result.p_value < SURE else "Not significant"
-    p = f"p = {result.p_value:.2g}" if result.p_value >= 1e-4 else "p < 0.0001"
     return (
         f"{words} over {counts[0]} and {counts[1]} seeds: the difference is {result.difference:+.4f} nats, "
-        f"95 % interval {result.low:+.4f} to {result.high:+.4f}, {p} (Welch's t-test)."
+        f"95 % interval {result.low:+.4f} to {result.high:+.4f}, {p_words(result.p_value)} (Welch's t-test)."
     )
 
 
@@ -193,8 +193,7 @@ def _tiles(result: Comparison, better: str, worse: str) -> list[tuple[str, str]]
     count = min(len(result.a.losses()), len(result.b.losses()))
     tiles = [(f"{-result.difference:.4f} nats", f"{better} below {worse}")]
     if math.isfinite(result.p_value):
-        p = f"p = {result.p_value:.2g}" if result.p_value >= 1e-4 else "p < 0.0001"
-        tiles.append((p, "significant" if result.p_value < SURE else "not significant"))
+        tiles.append((p_words(result.p_value), "significant" if result.p_value < SURE else "not significant"))
     else:
         tiles.append((f"{count} seed{'s' * (count > 1)}", "no statement about chance"))
     for ratio, words in (

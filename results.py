@@ -7,15 +7,16 @@ Reads only the files of the runs; runs that are missing or under way are counted
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import runfiles
-from inference import Reached, Test, family, finite, median_time
-from stats import Group, Run, Tolerance, first_reaching, learning_rate_tolerance, load_run
+from inference import Contrast, Reached, family, finite, median_time
+from stats import Run, Tolerance, first_reaching, learning_rate_tolerance, load_run
 from suites import OPTIMIZERS, Condition, Suite
 
 TOLERANCES = (0.01, 0.05)  # shares of the best loss by which a good rate may miss it
@@ -26,10 +27,11 @@ ELSEWHERE = {"name", "runs_dir", "seed", "micro_batch", "resume", "log", "log_ev
 
 @dataclass(frozen=True)
 class Outcome:
-    """A condition and what came of its runs."""
+    """A condition and what came of its runs: `failed` of the `planned` ones did, `runs` are those with a folder."""
 
     condition: Condition
     planned: int
+    failed: int
     runs: tuple[Run, ...]
 
     @property
@@ -40,13 +42,12 @@ class Outcome:
     def optimizer(self) -> str:
         return str(self.condition.fields["optimizer"])
 
-    @property
-    def group(self) -> Group:
-        return Group(self.runs)
+    def finished(self) -> list[Run]:
+        return [run for run in self.runs if run.status == "finished"]
 
     def values(self, value_of: Callable[[Run], float]) -> dict[int, float]:
         """A number of each finished run by seed, where it is one."""
-        return finite({run.config["seed"]: value_of(run) for run in self.runs if run.status == "finished"})
+        return finite({run.config["seed"]: value_of(run) for run in self.finished()})
 
     def losses(self) -> dict[int, float]:
         return self.values(lambda run: run.final_loss)
@@ -58,30 +59,26 @@ class Outcome:
         return float(np.mean(list(losses.values()))) if losses and not self.failed else math.nan
 
     @property
-    def failed(self) -> int:
-        return sum(run.status == "failed" for run in self.runs)
-
-    @property
     def to_go(self) -> int:
-        return self.planned - self.failed - sum(run.status == "finished" for run in self.runs)
+        return self.planned - self.failed - len(self.finished())
 
 
 @dataclass(frozen=True)
 class Results:
-    """A suite and its outcomes, in the order of its plan; conditions without a run are left out."""
+    """A suite and its outcomes, in the order of its plan."""
 
     suite: Suite
     outcomes: tuple[Outcome, ...]
-    planned_runs: int
 
     @classmethod
-    def load(cls, suite: Suite, planned: Sequence[tuple[Condition, Sequence[Path]]]) -> "Results":
+    def load(cls, suite: Suite, planned: Sequence[tuple[Condition, Mapping[Path, str]]]) -> "Results":
+        """`planned` has the state of each run by its folder, as launcher.Job.state says it."""
         outcomes = []
-        for condition, folders in planned:
-            runs = tuple(_load(folder) for folder in folders if (folder / runfiles.CONFIG).exists())
-            if runs:
-                outcomes.append(Outcome(condition, len(folders), runs))
-        return cls(suite, tuple(outcomes), sum(len(folders) for _, folders in planned))
+        for condition, states in planned:
+            runs = tuple(_load(folder) for folder in states if (folder / runfiles.CONFIG).exists())
+            failed = sum(state == "failed" for state in states.values())
+            outcomes.append(Outcome(condition, len(states), failed, runs))
+        return cls(suite, tuple(outcomes))
 
     @property
     def name(self) -> str:
@@ -90,21 +87,38 @@ class Results:
     def runs(self) -> list[Run]:
         return [run for outcome in self.outcomes for run in outcome.runs]
 
+    @property
+    def planned(self) -> int:
+        return sum(outcome.planned for outcome in self.outcomes)
+
     def finished(self) -> int:
-        return sum(run.status == "finished" for run in self.runs())
+        return sum(len(outcome.finished()) for outcome in self.outcomes)
+
+    @property
+    def to_go(self) -> int:
+        return sum(outcome.to_go for outcome in self.outcomes)
 
     def outcome(self, name: str) -> Outcome | None:
         return next((outcome for outcome in self.outcomes if outcome.name == name), None)
 
     def pairs(self) -> list[tuple[Outcome, Outcome]]:
-        """Each condition with the one it is tested against, as far as both have runs."""
+        """Each condition with the one it is tested against."""
         found = ((outcome, self.outcome(outcome.condition.versus or "")) for outcome in self.outcomes)
         return [(a, b) for a, b in found if b is not None]
 
-    def tests(self, others: int = 0, value_of: Callable[[Run], float] | None = None) -> list[Test]:
-        """The final losses (or another number of each run) of every pair, corrected together."""
+    def crosses(self) -> list[tuple[Outcome, Outcome]]:
+        """The pairs of two optimizers that both have a finished run."""
+        return [(a, b) for a, b in self.pairs() if a.optimizer != b.optimizer and a.finished() and b.finished()]
+
+    def tests(self, value_of: Callable[[Run], float] | None = None) -> list[Contrast]:
+        """The final losses (or another number of each run) of every pair, corrected together and for what claims test
+        besides on the same runs."""
         of = value_of or (lambda run: run.final_loss)
-        return family([(a.name, b.name, a.values(of), b.values(of)) for a, b in self.pairs()], others)
+        return family([(a.name, b.name, a.values(of), b.values(of)) for a, b in self.pairs()], self.suite.extra_tests)
+
+    @property
+    def family_size(self) -> int:
+        return len(self.pairs()) + self.suite.extra_tests
 
     def best(self, optimizer: str) -> Outcome | None:
         """The condition with the least mean loss."""
@@ -124,37 +138,73 @@ class Results:
         found = {}
         for side, outcome in (("a", a), ("b", b)):
             for column in ("tokens", "train_seconds"):
-                runs = [run for run in outcome.runs if run.val]
+                runs = outcome.finished()
                 times = [first_reaching(run.val[column], run.val["val_loss"], b.loss) for run in runs]
                 found[f"{side} {column}"] = median_time(times)
         return found
 
     def fairness(self) -> list[str]:
         """What the two optimizers of a suite share and where they differ, from what the runs recorded."""
-        pairs = [(a, b) for a, b in self.pairs() if a.optimizer != b.optimizer]
+        pairs = self.crosses()
         if not pairs:
-            pairs = [p for p in [tuple(self.best(name) for name in self.optimizers())] if len(p) == 2 and all(p)]
+            best = [self.best(name) for name in self.optimizers()]
+            pairs = [tuple(best)] if len(best) == 2 and all(best) else []
         if not pairs:
             return []
-        lines, differences = [], {}
+        differences: dict[str, list[str]] = {}
         for a, b in pairs:
-            left, right = (o.runs[0].settings() for o in (a, b))
-            for key in sorted(set(left) | set(right)):
-                if left.get(key) != right.get(key) and key not in NOT_SHARED | ELSEWHERE:
-                    differences.setdefault(key, []).append(
-                        f"{left.get(key)} for {a.name}, {right.get(key)} for {b.name}"
-                    )
-        fingerprints = {run.config["data_fingerprint"] for run in self.runs()}
-        orders = "one data fingerprint and the same seeds" if len(fingerprints) == 1 else "DIFFERENT data"
-        lines.append(f"Same batches in the same order: {orders}.")
-        lines.append(_same_start(pairs))
-        for key, words in differences.items():
-            lines.append(f"Deviation: {key} is {'; '.join(dict.fromkeys(words))}.")
+            left, right = (_shared_settings(outcome) for outcome in (a, b))
+            for key in left:
+                if left[key] != right[key]:
+                    said = f"{_listed(left[key])} for {a.name}, {_listed(right[key])} for {b.name}"
+                    differences.setdefault(key, []).append(said)
+        lines = [_same_batches(pairs), _same_start(pairs)]
+        lines += [f"Deviation: {key} is {'; '.join(words)}." for key, words in differences.items()]
         if not differences:
             lines.append(
                 "No other setting differs: weight decay, schedule, clipping and validation tokens are the same."
             )
         return lines
+
+    def settings_taken_up(self, others: Mapping[str, "Results"]) -> list[str]:
+        """Which setting of which sweep this suite uses, and whether it lies on the edge of what was tried there."""
+        lines = []
+        for name in self.suite.needs:
+            for optimizer in others[name].optimizers() if name in others else ():
+                best = others[name].best(optimizer)
+                if best is not None and optimizer in self.optimizers():
+                    edge = ", ON THE EDGE OF THE GRID" if others[name].on_edge(best) else ""
+                    lines.append(f"From {name}: {best.name}{edge} (mean loss {best.loss:.4f}).")
+        return lines
+
+    def on_edge(self, best: Outcome) -> bool:
+        """Whether a condition has the least or greatest value that was tried of a number."""
+        key = self.suite.varies
+        tried = [o.condition.fields.get(key) for o in self.outcomes if o.optimizer == best.optimizer]
+        if len(tried) < 3 or not all(isinstance(value, float | int) for value in tried):
+            return False
+        return best.condition.fields[key] in (min(tried), max(tried))
+
+
+def _shared_settings(outcome: Outcome) -> dict[str, tuple[Any, ...]]:
+    """The values of each setting over an outcome's runs, of settings that mean the same to both optimizers."""
+    settings = [run.settings() for run in outcome.finished()]
+    keys = dict.fromkeys(key for one in settings for key in one if key not in NOT_SHARED | ELSEWHERE)
+    return {key: tuple(dict.fromkeys(one.get(key) for one in settings)) for key in keys}
+
+
+def _listed(values: tuple[Any, ...]) -> str:
+    return " or ".join(map(str, values))
+
+
+def _same_batches(pairs: Sequence[tuple[Outcome, Outcome]]) -> str:
+    """Whether data and seeds agree within every pair."""
+    for a, b in pairs:
+        for key, words in (("data_fingerprint", "data"), ("seed", "seeds")):
+            left, right = (sorted({str(run.config[key]) for run in o.finished()}) for o in (a, b))
+            if left != right:
+                return f"Deviation: {words} {', '.join(left)} for {a.name}, {', '.join(right)} for {b.name}."
+    return "Same batches in the same order: one data fingerprint and the same seeds."
 
 
 def _same_start(pairs: Sequence[tuple[Outcome, Outcome]]) -> str:
@@ -169,9 +219,7 @@ def _same_start(pairs: Sequence[tuple[Outcome, Outcome]]) -> str:
         return "Whether both began with the same weights cannot be told: no seed is shared."
     if apart:
         return f"Deviation: before the first update the validation losses differ by up to {apart:.2g} nats."
-    return (
-        f"Same initial weights: before the first update the validation losses agree exactly, in all {compared} pairs."
-    )
+    return "Same initial weights: before the first update the validation losses agree exactly, seed by seed."
 
 
 @functools.cache

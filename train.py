@@ -329,9 +329,6 @@ class Run:
             self.out.say(f"{self.folder}: no checkpoint to resume from, starting at the beginning")
         if self.loaded is not None:
             runfiles.check_same_run(self.s.name, self.loaded["config"], self.config, NOT_IN_HASH)
-            if self.loaded["step"] >= self.updates:
-                self.out.say(f"{self.folder}: finished already, at step {self.loaded['step']}; nothing to do")
-                return False
             self.step = self.loaded["step"]
             self.watch.total = self.loaded["clock"]["train_seconds"]
             self.earlier_wall_seconds = self.loaded["clock"]["wall_seconds"]
@@ -339,6 +336,11 @@ class Run:
             losses = self.loaded["losses"]
             self.best_val_loss, self.last_train_loss = losses["best_val_loss"], losses["train_loss"]
             self.last_val = {key: losses[key] for key in self.last_val}
+            if self.step >= self.updates:
+                self.out.say(f"{self.folder}: finished already, at step {self.step}; nothing to do")
+                if not (self.folder / runfiles.SUMMARY).exists():  # killed between the last checkpoint and the end
+                    self.summarize("finished", None)
+                return False
         if self.rank.count > 1:
             dist.barrier()  # every rank has looked before rank 0 creates
         if self.rank.index == 0:

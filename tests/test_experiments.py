@@ -106,7 +106,7 @@ from pathlib import Path
 sys.path.insert(0, ROOT)
 from tests.synthetic import write_run
 import json
-flags = dict(zip(sys.argv[1::1], sys.argv[2::1]))
+flags = dict(zip(sys.argv[1:], sys.argv[2:]))
 lr, seed = float(flags["--lr"]), int(flags.get("--seed", 0))
 optimizer = flags.get("--optimizer", "muon")
 best = 0.04 if optimizer == "muon" else 0.004
@@ -123,7 +123,6 @@ summary = json.loads((folder / "summary.json").read_text()) | {"final_val_loss":
 def test_everything_is_planned_in_stages_trained_once_and_reported(tmp_path, shards_folder, run_main, monkeypatch):
     fake_training(tmp_path, monkeypatch, FAKE_TRAINING.replace("ROOT", repr(str(ROOT))))
     monkeypatch.setattr(launcher, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(experiments, "submit", None)
     where = ("--scale", "nano", "--runs-dir", tmp_path / "runs", "--data", shards_folder)
     code, out, err = run_main(experiments.main, "run", "everything", *where, "--jobs", "4")
     assert code == 0, err
@@ -167,7 +166,6 @@ def fake_training(tmp_path, monkeypatch, code):
 def test_a_run_that_keeps_dying_is_given_up(tmp_path, monkeypatch, capsys):
     fake_training(tmp_path, monkeypatch, "import os, pathlib; pathlib.Path('n').open('a').write('x'); os._exit(9)")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a").mkdir()
     launcher.run_here([job(tmp_path)], [{}])
     assert (tmp_path / "n").read_text() == "xxx"
     assert job(tmp_path).state() == "failed"
@@ -178,6 +176,18 @@ def test_a_run_that_keeps_dying_is_given_up(tmp_path, monkeypatch, capsys):
     launcher.run_here([job(tmp_path)], [{}])
     assert (tmp_path / "n").read_text() == "x" * 6
     assert "[1/1] a: failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_an_end_without_a_verdict_is_no_end_of_a_loop(tmp_path, monkeypatch, code):
+    """An old summary says stopped, and the process ends without changing it."""
+    stop = "" if code else "Path('a/summary.json').unlink(missing_ok=True)"
+    fake_training(tmp_path, monkeypatch, f"import os\nfrom pathlib import Path\n{stop}\nos._exit({code})")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "summary.json").write_text('{"status": "stopped"}')
+    launcher.run_here([job(tmp_path)], [{}])
+    assert job(tmp_path).deaths() == [code] * 3
 
 
 def test_bad_input_fails_at_once_with_its_sentence(tmp_path, shards_folder):
@@ -240,28 +250,22 @@ def test_one_run_per_free_gpu(tmp_path, monkeypatch):
     ("arguments", "words"),
     [
         (("run", "moe-nonsense"), "no such suite; choose from speedrun-lr"),
-        (("run", "baseline", "--only", "sgd*"), "baseline"),
         (("status", "everythin"), "no such suite"),
         (("report", "moe-clip"), "moe-lr-muon"),
         (("run", "lr-sensitivity", "--jobs", "0"), "--jobs 0: must be at least 1"),
         (("run", "lr-sensitivity", "--only", "sgd*"), "no condition of lr-sensitivity has such a name"),
         (("run", "lr-sensitivity", "--seeds", "-1"), "--seed -1"),
         (("run", "lr-sensitivity", "--data", "nowhere"), "nowhere"),
+        (("run", "lr-sensitivity", "--data", "nowhere", "--dry-run"), "nowhere"),
+        (("status", "lr-sensitivity", "--data", "nowhere"), "nowhere"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, shards_folder, run_main, arguments, words):
     where = () if "--data" in arguments else ("--data", shards_folder)
-    more = (*where, "--runs-dir", tmp_path / "runs", "--scale", "nano")
-    if arguments[1] == "baseline":
-        more += ("--dry-run",)
-    code, out, err = run_main(experiments.main, *arguments, *more)
-    if arguments[1] == "baseline":
-        assert code == 0  # what comes later cannot be planned yet, and is said to be so
-        assert words in out
-    else:
-        assert code == 2
-        assert words in err
-        assert len(err.splitlines()) == 1
+    code, _, err = run_main(experiments.main, *arguments, *where, "--runs-dir", tmp_path / "runs", "--scale", "nano")
+    assert code == 2
+    assert words in err
+    assert len(err.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
 
 
