@@ -177,7 +177,7 @@ def wider(c: Context) -> Finding | None:
         if None in pair:
             return None
         said = [f"{'at least ' * (t.open_low or t.open_high)}{t.decades:.2f}" for t in pair]
-        words.append(f"within {share:.0%}: Muon {said[0]}, AdamW {said[1]} decades")
+        words.append(f"within {100 * share:g} %: Muon {said[0]}, AdamW {said[1]} decades")
     open_ended = pair[1].open_low or pair[1].open_high  # AdamW's may be wider than it seems
     decades = {optimizer: _decades_by_seed(sweep.outcomes) for optimizer, sweep in sweeps.items()}
     both = {seed: decades["muon"][seed] - decades["adamw"][seed] for seed in decades["muon"].keys() & decades["adamw"]}

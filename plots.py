@@ -339,7 +339,7 @@ def learning_rate_sensitivity(runs: Sequence[Run]) -> Figure:
             )
             bound = "at least " if tolerance.open_low or tolerance.open_high else ""
             start = f": best {tolerance.best:g}; within" if share == 0.05 else ","
-            label += f"{start} {share:.0%} over {bound}{tolerance.decades:.2f} decades"
+            label += f"{start} {100 * share:g} % over {bound}{tolerance.decades:.2f} decades"
         for ax, (words, values_of) in zip(axes.flat, panels, strict=True):
             ax.set_ylabel(words)
             for group in members:

@@ -14,8 +14,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Table:
+    """Cells as text; a long table scrolls in a box of its own unless it is `whole`."""
+
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,11 @@ ul { padding-left: 1.2rem; margin: 0.4rem 0; } li { margin: 0.25rem 0; max-width
 .tile b { display: block; font-size: 1.2rem; } .tile span { color: #59626d; font-size: 0.82rem; line-height: 1.3;
   display: block; }
 .scroll { overflow: auto; max-height: 34rem; margin: 0.7rem 0; border: 1px solid #e3e6ea; border-radius: 0.3rem; }
+.scroll.whole { max-height: none; }
 table { border-collapse: collapse; font-size: 0.85rem; min-width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.32rem 0.7rem; text-align: left; white-space: nowrap; }
 td.long { white-space: normal; overflow-wrap: anywhere; min-width: 14rem; }
+.whole td { white-space: normal; } .whole td.long { min-width: 12rem; }
 th { position: sticky; top: 0; background: #f2f4f6; } tr + tr td { border-top: 1px solid #e9ecef; }
 figure { margin: 0.6rem 0 0; } .picture { overflow-x: auto; } img { display: block; max-width: 100%; height: auto; }
 figcaption { color: #454d57; font-size: 0.93rem; max-width: 48rem; margin-top: 0.3rem; }
@@ -165,7 +170,8 @@ def _html_table(table: Table) -> str:
         return f"<tr>{inside}</tr>"
 
     body = "\n".join(row(cells, "td") for cells in table.rows)
-    return f'<div class="scroll"><table>\n{row(table.header, "th")}\n{body}\n</table></div>'
+    kind = "scroll whole" if table.whole else "scroll"
+    return f'<div class="{kind}"><table>\n{row(table.header, "th")}\n{body}\n</table></div>'
 
 
 def markdown_page(page: Page) -> str:

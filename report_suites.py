@@ -136,7 +136,7 @@ def rate_sentences(results: Results, optimizer: str) -> list[str]:
     for share in TOLERANCES:
         tolerance = results.tolerance(optimizer, share)
         bound = "at least " if tolerance.open_low or tolerance.open_high else ""
-        words.append(f"within {share:.0%} over {bound}{tolerance.decades:.2f} decades")
+        words.append(f"within {100 * share:g} % over {bound}{tolerance.decades:.2f} decades")
     seeds = ", single seed" if len(best.losses()) == 1 else ""
     edge = " It lies ON THE EDGE OF THE GRID: a better rate may lie outside." if results.on_edge(best) else ""
     rate = best.condition.fields["lr"]
@@ -263,7 +263,7 @@ def suite_part(results: Results, known: Mapping[str, Results], pictures: Sequenc
 def claims_table(judged: Sequence[tuple[Claim, Finding]]) -> Table:
     header = ("document", "what it claimed", "its numbers", "we find", "our numbers", "suite")
     rows = [(c.source, c.says, c.theirs, f.verdict, f.numbers, c.suite) for c, f in judged]
-    return Table(header, rows)
+    return Table(header, rows, whole=True)
 
 
 NOTES = (
@@ -306,11 +306,12 @@ def build_page(
                 r.name,
                 r.suite.source,
                 r.suite.question,
-                f"{r.finished()} of {r.planned}",
+                f"{r.finished()}/{r.planned}",
                 (findings(r) or ["no run has finished yet"])[0],
             )
             for r in results
         ],
+        whole=len(results) > 1,
     )
     warnings = [*later, *(f"{to_go} planned runs are to come." for _ in range(to_go > 0))]
     warnings += [f"{suite}, {condition}: {count} runs failed." for (suite, condition), count in failed.items()]
@@ -325,13 +326,25 @@ def build_page(
     return Page(
         title=f"muon-speedrun experiments, {scale}",
         headline=headline if judged else f"{results[0].name}: {results[0].suite.question}",
-        lead=[f"{finished} finished runs, shared by {len(results)} suites."] if len(results) > 1 else [],
+        lead=[*_verdict_lists(judged), f"Finished runs: {finished}, of {len(results)} suites."],
         tiles=[],
         summary=summary,
         notes=NOTES,
         warnings=warnings,
         parts=parts,
     )
+
+
+def _verdict_lists(judged: Sequence[tuple[Claim, Finding]]) -> list[str]:
+    """The claims that have a verdict, by it."""
+    lines = []
+    for verdict in (CONFIRMED, NOT_CONFIRMED):
+        said = [
+            f"{claim.says} ({claim.source}, {claim.suite})" for claim, finding in judged if finding.verdict == verdict
+        ]
+        if said:
+            lines.append(f"{verdict.capitalize()}: {'; '.join(said)}.")
+    return lines
 
 
 def write_suite_report(

@@ -295,7 +295,7 @@ def test_rates_are_judged_over_seeds_and_never_on_one(tmp_path):
     # 5 % of 5 is 0.25: Muon's valley ends 0.25 / 0.3 of the way from 0.07 to 0.04 and 0.05 / 0.4 of that beyond 0.1
     muon_width = math.log10(0.07 / 0.04) * 0.25 / 0.3 + math.log10(0.1 / 0.07) + math.log10(0.15 / 0.1) * 0.05 / 0.4
     adamw_width = 0.25 * (math.log10(0.005 / 0.002) + math.log10(0.01 / 0.005))
-    assert f"within 5%: Muon {muon_width:.2f}, AdamW {adamw_width:.2f} decades" in finding.numbers
+    assert f"within 5 %: Muon {muon_width:.2f}, AdamW {adamw_width:.2f} decades" in finding.numbers
     flat = rate_results(tmp_path / "open", "moe-lr-adam", "adamw", [(5.0, 5.01, 4.99)] * 7)
     assert verdicts(muon, "nano", flat)["Muon's range of good rates is wider"].verdict == NOT_TESTABLE
 
