@@ -38,6 +38,7 @@ from documents import (
     train_tokenizer,
     training_sample,
 )
+from runfiles import load_json
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = HEADER_INTS * 4
@@ -48,6 +49,7 @@ GPT2_VOCAB_SIZE = 50_257  # what published llm.c shards hold; they do not say so
 BATCH_DOCUMENTS = 16_384
 BATCH_CHARS = 4_000_000  # per call of the tokenizer: enough for every core, 30 MB of memory
 SPLITS = ("train", "val")
+MAX_META_BYTES = 2**24  # 10^5 shards
 
 
 class ShardWriter:
@@ -237,11 +239,11 @@ def open_shards(folder: Path) -> Shards:
         raise BadInput(f"{folder}: shards of different vocabularies {sorted(vocab_sizes)}")
     meta_path, held = folder / "meta.json", {path.name for path in headers}
     if meta_path.exists():
-        try:
-            meta = json.loads(meta_path.read_text())
-            vocab_size, fingerprint, names = int(meta["vocab_size"]), str(meta["fingerprint"]), set(meta["sha256"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadInput(f"{meta_path}: not a description of shards ({error!r})") from None
+        meta = load_json(meta_path, MAX_META_BYTES)
+        vocab_size, fingerprint, digests = (meta.get(key) for key in ("vocab_size", "fingerprint", "sha256"))
+        if type(vocab_size) is not int or not isinstance(fingerprint, str) or not isinstance(digests, dict):
+            raise BadInput(f"{meta_path}: not a description of shards (vocab_size, fingerprint and sha256 are needed)")
+        names = set(digests)
         for wrong, words in ((names - held, "is missing"), (held - names, "is not in its meta.json")):
             if wrong:
                 raise BadInput(f"{folder}: {', '.join(sorted(wrong))} {words}")
@@ -260,7 +262,7 @@ class TokenStream:
     def __init__(self, shards: Shards, split: str) -> None:
         self.paths, self.vocab_size = shards.files[split], shards.vocab_size
         self.starts = np.concatenate(([0], np.cumsum(shards.counts[split])))
-        self.maps: dict[int, np.ndarray] = {}
+        self.maps: dict[int, tuple[np.ndarray, tuple[int, int, int]]] = {}
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -280,13 +282,25 @@ class TokenStream:
         return out
 
     def _map(self, shard: int) -> np.ndarray:
+        """A shard's tokens; BadInput where the file is damaged, or is no longer the one that was checked: to read on in
+        one that was cut short would kill the process."""
+        path = self.paths[shard]
+        try:
+            found = path.stat()
+            now = found.st_size, found.st_mtime_ns, found.st_ino
+        except OSError as error:
+            raise BadInput(f"{path}: vanished while it was read ({error.strerror})") from None
         if shard not in self.maps:
-            path = self.paths[shard]
             header, payload = read_header(path), np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES)
+            if len(payload) != self.starts[shard + 1] - self.starts[shard]:
+                raise BadInput(f"{path}: changed since the run opened it; start again with --resume when it is whole")
             if header[SLOT_CRC32] and zlib.crc32(payload) != header[SLOT_CRC32]:
                 raise BadInput(f"{path}: its checksum does not match, the file is damaged; rebuild it with data.py")
-            self.maps[shard] = payload
-        return self.maps[shard]
+            self.maps[shard] = payload, now
+        payload, checked = self.maps[shard]
+        if now != checked:
+            raise BadInput(f"{path}: changed while it was read; start again with --resume when it is whole")
+        return payload
 
 
 def shuffle_index(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
@@ -308,6 +322,10 @@ def shuffle_index(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarra
         out[walking] = (left << half) | right
         walking &= out >= n
     return out.astype(np.int64)
+
+
+class LoaderDied(RuntimeError):
+    """No batch will come any more."""
 
 
 class Loader:
@@ -365,7 +383,7 @@ class Loader:
                 break
             except Empty:
                 if not self._thread.is_alive():
-                    raise RuntimeError("the data thread died without a word") from None
+                    raise LoaderDied("the data thread died without a word") from None
         if isinstance(item, BaseException):
             raise item
         self.consumed += self.batch_size

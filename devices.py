@@ -53,10 +53,11 @@ def light_seconds(
 
     Counts 6 FLOPs per matmul parameter and token, attention where it is causal, Newton-Schulz's half products, and
     every gradient, weight and moment once; nothing elementwise, which a perfect program would hide behind the matmuls.
+    Of several ranks each has its share of the tokens, and `optimizers` hold its share of the parameters.
     """
     update_flops, update_bytes = step_cost(optimizers)
-    flops = tokens * model.flops_per_token(seq_len, causal=True) + update_flops
-    return (flops / device.bf16_flops + update_bytes / device.bytes_per_second) / ranks
+    flops = tokens / ranks * model.flops_per_token(seq_len, causal=True) + update_flops
+    return flops / device.bf16_flops + update_bytes / device.bytes_per_second
 
 
 class Speed:

@@ -17,6 +17,7 @@ import numpy as np
 
 from cli import BadInput, first_line
 
+MAX_TOKENIZER_BYTES = 2**27  # the largest published ones have 30 MB
 EOT = "<|endoftext|>"
 EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>")
 TRAIN_CHARS = 200_000_000  # of text that a new tokenizer is trained on, at most
@@ -152,6 +153,8 @@ def load_tokenizer(name: str):
 
     if name.endswith(".json") and not Path(name).exists():
         raise BadInput(f"--tokenizer {name}: no such file")
+    if Path(name).exists() and Path(name).stat().st_size > MAX_TOKENIZER_BYTES:
+        raise BadInput(f"--tokenizer {name}: larger than the {MAX_TOKENIZER_BYTES:,} bytes that a tokenizer may have")
     try:
         tokenizer = Tokenizer.from_file(name) if Path(name).exists() else Tokenizer.from_pretrained(name)
     except Exception as error:  # the library raises bare Exception for every fault

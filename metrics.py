@@ -6,6 +6,7 @@ Float64 throughout, by the symmetric eigenproblem of the smaller Gram matrix: `p
 and its time beside those of an SVD. A value that is undefined is None (JSON null), never 0.0 or NaN.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -37,15 +38,18 @@ class JsonlWriter:
     """Appends one JSON object per line; a killed run leaves whole lines but perhaps for the last."""
 
     def __init__(self, path: Path) -> None:
-        self.file = path.open("a", encoding="utf-8")
+        with runfiles.writing(path):
+            self.file = path.open("a", encoding="utf-8")
 
     def write(self, *records: dict[str, Any]) -> None:
-        self.file.write("".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
-        self.file.flush()
+        with runfiles.writing(self.file.name):
+            self.file.write("".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+            self.file.flush()
 
     def sync(self) -> None:
         """What was written survives a power cut."""
-        os.fsync(self.file.fileno())
+        with runfiles.writing(self.file.name):
+            os.fsync(self.file.fileno())
 
 
 def cut_jsonl(path: Path, last_step: int) -> None:
@@ -53,12 +57,10 @@ def cut_jsonl(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged
             if json.loads(line)["step"] <= last_step:
                 kept.append(line)
-        except (ValueError, KeyError):
-            continue
     runfiles.write_whole(path, lambda file: file.write("".join(line + "\n" for line in kept)), mode="w")
 
 

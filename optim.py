@@ -8,11 +8,9 @@ Muon costs one batched Newton-Schulz per bank and step: about 2 % of the model's
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from kernels import configs
@@ -28,6 +26,7 @@ from kernels.newton_schulz import (
     orthogonalize,
 )
 from model import Transformer
+from sharding import Sharding
 
 SCHEDULES = ("constant", "cosine", "linear", "step", "wsd")
 LR_SCALES = ("spectral", "rms", "none")
@@ -87,8 +86,8 @@ class Muon(torch.optim.Optimizer):
     gradients are divided by the one, and nothing happens where the other is not zero; on CUDA the host never waits.
     On CUDA sm_80 or newer the step runs in Triton kernels with fp16 iterates and, with `capture`, as one CUDA graph
     launch once the addresses of the gradients repeat.
-    With torch.distributed initialised each rank orthogonalises its share of every bank and gathers the rest; gradients
-    must already be equal on all ranks.
+    Over several ranks its parameters are this rank's shares (sharding.py); `updated` is called with each when it has
+    its new values, so that sending them overlaps with the next one's orthogonalisation.
     Raises ValueError for settings out of range and for parameters that are no matrices.
     """
 
@@ -125,6 +124,7 @@ class Muon(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
         self.capture = capture
+        self.updated: Callable[[Tensor], None] | None = None
         self._step_supports_amp_scaling = True
         self._forget_graphs()
 
@@ -141,6 +141,7 @@ class Muon(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("capture", True)
+        self.__dict__.setdefault("updated", None)
         self.__dict__.setdefault("_step_supports_amp_scaling", True)
         self._forget_graphs()
 
@@ -177,7 +178,7 @@ class Muon(torch.optim.Optimizer):
             self._step_reference()
         elif any(True for _ in self._with_gradient()):
             self._set_scalars()
-            if self.capture and not dist.is_initialized() and not torch.cuda.is_current_stream_capturing():
+            if self.capture and self.updated is None and not torch.cuda.is_current_stream_capturing():
                 self._step_captured()
             else:
                 self._step_fused()
@@ -194,6 +195,8 @@ class Muon(torch.optim.Optimizer):
             update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(_scaled_orthogonal(update, group), alpha=-group["lr"])
+            if self.updated is not None:
+                self.updated(p)
 
     def _step_fused(self) -> None:
         """The step in Triton kernels: three passes over each bank besides Newton-Schulz."""
@@ -209,9 +212,11 @@ class Muon(torch.optim.Optimizer):
             for W, gradient, buffer in parts:
                 state = Momentum(buffer, group["momentum"], group["nesterov"], grad_scale, found_inf)
                 X = launch_normalize(gradient, margin, torch.float16, state)
-                out = _shared(X, partial(iterate, schedule=schedule, method=group["ns_method"]))
+                out = iterate(X, schedule=schedule, method=group["ns_method"])
                 scale = self._constant(tuple(scales_of(W.shape, group)), p.device)
                 launch_update(W, out, rate_of[id(group)], scale, found_inf, group["weight_decay"])
+            if self.updated is not None:
+                self.updated(p)
 
     def _step_captured(self) -> None:
         """`_step_fused` as a CUDA graph, one for each set of addresses and settings that comes back.
@@ -264,7 +269,7 @@ class Muon(torch.optim.Optimizer):
         """grad_scale, found_inf and each group's learning rate into tensors that a captured step reads."""
         values = [*self._scaling(), *(group["lr"] for group in self.param_groups)]
         for _ in values[len(self.scalars) :]:
-            self.scalars.append(torch.zeros((), device=self.param_groups[0]["params"][0].device))
+            self.scalars.append(torch.zeros((), device=next(p for _, p in self._with_gradient()).device))
         for scalar, value in zip(self.scalars, values, strict=True):
             scalar.copy_(value) if isinstance(value, Tensor) else scalar.fill_(value)
 
@@ -287,26 +292,9 @@ def _scaled_orthogonal(update: Tensor, group: dict[str, Any]) -> Tensor:
     options = {"steps": group["ns_steps"], "coefficients": group["ns_coefficients"], "method": group["ns_method"]}
     parts = update.reshape(-1, *update.shape[-2:]).split(group["row_splits"] or (update.shape[-2],), dim=1)
     scaled = [
-        _shared(part, lambda x: orthogonalize(x, **options))
-        * part.new_tensor(scales_of(part.shape, group)).view(-1, 1, 1)
-        for part in parts
+        orthogonalize(part, **options) * part.new_tensor(scales_of(part.shape, group)).view(-1, 1, 1) for part in parts
     ]
     return torch.cat(scaled, dim=1).view(update.shape)
-
-
-def _shared(bank: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
-    """`run(bank)` for a (batch, rows, cols), its matrices shared out over the ranks."""
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    if world_size == 1:
-        return run(bank)
-    share = -(-len(bank) // world_size)  # the last ranks may get fewer, or none: padded with zeros
-    mine = bank[dist.get_rank() * share :][:share]
-    padded = bank.new_zeros(share, *bank.shape[1:])
-    if len(mine):
-        padded[: len(mine)] = run(mine)
-    gathered = bank.new_empty(share * world_size, *bank.shape[1:])
-    dist.all_gather_into_tensor(gathered, padded)
-    return gathered[: len(bank)]
 
 
 def step_cost(optimizers: Sequence[torch.optim.Optimizer]) -> tuple[float, float]:
@@ -332,28 +320,99 @@ def build_optimizers(
     weight_decay: float = 0.0,
     betas: Sequence[float] = (0.9, 0.95),
     adam_eps: float = 1e-8,
+    sharding: Sharding | None = None,
     **muon_options: Any,
 ) -> list[torch.optim.Optimizer]:
     """Muon plus AdamW, or AdamW alone: `lr` and `weight_decay` drive the block matrices under either, `adamw_lr` the
     embedding, the gains and the router. Every group carries its `peak_lr`; every parameter is in exactly one group
-    (asserted)."""
-    banks = model.banks()
-    in_banks = {id(bank.parameter) for bank in banks}
-    others = {"params": [p for p in model.parameters() if id(p) not in in_banks], "lr": adamw_lr, "weight_decay": 0.0}
-    adamw_groups, optimizers = [others], []
-    if optimizer == "muon":
-        groups = [{"params": [bank.parameter], "transposed": bank.transposed} for bank in banks]
-        optimizers.append(Muon(groups, lr=lr, weight_decay=weight_decay, **muon_options))
-    else:
-        matrices = {"params": [bank.parameter for bank in banks], "lr": lr, "weight_decay": weight_decay}
-        adamw_groups.append(matrices)
-    optimizers.append(torch.optim.AdamW(adamw_groups, betas=tuple(betas), eps=adam_eps, fused=True))
-    grouped = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
+    (asserted). With `sharding` they hold this rank's shares."""
+    grouped = [id(p) for groups in parameter_layout(model, optimizer) for group in groups for p in group]
     assert sorted(grouped) == sorted(map(id, model.parameters())), "every parameter belongs to exactly one group"
+    sharding = sharding or Sharding(model)
+    own, banks = sharding.own, model.banks()
+    in_banks = {id(bank.parameter) for bank in banks}
+    others = [p for p in model.parameters() if id(p) not in in_banks]
+    optimizers: list[torch.optim.Optimizer] = []
+    adamw_groups = [{"params": [t for p in others for t in own(p)], "lr": adamw_lr, "weight_decay": 0.0}]
+    if optimizer == "muon":
+        groups = [
+            {"params": own(bank.parameter), "transposed": sharding.own_entries(bank.parameter, bank.transposed)}
+            for bank in banks
+        ]
+        optimizers.append(Muon(groups, lr=lr, weight_decay=weight_decay, **muon_options))
+        if sharding.world_size > 1:
+            optimizers[0].updated = sharding.updated
+    else:
+        matrices = [t for bank in banks for t in own(bank.parameter)]
+        adamw_groups.append({"params": matrices, "lr": lr, "weight_decay": weight_decay})
+    optimizers.append(torch.optim.AdamW(adamw_groups, betas=tuple(betas), eps=adam_eps, fused=True))
     for o in optimizers:
         for group in o.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def parameter_layout(model: Transformer, optimizer: str) -> list[list[list[Tensor]]]:
+    """Which parameters are in which group of which optimizer that `build_optimizers` makes."""
+    banks = [bank.parameter for bank in model.banks()]
+    in_banks = {id(p) for p in banks}
+    others = [p for p in model.parameters() if id(p) not in in_banks]
+    return [[[p] for p in banks], [others]] if optimizer == "muon" else [[others, banks]]
+
+
+def _check_state(o: torch.optim.Optimizer, number: int, p: Tensor, state: dict[int, dict[str, Tensor]]) -> None:
+    """ValueError unless a checkpoint has the state of a parameter, in its shape."""
+    for key in STATE[type(o).__name__]:
+        found = state.get(number, {}).get(key)
+        if found is None or found.shape != p.shape:
+            raise ValueError(f"{type(o).__name__} has no {key} of shape {tuple(p.shape)} for parameter {number}")
+
+
+STATE = {"Muon": ("momentum_buffer",), "AdamW": ("exp_avg", "exp_avg_sq")}  # tensors shaped like their parameter
+
+
+def whole_state(
+    optimizers: Sequence[torch.optim.Optimizer], layout: list[list[list[Tensor]]], sharding: Sharding
+) -> list[dict[str, Any]]:
+    """The state of every optimizer as one rank alone would hold it: {"state": {number of parameter: tensors}}. All
+    ranks must call it; empty before the first step."""
+    states = []
+    for o, groups in zip(optimizers, layout, strict=True):
+        state: dict[int, dict[str, Tensor]] = {}
+        for number, p in enumerate(p for group in groups for p in group):
+            share = sharding.share_of[id(p)]
+            mine = {} if share.own is None else o.state[share.own]
+            steps = sharding.largest(float(mine.get("step", 0.0)) if mine else -1.0)
+            if steps < 0:
+                continue
+            # On the other ranks each whole tensor goes as it came: only rank 0 writes.
+            kept = {key: sharding.whole(share, mine.get(key)) for key in STATE[type(o).__name__]}
+            kept = {key: tensor.cpu() for key, tensor in kept.items()} if sharding.rank == 0 else {}
+            if isinstance(o, torch.optim.AdamW):
+                kept["step"] = torch.tensor(steps)
+            state[number] = kept
+        states.append({"state": state})
+    return states
+
+
+def load_whole_state(
+    optimizers: Sequence[torch.optim.Optimizer],
+    layout: list[list[list[Tensor]]],
+    sharding: Sharding,
+    states: Sequence[dict[str, Any]],
+) -> None:
+    """Give every optimizer this rank's part of what `whole_state` returned, on any number of ranks."""
+    for o, groups, state in zip(optimizers, layout, states, strict=True):
+        mine, place = {}, 0
+        for number, p in enumerate(p for group in groups for p in group):
+            share = sharding.share_of[id(p)]
+            if share.own is None:
+                continue
+            if state["state"]:  # of a run that has made no update there is none
+                _check_state(o, number, p, state["state"])
+                mine[place] = {key: sharding.part(share, t) for key, t in state["state"][number].items()}
+            place += 1
+        o.load_state_dict({"state": mine, "param_groups": o.state_dict()["param_groups"]})
 
 
 def set_lr(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:

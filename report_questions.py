@@ -50,7 +50,8 @@ def _events(group: Group, key: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def _too_early(group: Group) -> bool:
-    return len(next(iter(_events(group, "effective_rank").values()))[0]) < 2
+    events = _events(group, "effective_rank").values()
+    return not events or len(next(iter(events))[0]) < 2
 
 
 TOO_EARLY = "only the initial spectra are logged so far."

@@ -3,6 +3,7 @@
 Training writes through this file and reports read by its names; importing it does not import torch.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -11,7 +12,8 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +26,56 @@ METRICS, SPECTRA = "metrics.jsonl", "manifold_stats.jsonl"
 CHECKPOINT, PREVIOUS_CHECKPOINT, BEST = "checkpoint.pt", "checkpoint.prev.pt", "best.pt"
 
 
+class CannotWrite(RuntimeError):
+    """A file of the run cannot be written (full disk, read-only folder); the message is one sentence that names it."""
+
+
+@contextlib.contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Turn what the system says while `path` is written into CannotWrite."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where the disk is full
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise CannotWrite(f"{path}: cannot be written ({reason})") from error
+
+
 def is_safe_name(name: str) -> bool:
     """A single path component that cannot leave the runs folder or hide in it."""
     return re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}", name) is not None
 
 
 def write_whole(path: Path, write: Callable[[Any], None], mode: str = "wb") -> None:
-    """Call `write(file)` on a temporary file beside `path`, force it to disk and rename it into place."""
+    """Call `write(file)` on a temporary file beside `path`, force it to disk and rename it into place; CannotWrite
+    leaves what was there."""
+    temporary = _written(path, write, mode)
+    with writing(path):
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+
+
+def _written(path: Path, write: Callable[[Any], None], mode: str) -> Path:
+    """A complete temporary file beside `path`, or none."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, mode) as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with writing(path), open(temporary, mode) as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except CannotWrite:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    return temporary
+
+
+def _sync_folder(folder: Path) -> None:
+    """A rename survives a power cut only when its folder is on disk too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -86,45 +125,109 @@ def save_checkpoint(folder: Path, contents: dict[str, Any], name: str = CHECKPOI
     import torch
 
     path = folder / name
-    if name == CHECKPOINT and path.exists():
-        os.replace(path, folder / PREVIOUS_CHECKPOINT)
-    write_whole(path, lambda file: torch.save(contents, file))
+    temporary = _written(path, lambda file: torch.save(contents, file), "wb")
+    with writing(path):
+        if name == CHECKPOINT and path.exists():
+            os.replace(path, folder / PREVIOUS_CHECKPOINT)
+        os.replace(temporary, path)
+        _sync_folder(folder)
 
 
-def load_checkpoint(folder: Path, say: Callable[[str], None], set_aside: bool) -> dict[str, Any] | None:
-    """The newest complete checkpoint of a run, on the CPU; None without one. A damaged one is named and, with
-    `set_aside`, renamed to *.damaged."""
+def load_checkpoint(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, Any] | None, list[Path]]:
+    """The newest complete checkpoint of a run, on the CPU, None without one, and the damaged ones before it, which are
+    named. BadInput where all that there are, are damaged."""
     import torch
 
-    damaged = []
+    damaged: list[Path] = []
     for path in (folder / CHECKPOINT, folder / PREVIOUS_CHECKPOINT):
         if not path.exists():
             continue
         try:
+            with zipfile.ZipFile(path) as archive:  # torch writes checksums and does not look at them
+                if archive.testzip() is not None:
+                    raise ValueError("a checksum in it does not match")
             contents = torch.load(path, map_location="cpu", weights_only=True)
-            missing = {"model", "optimizer", "step", "tokens", "loader", "rng", "config"} - contents.keys()
-            if missing:
-                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-            return contents
+            _check_checkpoint(contents)
+            return contents, damaged
+        except (OSError, MemoryError) as error:
+            raise BadInput(f"{path}: cannot be read ({first_line(error)})") from None
         except Exception as error:  # torch, zipfile and pickle raise many kinds on a damaged file
-            damaged.append(str(path))
-            aside = path.with_suffix(".damaged")  # so that the next save does not put it in place of a good one
-            if set_aside:
-                os.replace(path, aside)
-            say(f"{path}: damaged, set aside as {aside.name} ({first_line(error)})")
+            damaged.append(path)
+            say(f"{path}: damaged ({first_line(error)})")
     if damaged:
-        raise BadInput(f"{' and '.join(damaged)}: damaged, and there is no other checkpoint to resume from")
-    return None
+        raise BadInput(f"{' and '.join(map(str, damaged))}: damaged, and there is no other checkpoint to resume from")
+    return None, []
 
 
-def load_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; BadInput names the file where it is missing or something else."""
+def set_aside(damaged: Iterable[Path]) -> None:
+    """Rename damaged checkpoints to *.damaged, so that the next save does not put one in place of a good one."""
+    for path in damaged:
+        with writing(path):
+            os.replace(path, path.with_suffix(".damaged"))
+
+
+CHECKPOINT_PARTS = {
+    **{"model": dict, "optimizer": list, "step": int, "tokens": int, "loader": dict, "rng": dict, "config": dict},
+    **{"clock": dict, "losses": dict},
+}
+CHECKPOINT_NUMBERS = {"clock": ("train_seconds", "wall_seconds"), "losses": ("best_val_loss",)}
+
+
+def _check_checkpoint(contents: Any) -> None:
+    """ValueError unless a checkpoint has its parts, each of its kind."""
+    if not isinstance(contents, dict):
+        raise ValueError(f"it holds a {type(contents).__name__}")
+    for part, kind in CHECKPOINT_PARTS.items():
+        if not isinstance(contents.get(part), kind):
+            raise ValueError(f"its {part} is no {kind.__name__}")
+    for part, keys in CHECKPOINT_NUMBERS.items():
+        for key in keys:
+            if not isinstance(contents[part].get(key), int | float):
+                raise ValueError(f"its {part} has no number {key}")
+    if not {"train_loss", "val_loss", "val_accuracy"} <= contents["losses"].keys() or contents["step"] < 0:
+        raise ValueError("its losses or its step make no sense")
+    if not isinstance(contents["config"].get("config_hash"), str):
+        raise ValueError("its config has no config_hash")
+
+
+def _no_number(word: str) -> None:
+    """JSON has no NaN and no Infinity, though Python's reader takes them."""
+    raise ValueError(f"{word} is no number")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file, none if it is missing; a torn last line of a running run is left out. BadInput names
+    the line that is something else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: not readable as text ({first_line(error)})") from None
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line, parse_constant=_no_number)
+        except (ValueError, RecursionError):
+            if number < len(lines):
+                raise BadInput(f"{path}: line {number} is not JSON") from None
+            break
+        if not isinstance(record, dict):
+            raise BadInput(f"{path}: line {number} holds a JSON {type(record).__name__}, not an object")
+        records.append(record)
+    return records
+
+
+def load_json(path: Path, most_bytes: int = 2**24) -> dict[str, Any]:
+    """A JSON object from a file; BadInput names the file where it is missing, too large or something else."""
+    try:
+        if path.stat().st_size > most_bytes:
+            raise BadInput(f"{path}: {path.stat().st_size:,} bytes, more than the {most_bytes:,} that it may have")
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: not readable as JSON ({error})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: not readable as JSON ({first_line(error)})") from None
     if not isinstance(value, dict):
         raise BadInput(f"{path}: holds a JSON {type(value).__name__}, not an object")
     return value
@@ -144,8 +247,11 @@ class Output:
         elif terminal:
             print(line, flush=True)
         if self.log is not None:
-            self.log.write(line + "\n")
-            self.log.flush()
+            log, self.log = self.log, None  # not asked again where it fails
+            with writing(log.name):
+                log.write(line + "\n")
+                log.flush()
+            self.log = log
 
     def start_bar(self, done: int, total: int) -> None:
         if self.speaks and sys.stderr.isatty():

@@ -10,6 +10,7 @@ import math
 import os
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,7 @@ DEFAULT_LR = {"muon": (0.024, 0.006), "adamw": (0.002, 0.006)}
 KERNELS_THAT_PAY: frozenset[str] = frozenset()  # of model.KERNELS: those with an end-to-end win in runs/records
 BATCH_TOKENS, EVAL_TOKENS = 16_384, 131_072
 NANO_BATCH_TOKENS, NANO_EVAL_TOKENS = 8192, 16_384
+RANK_TIMEOUT = timedelta(minutes=10)  # that a rank waits for another before it gives up; compilation fits into it
 EVENTS_PER_RUN = 20  # validation and spectra, unless their flags say otherwise
 LARGE_SPECTRA_PER_RUN = 4  # above nano: an event of the 88M model is 5 to 8 s of work for two CPU cores
 
@@ -133,6 +135,8 @@ class Settings:
     """Where to train; auto = CUDA if there is one."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Type of activations; auto = bf16 on CUDA sm_80 and newer, else fp32. Weights are always fp32."""
+    deterministic: bool = False
+    """Only algorithms that repeat to the bit on the same GPU, slower; a CPU always does."""
     runs_dir: Path = Path("runs")
     """Where run folders are made."""
     name: str | None = None
@@ -145,6 +149,7 @@ class Settings:
 NOT_IN_HASH = {
     *("data", "micro_batch", "eval_every", "eval_tokens", "spectra_every", "checkpoint_every", "log_every", "log"),
     *("resume", "compile", "kernels", "device", "runs_dir", "name", "plots"),
+    "deterministic",
 }
 
 
@@ -168,7 +173,11 @@ def join_ranks(device: str) -> Rank:
             raise BadInput(f"--nproc_per_node: more ranks than the {torch.cuda.device_count()} GPUs of this machine")
         torch.cuda.set_device(rank.local)
     if rank.count > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # After a restart by torchrun the store still holds the addresses of the processes before.
+        store, *_ = next(dist.rendezvous("env://", timeout=RANK_TIMEOUT))
+        store = dist.PrefixStore(f"start-{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        who = {"store": store, "rank": rank.index, "world_size": rank.count}
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=RANK_TIMEOUT, **who)
     return rank
 
 

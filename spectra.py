@@ -1,7 +1,7 @@
 """Watching the weights without holding up the training: snapshots in the loop, metrics and files in a worker.
 
-    recorder = SpectraRecorder(model, path); recorder.before_update(); optimizer.step(); recorder.record(step, tokens)
-    recorder.flush(); recorder.close()
+    recorder = SpectraRecorder(model, path); recorder.before_update(norms); optimizer.step()
+    recorder.record(step, tokens); recorder.flush(); recorder.close()
 
 An event costs the loop a copy of the block matrices and of their update, on a GPU asynchronous. At most QUEUE_EVENTS
 wait for the worker; after that the loop waits for it. An event's lines are written in one piece, so a killed run has
@@ -64,12 +64,12 @@ class SpectraRecorder:
         self.worker.start()
 
     @torch.no_grad()
-    def before_update(self) -> None:
-        """Keep the weights and the gradients' norms as they are before the optimizer touches either."""
+    def before_update(self, grad_norms: list[Tensor]) -> None:
+        """Keep the weights as they are before the optimizer touches them, and the norm of every matrix's gradient: for
+        each bank (B,), in float64."""
         start = time.perf_counter()
-        banks = [bank.parameter for bank in self.model.banks()]
-        self.before = [p.detach().clone() for p in banks]
-        self.grad_norms = [torch.linalg.vector_norm(p.grad, dim=(-2, -1), dtype=torch.float64) for p in banks]
+        self.before = [bank.parameter.detach().clone() for bank in self.model.banks()]
+        self.grad_norms = grad_norms
         self.seconds_blocked += time.perf_counter() - start
 
     @torch.no_grad()
@@ -155,7 +155,7 @@ class SpectraRecorder:
             of_update = None if of_updates is None else of_updates[place.bank].of(place.index)
             if place.transposed:
                 of_weight, of_update = of_weight.mT, of_update and of_update.mT
-            grad_norm = None if event.grad_norms is None else event.grad_norms[place.bank].flatten()[place.index].item()
+            grad_norm = None if event.grad_norms is None else event.grad_norms[place.bank][place.index].item()
             line = {"step": event.step, "tokens": event.tokens, "layer": place.layer, "proj": place.name}
             if place.expert is not None:
                 line["expert"] = place.expert

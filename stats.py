@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from scipy import stats as scipy_stats
 
+import runcheck
 import runfiles
 from cli import BadInput
 
@@ -26,7 +27,7 @@ CONFIDENCE = 0.95
 # Runs that differ only here are repetitions of one experiment; any other setting, also one not known here, counts.
 NOT_LEARNED = {
     *("seed", "name", "runs_dir", "data", "device", "compile", "kernels", "micro_batch", "resume", "log"),
-    *("log_every", "checkpoint_every", "eval_every", "spectra_every", "plots"),
+    *("log_every", "checkpoint_every", "eval_every", "spectra_every", "plots", "deterministic"),
 }
 
 
@@ -153,25 +154,18 @@ def load_run(path: Path) -> Run:
     """Read a run's folder, finished or not; BadInput names the folder or file that cannot be read."""
     if not path.is_dir():
         raise BadInput(f"{path}: no such run folder")
-    config = runfiles.load_json(path / runfiles.CONFIG)
-    summary_path = path / runfiles.SUMMARY
-    metrics = _read_jsonl(path / runfiles.METRICS)
-    missing = {"optimizer", "seed", "model", "steps"} - config.keys()
-    if missing:
-        raise BadInput(f"{path / runfiles.CONFIG}: lacks {', '.join(sorted(missing))}")
-    spectra = _read_jsonl(path / runfiles.SPECTRA)
+    config, summary = runcheck.config(path / runfiles.CONFIG), runcheck.summary(path / runfiles.SUMMARY)
+    metrics, spectra = runcheck.metrics(path / runfiles.METRICS), runcheck.spectra(path / runfiles.SPECTRA)
     for line in spectra:
-        if not {"step", "layer", "proj", "singular_values"} <= line.keys():
-            raise BadInput(f"{path / runfiles.SPECTRA}: a line lacks step, layer, proj or singular_values")
         line["singular_values"] = np.array(line["singular_values"], dtype=np.float32)  # an eighth of a list's memory
     return Run(
         path=path,
         config=config,
-        summary=runfiles.load_json(summary_path) if summary_path.exists() else {},
-        train=_columns([line for line in metrics if line.get("kind") == "train"]),
-        val=_columns([line for line in metrics if line.get("kind") == "val"]),
+        summary=summary,
+        train=_columns([line for line in metrics if line["kind"] == "train"]),
+        val=_columns([line for line in metrics if line["kind"] == "val"]),
         spectra=_whole_events(spectra),
-        experts=[line for line in metrics if line.get("kind") == "experts"],
+        experts=[line for line in metrics if line["kind"] == "experts"],
     )
 
 
@@ -180,21 +174,6 @@ def find_runs(path: Path) -> list[Path]:
     if (path / runfiles.CONFIG).exists() or not path.is_dir():
         return [path]
     return sorted(folder.parent for folder in path.glob(f"*/{runfiles.CONFIG}")) or [path]
-
-
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, none if it is missing; a torn last line of a running run is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise BadInput(f"{path}: line {number} is not JSON") from None
-    return records
 
 
 def _whole_events(spectra: list[dict[str, Any]]) -> list[dict[str, Any]]:

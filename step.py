@@ -21,6 +21,7 @@ from torch import Tensor
 
 from clock import Times
 from model import Transformer
+from sharding import Sharding
 
 COMPILE_CACHE = Path(__file__).resolve().parent / ".cache" / "inductor"
 
@@ -83,19 +84,22 @@ class TrainingStep:
         micro_batch: int,
         grad_clip: float = 1.0,
         compiled: bool = False,
-        world_size: int = 1,
+        sharding: Sharding | None = None,
         backend: str | Callable = "inductor",
     ) -> None:
         self.model, self.optimizers = model, optimizers
-        self.micro_batch, self.grad_clip, self.world_size = micro_batch, grad_clip, world_size
+        self.micro_batch, self.grad_clip = micro_batch, grad_clip
+        self.sharding = sharding or Sharding(model)
+        self.world_size = self.sharding.world_size
         self.forward = torch.compile(model, dynamic=False, fullgraph=True, backend=backend) if compiled else model
-        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.names = tuple(share.name for share in self.sharding.shares)
         self.mixture = model.config.experts > 0
         self.device = model.embedding.device
         self.times = Times(self.device)
 
     def gradients(self, batch_BT1: Tensor, stop_asked: bool = False, times: Times | None = None) -> Deferred:
-        """Gradients of the mean loss over the global batch, accumulated over micro-batches and summed over ranks.
+        """Gradients of the mean loss over the global batch, accumulated over micro-batches and summed over ranks,
+        of which each keeps its share.
 
         `batch_BT1` is this rank's share: integer tokens, one more per row than the model reads, rows a multiple of
         micro_batch. Returns the loss in nats, the norm before clipping, and whether any rank was asked to stop; tells
@@ -117,25 +121,26 @@ class TrainingStep:
             if self.mixture:
                 counts += self.model.expert_counts
         stop = torch.full((), float(stop_asked), device=self.device)
+        self.sharding.reduce_gradients()
+        shared = torch.cat((torch.stack((loss, stop)), self.sharding.squared_norms(), counts.flatten()))
         if self.world_size > 1:
-            shared = torch.stack((loss, stop))
-            for tensor in (shared, *((counts,) if self.mixture else ()), *(p.grad for p in self.trained.values())):
-                dist.all_reduce(tensor)
-            loss, stop = shared
-        norms = torch.stack([torch.linalg.vector_norm(p.grad) for p in self.trained.values()])
+            dist.all_reduce(shared)
+        loss, stop = shared[:2]
+        norms, counts = shared[2 : 2 + len(self.names)].sqrt(), shared[2 + len(self.names) :]
         grad_norm = torch.linalg.vector_norm(norms)
         found_inf = (~torch.isfinite(loss + grad_norm)).float()
         clip = torch.clamp(grad_norm / self.grad_clip, min=1.0) if self.grad_clip else torch.ones_like(loss)
         for optimizer in self.optimizers:
             optimizer.grad_scale, optimizer.found_inf = clip, found_inf
-        values = torch.cat((torch.stack((loss, grad_norm, stop)), norms, counts.flatten()))
-        return Deferred(values, tuple(self.trained), self.model.config.layers if self.mixture else 0)
+        values = torch.cat((torch.stack((loss, grad_norm, stop)), norms, counts))
+        return Deferred(values, self.names, self.model.config.layers if self.mixture else 0)
 
     def apply(self) -> Times:
         """The optimizers' step on the gradients, clipped, or nothing where they are not finite; frees the gradients."""
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        self.sharding.gather()
         self.times.mark("optimizer")
         return self.times
 

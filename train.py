@@ -6,10 +6,12 @@
 The clock (train_seconds) runs over updates and their spectra; compilation, warm-up, validation and checkpoints are off.
 """
 
+import contextlib
 import dataclasses
 import gc
 import itertools
 import math
+import os
 import resource
 import signal
 import sys
@@ -25,17 +27,18 @@ import torch.distributed as dist
 import tyro
 
 import runfiles
-from cli import BadInput, exit_with_a_sentence, make_folder
+from cli import BadInput, exit_with_a_sentence, first_line, make_folder
 from clock import Point, Stopwatch, Times, point, seconds_between
-from data import Loader, Shards, TokenStream, validation_batches
+from data import Loader, LoaderDied, Shards, TokenStream, validation_batches
 from devices import Speed
 from kernels.configs import capability
 from live import TensorBoard
 from memory import MemoryCount, available_bytes, choose_micro_batch
 from metrics import JsonlWriter, cut_jsonl, finite
 from model import ModelConfig, Transformer
-from optim import build_optimizers, lr_factor, set_lr
+from optim import build_optimizers, load_whole_state, lr_factor, parameter_layout, set_lr, whole_state
 from settings import NOT_IN_HASH, Rank, Settings, chosen_kernels, identity, join_ranks, resolve
+from sharding import Sharding
 from spectra import SpectraRecorder, WorkerFailed
 from step import Deferred, Numbers, TrainingStep, evaluate, prepare_torch
 
@@ -67,6 +70,9 @@ class Run:
         self.out = runfiles.Output(speaks=rank.index == 0)
         self.device = torch.device(s.device, rank.local) if s.device == "cuda" else torch.device("cpu")
         self.updates = math.ceil(s.tokens / s.batch_tokens)
+        if s.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(s.deterministic)
         torch.manual_seed(s.seed)
         self.model = Transformer(config, shards.vocab_size)  # on the CPU first: the same weights on every device
         self.model.to(self.device).compute_dtype = torch.bfloat16 if s.precision == "bf16" else torch.float32
@@ -79,6 +85,7 @@ class Run:
             dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
             micro_batch = int(smallest)
         s = self.s = dataclasses.replace(s, micro_batch=micro_batch)
+        self.sharding = Sharding(self.model, rank.index, rank.count)
         muon = ("momentum", "nesterov", "ns_steps", "ns_coefficients", "ns_method", "lr_scale")
         self.optimizers = build_optimizers(
             self.model,
@@ -88,15 +95,17 @@ class Run:
             weight_decay=s.weight_decay,
             betas=(s.beta1, s.beta2),
             adam_eps=s.adam_eps,
+            sharding=self.sharding,
             **{key: getattr(s, key) for key in muon},
         )
+        self.layout = parameter_layout(self.model, s.optimizer)
         self.work = TrainingStep(
             self.model,
             self.optimizers,
             micro_batch=s.micro_batch,
             grad_clip=s.grad_clip,
             compiled=s.compile == "on",
-            world_size=rank.count,
+            sharding=self.sharding,
         )
         self.loader = Loader(
             TokenStream(shards, "train"),
@@ -131,14 +140,16 @@ class Run:
             params, active = self.model.parameter_count(), self.model.active_parameter_count()
             self.out.say(f"{params:,} parameters, of which a token meets {active:,} ({active / params:.1%})")
         self.warm_up()
+        resumed = self.loaded is not None
         if self.loaded is not None:
             self.load(self.loaded)
             self.out.say(f"{self.folder}: resuming at step {self.step} of {self.updates}")
+            self.loaded = None  # its memory is wanted
         self.out.start_bar(self.step, self.updates)
         gc.collect()
         gc.freeze()  # what exists now stays: collections need not walk it again in every step
         self.start_clock()
-        if self.loaded is None:
+        if not resumed:
             self.spectra_event()
             self.off_clock(self.validate)
         while self.step < self.updates and not self.stops():
@@ -191,8 +202,10 @@ class Run:
         numbers = self.work.gradients(next(self.loader), self.signalled)
         if self.spectra is not None:
             self.spectra.check()
-            if keep_for_spectra:
-                self.spectra.before_update()
+        if keep_for_spectra:
+            norms = self.sharding.bank_norms()  # on every rank
+            if self.spectra is not None:
+                self.spectra.before_update(norms)
         times = self.work.apply()
         self.step += 1
         stop = point(self.device)
@@ -319,12 +332,18 @@ class Run:
 
     def open_folder(self) -> bool:
         """Create the run's folder, or load its last checkpoint; False if the run is finished already."""
+        damaged: list[Path] = []
+        if self.folder.is_symlink():
+            raise BadInput(f"--name {self.s.name}: {self.folder} is a link; runs stay in --runs-dir")
         if self.folder.exists():
             if not self.s.resume:
                 raise BadInput(f"--name {self.s.name}: {self.folder} exists; choose another name, or add --resume")
             if any(self.folder.iterdir()) and not (self.folder / runfiles.CONFIG).exists():
                 raise BadInput(f"--name {self.s.name}: {self.folder} is no run's folder; choose another name")
-            self.loaded = runfiles.load_checkpoint(self.folder, self.out.say, set_aside=self.rank.index == 0)
+            self.loaded, damaged = runfiles.load_checkpoint(self.folder, self.out.say)
+        self.agree_on_the_start()
+        if self.rank.index == 0:
+            runfiles.set_aside(damaged)
         if self.s.resume and self.loaded is None:
             self.out.say(f"{self.folder}: no checkpoint to resume from, starting at the beginning")
         if self.loaded is not None:
@@ -345,12 +364,14 @@ class Run:
             dist.barrier()  # every rank has looked before rank 0 creates
         if self.rank.index == 0:
             make_folder(self.folder, exist_ok=self.s.resume)
-            (self.folder / runfiles.SUMMARY).unlink(missing_ok=True)  # of the part before
+            with runfiles.writing(self.folder / runfiles.SUMMARY):
+                (self.folder / runfiles.SUMMARY).unlink(missing_ok=True)  # of the part before
             last_step = -1 if self.loaded is None else self.step
             for name in (runfiles.METRICS, runfiles.SPECTRA):
                 cut_jsonl(self.folder / name, last_step)
             runfiles.write_json(self.folder / runfiles.CONFIG, self.config)
-            self.out.log = (self.folder / runfiles.LOG).open("a", encoding="utf-8")
+            with runfiles.writing(self.folder / runfiles.LOG):
+                self.out.log = (self.folder / runfiles.LOG).open("a", encoding="utf-8")
             self.metrics = JsonlWriter(self.folder / runfiles.METRICS)
             if self.s.log == "tensorboard":
                 self.live = TensorBoard(self.folder, last_step)
@@ -358,6 +379,16 @@ class Run:
                 listener = self.live and self.live.write_spectra
                 self.spectra = SpectraRecorder(self.model, self.folder / runfiles.SPECTRA, listener)
         return True
+
+    def agree_on_the_start(self) -> None:
+        """BadInput on every rank unless all read the same checkpoint, or none."""
+        if self.rank.count == 1:
+            return
+        step = float(-1 if self.loaded is None else self.loaded["step"])
+        ends = torch.tensor((step, -step), device=self.device)
+        dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+        if ends[0] != -ends[1]:
+            raise BadInput(f"{self.folder}: ranks read different checkpoints in it; --runs-dir must be shared by all")
 
     def describe(self) -> dict[str, Any]:
         """config.json: every resolved setting under its flag's name, and where the run comes from."""
@@ -380,7 +411,8 @@ class Run:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
     def checkpoint(self) -> None:
-        """Write everything that the rest of the run depends on, from rank 0."""
+        """Write everything that the rest of the run depends on, from rank 0; every rank must call it."""
+        states = whole_state(self.optimizers, self.layout, self.sharding)
         if self.rank.index != 0:
             return
         if self.metrics is not None:
@@ -388,7 +420,7 @@ class Run:
         cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         contents = {
             "model": self.model.state_dict(),
-            "optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizer": states,
             **self.progress(),
             "loader": self.loader.state_dict(),
             "rng": {"torch": torch.get_rng_state(), "cuda": cuda_rng},
@@ -404,13 +436,15 @@ class Run:
 
     def load(self, contents: dict[str, Any]) -> None:
         """Take up a checkpoint, after which the run goes on as if it had never stopped."""
-        self.model.load_state_dict(contents["model"])
-        for optimizer, state in zip(self.optimizers, contents["optimizer"], strict=True):
-            optimizer.load_state_dict(state)
-        self.loader.load_state_dict(contents["loader"])
-        torch.set_rng_state(contents["rng"]["torch"])
-        if self.device.type == "cuda" and contents["rng"]["cuda"] is not None:
-            torch.cuda.set_rng_state(contents["rng"]["cuda"], self.device)
+        try:
+            self.model.load_state_dict(contents["model"])
+            load_whole_state(self.optimizers, self.layout, self.sharding, contents["optimizer"])
+            self.loader.load_state_dict(contents["loader"])
+            torch.set_rng_state(contents["rng"]["torch"])
+            if self.device.type == "cuda" and contents["rng"]["cuda"] is not None:
+                torch.cuda.set_rng_state(contents["rng"]["cuda"], self.device)
+        except (RuntimeError, KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+            raise BadInput(f"{self.folder}: its checkpoint does not fit this run ({first_line(error)})") from error
 
     def close(self) -> None:
         """Stop the threads; what they still hold is written first."""
@@ -468,32 +502,57 @@ def main() -> int:
 
 def run_training(run: Run) -> int:
     """The run from opening its folder to its summary; returns the exit code."""
-    if not run.open_folder():
-        return 0
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signal_number, run.ask_to_stop)
+    opened = False
     try:
+        opened = run.open_folder()
+        if not opened:
+            return 0
+        for signal_number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signal_number, run.ask_to_stop)
         status = run.train()
-    except (TrainingFailed, WorkerFailed, torch.OutOfMemoryError) as failure:
-        reason = str(failure)
-        if isinstance(failure, torch.OutOfMemoryError):
-            reason = run.memory.misfit(run.s.micro_batch, available_bytes(run.device))
-        run.close()  # what the worker still holds is written before the summary says that it is over
-        run.summarize("failed", reason)
-        run.out.say(f"failed: {reason}")
-        return 1
+        run.close()
+        run.summarize(status, None if status == "finished" else f"signal after step {run.step}")
     except BaseException as error:
-        run.summarize("failed", f"{type(error).__name__}: {error}")
-        raise
+        return failed(run, error, opened)
     finally:
         gc.unfreeze()
-        run.close()
-    run.summarize(status, None if status == "finished" else f"signal after step {run.step}")
+        with contextlib.suppress(runfiles.CannotWrite):
+            run.close()
     if status == "finished" and run.s.plots and run.rank.index == 0:
         draw_plots(run.folder)
     which = "final" if status == "finished" else "last"  # a stopped run does not validate again
     run.out.say(f"{run.folder}: {status} after {run.step} updates, {which} validation loss {run.last_val['val_loss']}")
     return 0
+
+
+def failed(run: Run, error: BaseException, opened: bool) -> int:
+    """Write and say why a run ended, as far as that can be written; raises a bug, and bad input, again."""
+    run.step -= len(run.under_way)  # updates whose numbers nobody has read
+    reason = reason_of(error, run)
+    with contextlib.suppress(runfiles.CannotWrite):
+        run.close()  # what the worker still holds is written before the summary says that it is over
+    if opened:
+        with contextlib.suppress(runfiles.CannotWrite):
+            run.summarize("failed", reason or f"{type(error).__name__}: {error}")
+    if reason is None or isinstance(error, BadInput):
+        raise error
+    with contextlib.suppress(runfiles.CannotWrite):
+        run.out.say(f"failed: {reason}")
+    if run.rank.index and not isinstance(error, TrainingFailed):  # that one all ranks know
+        print(f"rank {run.rank.index}: failed: {reason}", file=sys.stderr, flush=True)
+    return 1
+
+
+def reason_of(error: BaseException, run: Run) -> str | None:
+    """Why a run ended, where that is a state of the world and no bug; None for a bug."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return run.memory.misfit(run.s.micro_batch, available_bytes(run.device))
+    if isinstance(error, TrainingFailed | WorkerFailed | LoaderDied | BadInput | runfiles.CannotWrite):
+        return str(error)
+    lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    if lost and run.rank.count > 1:
+        return f"another rank was lost after step {run.step}: {first_line(error)}"
+    return None
 
 
 def draw_plots(folder: Path) -> None:

@@ -23,6 +23,7 @@ from cli import BadInput, exit_with_a_sentence
 from kernels.newton_schulz import orthogonalize
 from metrics import SUBSPACE_RANK
 from model import SIZES, Transformer
+from sharding import Sharding
 from spectra import SpectraRecorder, decompose_bank
 
 SINGULAR_VALUE_TOLERANCE, ANGLE_TOLERANCE = 1e-5, 1e-4
@@ -83,6 +84,7 @@ def main() -> int:
     seconds: dict[str, list[float]] = {"eigenproblems": [], "svd": [], "whole event": []}
     with tempfile.TemporaryDirectory() as folder:
         recorder = SpectraRecorder(model, Path(folder) / runfiles.SPECTRA)
+        sharding = Sharding(model)
         for W in weights:
             W.grad = torch.randn_like(W)
         recorder.record(0, 0)
@@ -94,7 +96,7 @@ def main() -> int:
                     run(bank.detach())
                 seconds[name].append(time.perf_counter() - start)
             start = time.perf_counter()
-            recorder.before_update()
+            recorder.before_update(sharding.bank_norms())
             with torch.no_grad():
                 for W, update in zip(weights, updates, strict=True):
                     W.add_(update)

@@ -356,3 +356,14 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(run_main, tmp_path, argume
     assert words in err
     assert len(err.strip().splitlines()) == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_tokenizer_file_out_of_all_proportion_is_refused(tmp_path, run_main):
+    huge = tmp_path / "tokenizer.json"
+    with huge.open("wb") as file:
+        file.truncate(2**28)
+    (tmp_path / "text.txt").write_text("some text")
+    where = (tmp_path / "text.txt", "--out", tmp_path / "out")
+    code, _, err = run_main(data.main, "text", *where, "--tokenizer", huge)
+    assert code == 2
+    assert "larger than" in err

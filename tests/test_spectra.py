@@ -19,6 +19,7 @@ import train
 from metrics import decompose, projection_record
 from model import ModelConfig, Transformer
 from optim import build_optimizers
+from sharding import Sharding
 from spectra import QUEUE_EVENTS, SpectraRecorder, WorkerFailed
 
 CONFIG = ModelConfig(32, 2, 4, 2, 48, seq_len=16)
@@ -47,7 +48,7 @@ def test_recorded_gradient_norm_is_the_gradients_and_the_update_is_this_steps(tm
     expected = {(p.layer, p.name): p.weight.norm().item() for p in model.projections(gradients)}
     before = {(layer, name): weight.detach().clone() for layer, name, weight in projections}
     loss.backward()
-    recorder.before_update()
+    recorder.before_update(Sharding(model).bank_norms())
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     for optimizer in optimizers:
         optimizer.step()

@@ -1,0 +1,187 @@
+"""Many ranks: what they send per update against the least possible, how evenly they share Newton-Schulz, and how fast.
+
+    python -m bench.scaling --model 88m                          counted, no GPU needed
+    python -m bench.scaling --model nano --measure               ranks as processes of this machine, over gloo
+
+The least for one update: every gradient to its owner and every weight back, 2 (N - 1) / N of the parameters' bytes from
+each rank, in one message each way. The projection sets that against the speed of light of the computation.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import tyro
+
+import devices
+import runfiles
+from cli import BadInput, Count, exit_with_a_sentence
+from model import SIZES, Transformer
+from optim import build_optimizers
+from sharding import Sharding, unit_cost
+from step import TrainingStep
+
+# Bytes/s that one GPU can send: PCIe 4 x16 between 4090s (no peer to peer: through the host), NVLink 4, and one of 8
+# GPUs' part of 8 x 400 Gb/s between nodes. Data sheets.
+LINKS = {"PCIe 4 x16": 25e9, "NVLink 4": 450e9, "400 Gb/s per GPU": 50e9}
+LAUNCH_SECONDS = 15e-6  # of one NCCL message, typical
+TIMED_UPDATES, UNTIMED_UPDATES = 8, 2
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Count or measure what many ranks cost."""
+
+    model: str = "88m"
+    """Named size."""
+    vocab_size: int = 49_152
+    """Vocabulary."""
+    ranks: tuple[int, ...] = (2, 3, 4, 8, 16)
+    """Numbers of ranks."""
+    batch_tokens: Count = 2**19
+    """Tokens per update over all ranks, for the projection."""
+    optimizer: str = "muon"
+    """muon or adamw."""
+    measure: bool = False
+    """Time real updates of so many processes over gloo on this machine's CPU instead."""
+    json: Path | None = None
+    """Write the figures here too."""
+
+
+def count(a: Arguments, ranks: int) -> dict[str, float]:
+    """What the busiest rank of `ranks` sends and works; the parameters are on no device."""
+    with torch.device("meta"):
+        model = Transformer(SIZES[a.model], a.vocab_size)
+    sharding = Sharding(model, 0, ranks)
+    sent, messages = sharding.traffic()
+    parameter_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    ideal = 2 * parameter_bytes * (ranks - 1) / ranks
+    costs = [_matrix_cost(Sharding(model, rank, ranks)) for rank in range(ranks)]
+    return {
+        "ranks": ranks,
+        "bytes_sent": sent,
+        "bytes_ideal": ideal,
+        "bytes_ratio": sent / ideal,
+        "messages": messages,
+        "newton_schulz_imbalance": max(costs) * ranks / sum(costs),
+    }
+
+
+def _matrix_cost(sharding: Sharding) -> float:
+    """Newton-Schulz's work of one rank, in FLOPs of one plain product each."""
+    shares = [sharding.share_of[id(p)] for p in sharding.banks]
+    return sum((share.stop - share.start) * unit_cost(share.parameter) for share in shares)
+
+
+def project(a: Arguments, row: dict[str, float]) -> dict[str, float]:
+    """Seconds of communication per link, and the least time of the computation on an RTX 4090 and an H200."""
+    ranks = int(row["ranks"])
+    with torch.device("meta"):
+        model = Transformer(SIZES[a.model], a.vocab_size)
+    optimizers = build_optimizers(model, a.optimizer, lr=1.0, adamw_lr=1.0, sharding=Sharding(model, 0, ranks))
+    work = (model, optimizers, a.batch_tokens, SIZES[a.model].seq_len)
+    found = {
+        f"light on {name.split()[-1]}": devices.light_seconds(*work, devices.DEVICES[name], ranks)
+        for name in ("NVIDIA GeForce RTX 4090", "NVIDIA H200")
+    }
+    return found | {link: row["bytes_sent"] / speed + row["messages"] * LAUNCH_SECONDS for link, speed in LINKS.items()}
+
+
+def measure(a: Arguments, ranks: int) -> dict[str, float]:
+    """The median update of `ranks` processes, and what they counted as sent."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "figures.json"
+        command = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}")
+        words = ("-m", "bench.scaling", "--model", a.model, "--vocab-size", a.vocab_size, "--optimizer", a.optimizer)
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "SCALING_RANK_WRITES": str(out)}
+        done = subprocess.run(
+            [*command, *map(str, words)], env=environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise BadInput(f"{ranks} ranks: {(done.stdout or done.stderr).strip().splitlines()[-1]}")
+        return json.loads(out.read_text())
+
+
+def one_rank(a: Arguments, out: Path) -> None:
+    """What each process of `measure` does."""
+    dist.init_process_group("gloo")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)
+    config = SIZES[a.model]
+    model = Transformer(config, a.vocab_size)
+    sharding = Sharding(model, rank, ranks)
+    optimizers = build_optimizers(model, a.optimizer, lr=0.01, adamw_lr=0.01, sharding=sharding)
+    step = TrainingStep(model, optimizers, micro_batch=1, sharding=sharding)
+    sequences = max(1, 12 // ranks)
+    seconds = []
+    for update in range(UNTIMED_UPDATES + TIMED_UPDATES):
+        tokens = torch.randint(a.vocab_size, (sequences, config.seq_len + 1))
+        dist.barrier()
+        sharding.bytes_sent = sharding.messages = 0
+        start = time.perf_counter()
+        step.gradients(tokens)
+        between = time.perf_counter()
+        step.apply()
+        if update >= UNTIMED_UPDATES:
+            seconds.append((between - start, time.perf_counter() - between))
+    if (sharding.bytes_sent, sharding.messages) != sharding.traffic():
+        sys.exit(f"counted {sharding.traffic()}, sent {sharding.bytes_sent, sharding.messages}: not reported")
+    if rank == 0:
+        gradients, apply = (statistics.median(part) for part in zip(*seconds, strict=True))
+        tokens = sequences * ranks * config.seq_len
+        figures = {"ranks": ranks, "gradients_ms": 1e3 * gradients, "apply_ms": 1e3 * apply}
+        figures |= {"tokens_per_second": tokens / (gradients + apply), "bytes_sent": sharding.bytes_sent}
+        out.write_text(json.dumps(figures | {"messages": sharding.messages}))
+    dist.destroy_process_group()
+
+
+@exit_with_a_sentence
+def main() -> int:
+    a = tyro.cli(Arguments, description=__doc__)
+    if a.model not in SIZES:
+        raise BadInput(f"--model {a.model}: choose from {', '.join(SIZES)}")
+    if a.optimizer not in ("muon", "adamw"):
+        raise BadInput(f"--optimizer {a.optimizer}: choose from muon, adamw")
+    if not a.ranks or min(a.ranks) < 1:
+        raise BadInput(f"--ranks {' '.join(map(str, a.ranks))}: must be at least 1")
+    if "SCALING_RANK_WRITES" in os.environ:
+        one_rank(a, Path(os.environ["SCALING_RANK_WRITES"]))
+        return 0
+    if a.measure:
+        rows = [measure(a, ranks) for ranks in a.ranks]
+        print(f"{a.model}, {a.optimizer}, processes of one thread over gloo, 12 sequences per update; medians")
+        for r in rows:
+            print(
+                f"{r['ranks']:3} ranks {r['tokens_per_second']:9,.0f} tok/s  gradients {r['gradients_ms']:8.1f} ms  "
+                f"optimizer and gather {r['apply_ms']:7.1f} ms  {r['bytes_sent'] / 1e6:8.2f} MB sent  "
+                f"{r['messages']} messages"
+            )
+    else:
+        rows = [row | project(a, row) for row in (count(a, ranks) for ranks in a.ranks)]
+        print(f"{a.model}, {a.optimizer}: counted; PREDICTED milliseconds per update of {a.batch_tokens:,} tokens")
+        links = "".join(f"{link:>18}" for link in LINKS)
+        head = f"{'ranks':>5} {'MB sent':>9} {'of ideal':>9} {'msgs (2)':>9} {'imbalance':>10}"
+        print(f"{head}{links}{'4090':>9}{'H200':>9}")
+        for r in rows:
+            times = "".join(f"{1e3 * r[link]:18.2f}" for link in LINKS)
+            lights = "".join(f"{1e3 * r[f'light on {name}']:9.1f}" for name in ("4090", "H200"))
+            print(
+                f"{r['ranks']:5} {r['bytes_sent'] / 1e6:9.1f} {r['bytes_ratio']:9.2f} {r['messages']:9} "
+                f"{r['newton_schulz_imbalance']:10.2f}{times}{lights}"
+            )
+    if a.json:
+        described = {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), **runfiles.provenance()}
+        runfiles.write_json(a.json, described | {"model": a.model, "rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+"""What can go wrong under a run ends it with one sentence, and nothing that was good is lost."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import train
+from tests.conftest import SMALL_MODEL
+
+REPOSITORY = Path(train.__file__).parent
+TEN = ("--tokens", str(10 * 256), "--spectra-every", "5", "--eval-every", "5")
+
+
+def command(shards_folder, tmp_path, name, *arguments, ranks=0, torchrun=()):
+    start = (sys.executable, "train.py")
+    if ranks:
+        start = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}")
+        start += (*torchrun, "train.py")
+    where = ("--data", shards_folder, "--runs-dir", tmp_path, "--name", name, "--no-plots")
+    return [*start, *SMALL_MODEL, *map(str, where), *map(str, arguments)]
+
+
+def run(words, **options):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200, check=False, **options
+    )
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def steps_logged(folder):
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [record["step"] for record in records if record["kind"] == "train"]
+
+
+def files_of_at_most(count):
+    """What a full disk is to a program: no file can grow further."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (count, count))
+
+
+@pytest.mark.parametrize("named", ["checkpoint.pt", "metrics.jsonl", "*"])
+def test_a_full_disk_ends_the_run_with_a_sentence_and_keeps_the_last_checkpoint(
+    train_small, shards_folder, tmp_path, monkeypatch, named
+):
+    sixty, update = ("--tokens", str(60 * 256), "--spectra-every", "0", "--eval-every", "60"), train.Run.update
+
+    def stop_at_forty(run, event):
+        if run.step == 39:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(run, event)
+
+    monkeypatch.setattr(train.Run, "update", stop_at_forty)
+    _, folder, _, _ = train_small("full", *sixty)
+    good, logged = (folder / "checkpoint.pt").read_bytes(), (folder / "metrics.jsonl").stat().st_size
+    most = {"checkpoint.pt": len(good) - 10_000, "metrics.jsonl": logged + 300, "*": 500}[named]
+    done = run(command(shards_folder, tmp_path, "full", *sixty, "--resume"), preexec_fn=files_of_at_most(most))
+    assert done.returncode == 1, done.stderr
+    where = re.escape(str(folder)) + "/" + (r"\S+" if named == "*" else re.escape(named))
+    assert re.search(f"failed: {where}: cannot be written", done.stdout + done.stderr)
+    assert "Traceback" not in done.stderr
+    assert (folder / "checkpoint.pt").read_bytes() == good
+    assert not list(folder.glob("*.tmp"))
+    if named == "metrics.jsonl":
+        assert "metrics.jsonl: cannot be written" in summary(folder)["reason"]
+    monkeypatch.setattr(train.Run, "update", update)
+    code, *_ = train_small("full", *sixty, "--resume")
+    assert code == 0
+    assert steps_logged(folder) == list(range(1, 61))
+
+
+@pytest.mark.parametrize("fault", ["vanishes", "is cut short", "is rewritten"])
+def test_a_shard_that_changes_under_the_run(train_small, shards_folder, tmp_path, monkeypatch, fault):
+    folder = tmp_path / "shards"
+    shutil.copytree(shards_folder, folder)
+    (shard,) = folder.glob("train_*.bin")
+    update = train.Run.update
+
+    def break_at_four(run, event):
+        if run.step == 3:
+            if fault == "vanishes":
+                shard.unlink()
+            elif fault == "is cut short":
+                os.truncate(shard, 2000)
+            else:
+                shutil.copy(shards_folder / shard.name, folder / "new")
+                os.replace(folder / "new", shard)
+        return update(run, event)
+
+    monkeypatch.setattr(train.Run, "update", break_at_four)
+    code, run_folder, _, err = train_small("run", *TEN, data_folder=folder)
+    assert code == 2
+    assert str(shard) in err
+    assert ("vanished" if fault == "vanishes" else "changed") in err
+    assert len(err.splitlines()) == 1
+    assert summary(run_folder)["status"] == "failed"
+    assert str(shard) in summary(run_folder)["reason"]
+
+
+def test_a_data_thread_that_dies_ends_the_run_with_a_sentence(train_small, monkeypatch):
+    monkeypatch.setattr(data.Loader, "_fill", lambda self, first: None)
+    code, folder, out, _ = train_small("run", *TEN)
+    assert code == 1
+    assert "failed: the data thread died without a word" in out
+    assert "data thread" in summary(folder)["reason"]
+
+
+def test_a_name_that_is_a_link_is_refused(train_small, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    code, _, _, err = train_small("link", *TEN, "--resume")
+    assert code == 2
+    assert "is a link" in err
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_failed_write_of_a_checkpoint_leaves_both_earlier_ones(tmp_path, monkeypatch):
+    runfiles = train.runfiles
+    for step in (1, 2):
+        runfiles.save_checkpoint(tmp_path, {"step": step})
+
+    def save_half(contents, file):
+        file.write(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(torch, "save", save_half)
+    with pytest.raises(runfiles.CannotWrite, match=r"checkpoint\.pt: cannot be written"):
+        runfiles.save_checkpoint(tmp_path, {"step": 3})
+    steps = [torch.load(tmp_path / name)["step"] for name in ("checkpoint.pt", "checkpoint.prev.pt")]
+    assert steps == [2, 1]
+
+
+def test_a_checkpoint_of_another_shape_is_refused_with_a_sentence(train_small):
+    _, folder, _, _ = train_small("run", *TEN)
+    contents = torch.load(folder / "checkpoint.pt", weights_only=True)
+    contents["step"], name = 5, next(iter(contents["model"]))
+    contents["model"][name] = torch.zeros(3)
+    torch.save(contents, folder / "checkpoint.pt")
+    code, _, _, err = train_small("run", *TEN, "--resume")
+    assert code == 2
+    assert "does not fit this run" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_one_flipped_bit_of_a_weight_is_noticed_and_the_checkpoint_before_used(train_small):
+    """torch.load itself takes it for another weight."""
+    _, folder, _, _ = train_small("run", *TEN, "--checkpoint-every", "5")
+    newest = folder / "checkpoint.pt"
+    weight = torch.load(newest, weights_only=True)["model"]["embedding"].numpy().tobytes()
+    content = bytearray(newest.read_bytes())
+    content[content.index(weight) + 1000] ^= 64
+    newest.write_bytes(content)
+    assert torch.load(newest, weights_only=True)["step"] == 10
+    code, _, out, _ = train_small("run", *TEN, "--resume")
+    assert code == 0
+    assert "checkpoint.pt: damaged" in out
+    assert "resuming at step 5 of 10" in out
+
+
+def test_damaged_checkpoints_are_refused_every_time(train_small):
+    """A loop that starts it again must not begin at step 0 and throw away what is there."""
+    _, folder, _, _ = train_small("run", *TEN, "--checkpoint-every", "5")
+    for name in ("checkpoint.pt", "checkpoint.prev.pt"):
+        os.truncate(folder / name, 1000)
+    logged = (folder / "metrics.jsonl").read_bytes()
+    for _ in range(2):
+        code, _, _, err = train_small("run", *TEN, "--resume")
+        assert code == 2
+        assert "there is no other checkpoint to resume from" in err
+    assert (folder / "metrics.jsonl").read_bytes() == logged
+
+
+def test_ranks_that_see_different_checkpoints_refuse(shards_folder, tmp_path, monkeypatch):
+    """As where nodes do not share the folder: here one rank's own copy of the library reads nothing."""
+    words = command(shards_folder, tmp_path, "run", *TEN, "--checkpoint-every", "5", ranks=2)
+    assert run(words).returncode == 0
+    (tmp_path / "run" / "summary.json").unlink()
+    os.replace(tmp_path / "run" / "checkpoint.prev.pt", tmp_path / "run" / "checkpoint.pt")
+    (tmp_path / "blind").mkdir()
+    (tmp_path / "blind" / "sitecustomize.py").write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        f"    import sys; sys.path.insert(0, {str(REPOSITORY)!r})\n"
+        "    import runfiles\n"
+        "    runfiles.load_checkpoint = lambda folder, say: (None, [])\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "blind"))
+    done = run([*words, "--resume"])
+    assert done.returncode != 0
+    assert "ranks read different checkpoints" in done.stderr
+    assert steps_logged(tmp_path / "run") == list(range(1, 11))
+
+
+@pytest.mark.parametrize("tokens", [60, 140])
+def test_a_shard_that_was_swapped_before_its_first_read_is_noticed(tmp_path, tokens):
+    def write(count):
+        header = np.zeros(256, "<u4")
+        header[:3] = data.MAGIC, data.VERSION, count
+        content = header.tobytes() + np.arange(count, dtype="<u2").tobytes()
+        for split in data.SPLITS:
+            (tmp_path / f"{split}_000000.bin").write_bytes(content)
+
+    write(100)
+    shards = data.open_shards(tmp_path)
+    write(tokens)
+    with pytest.raises(data.BadInput, match="changed since"):
+        data.TokenStream(shards, "train").read(0, 50)
+
+
+def children_of(pid):
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def rank_of(pid):
+    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next((int(v[5:]) for v in variables if v.startswith(b"RANK=")), None)
+
+
+def kill_in_training(process, folder, rank, after=3):
+    end = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or len(steps_logged_so_far(folder)) < after:
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    (victim,) = (pid for pid in children_of(process.pid) if rank_of(pid) == rank)
+    os.kill(victim, signal.SIGKILL)
+
+
+def steps_logged_so_far(folder):
+    return [line for line in (folder / "metrics.jsonl").read_text().splitlines() if '"train"' in line]
+
+
+LONG = ("--tokens", str(400 * 256), "--spectra-every", "0", "--eval-every", "400", "--checkpoint-every", "2")
+
+
+def start(words):
+    return subprocess.Popen(
+        words,
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_ends_the_others_and_another_number_goes_on(train_small, shards_folder, tmp_path, rank):
+    process = start(command(shards_folder, tmp_path, "run", *LONG, ranks=2))
+    folder = tmp_path / "run"
+    kill_in_training(process, folder, rank)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "another rank was lost after step" in said
+    if rank == 1:  # rank 0 lives to write it
+        assert summary(folder)["status"] == "failed"
+        assert "another rank was lost after step" in summary(folder)["reason"]
+    else:
+        assert "rank 1: failed: another rank was lost" in said
+    code, _, out, _ = train_small("run", *LONG, "--resume")
+    assert code == 0
+    assert "resuming at step" in out
+    assert steps_logged(folder) == list(range(1, 401))
+
+
+def test_torchrun_restarts_from_the_newest_checkpoint(shards_folder, tmp_path):
+    words = command(shards_folder, tmp_path, "run", *LONG, "--resume", ranks=2, torchrun=("--max-restarts=1",))
+    process = start(words)
+    kill_in_training(process, tmp_path / "run", rank=1)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "resuming at step" in said
+    assert summary(tmp_path / "run")["status"] == "finished"
+    assert steps_logged(tmp_path / "run") == list(range(1, 401))
+
+
+def test_ranks_that_diverge_fail_alike(shards_folder, tmp_path):
+    words = command(shards_folder, tmp_path, "run", *LONG, "--lr", "1e30", "--adamw-lr", "1e30", ranks=2)
+    done = run(words)
+    assert done.returncode != 0
+    reason = summary(tmp_path / "run")["reason"]
+    assert reason.startswith("step ")
+    assert "nan" in reason or "inf" in reason
+    assert "Traceback" not in done.stdout

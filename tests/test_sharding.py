@@ -1,0 +1,193 @@
+"""Any number of ranks trains the same model, and any other number goes on from its checkpoint."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sharding
+from model import ModelConfig, Transformer
+from optim import build_optimizers, load_whole_state, parameter_layout, whole_state
+from sharding import Sharding, deal, unit_view
+from tests.conftest import SMALL_MODEL
+
+REPOSITORY = Path(sharding.__file__).parent
+TWELVE = (
+    *SMALL_MODEL,
+    "--batch-tokens",
+    "384",
+    "--micro-batch",
+    "1",
+    "--tokens",
+    str(12 * 384),
+)  # sequences, 12 updates
+MIXTURE = ("--experts", "3", "--top-k", "2", "--ffn", "silu")
+
+
+def torchrun(ranks, *arguments):
+    command = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "train.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *map(str, arguments)],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def train_lines(folder):
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [record for record in records if record["kind"] == "train"]
+
+
+def assert_same_training(folder, reference, tolerance=1e-4):
+    ours, theirs = train_lines(folder), train_lines(reference)
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+    for key in ("train_loss", "grad_norm"):
+        assert [r[key] for r in ours] == pytest.approx([r[key] for r in theirs], rel=tolerance)
+    checkpoints = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (folder, reference)]
+    for name, weight in checkpoints[1]["model"].items():
+        torch.testing.assert_close(checkpoints[0]["model"][name], weight, rtol=0, atol=1e-3 * float(weight.abs().max()))
+    for mine, other in zip(checkpoints[0]["optimizer"], checkpoints[1]["optimizer"], strict=True):
+        assert mine["state"].keys() == other["state"].keys()
+        for number, state in other["state"].items():
+            assert mine["state"][number].keys() == state.keys()
+            for key, value in state.items():
+                found = mine["state"][number][key]
+                torch.testing.assert_close(found, value, rtol=0, atol=1e-2 * float(value.abs().max()))
+    spectra = [(f / "manifold_stats.jsonl").read_text().splitlines() for f in (folder, reference)]
+    assert len(spectra[0]) == len(spectra[1])
+    for mine, other in zip(*(map(json.loads, lines) for lines in spectra), strict=True):
+        assert (mine["step"], mine["layer"], mine["proj"]) == (other["step"], other["layer"], other["proj"])
+        if mine["step"]:
+            assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-2)
+
+
+def test_three_ranks_train_like_one_and_one_or_four_go_on_from_their_checkpoint(train_small, shards_folder, tmp_path):
+    """Of the banks' 4, 4 and 4 matrices three ranks get 2, 1 and 1, four ranks one each."""
+    arguments = (*TWELVE[len(SMALL_MODEL) :], "--checkpoint-every", "6", "--spectra-every", "5")
+    _, one, _, _ = train_small("one", *arguments)
+    where = (*TWELVE, *arguments, "--data", shards_folder, "--runs-dir", tmp_path, "--no-plots", "--name")
+    torchrun(3, *where, "three")
+    three = tmp_path / "three"
+    assert_same_training(three, one)
+    for ranks in (1, 4):
+        halfway = tmp_path / f"from-three-to-{ranks}"
+        shutil.copytree(three, halfway)
+        os.replace(halfway / "checkpoint.prev.pt", halfway / "checkpoint.pt")
+        if ranks == 1:
+            _, _, out, _ = train_small(halfway.name, *arguments, "--resume")
+        else:
+            out = torchrun(4, *where, halfway.name, "--resume")
+        assert "resuming at step 6 of 12" in out
+        assert_same_training(halfway, one)
+
+
+def test_two_ranks_train_a_mixture_like_one(train_small, shards_folder, tmp_path):
+    arguments = (*TWELVE[len(SMALL_MODEL) :], *MIXTURE, "--spectra-every", "6")
+    _, one, _, _ = train_small("one", *arguments)
+    torchrun(2, *TWELVE, *arguments, "--data", shards_folder, "--runs-dir", tmp_path, "--no-plots", "--name", "two")
+    assert_same_training(tmp_path / "two", one)
+
+
+@pytest.mark.parametrize(("units", "ranks"), [(44, 4), (22, 8), (4, 3), (2, 8), (1, 1), (7, 7)])
+def test_units_are_dealt_evenly_and_extras_to_those_with_less_work(units, ranks):
+    loads = [0.0] * ranks
+    first = deal(units, 1.0, loads)
+    second = deal(units, 1.0, loads)
+    for counts in (first, second):
+        assert sum(counts) == units
+        assert max(counts) - min(counts) <= 1
+    assert loads == [a + b for a, b in zip(first, second, strict=True)]
+    assert max(loads) - min(loads) <= 1  # not 2: the second bank's extras went elsewhere
+
+
+def shares_of(model, world_size):
+    """Every rank's sharding of one model, in one process: nothing is sent."""
+    return [Sharding(model, rank, world_size) for rank in range(world_size)]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5, 9])
+def test_every_unit_has_one_owner(world_size, monkeypatch):
+    monkeypatch.setattr(sharding, "KEPT_WHOLE", 100)
+    model = Transformer(ModelConfig(32, 2, 4, 2, 48, seq_len=16), vocab_size=40)
+    ranks = shares_of(model, world_size)
+    for number, share in enumerate(ranks[0].shares):
+        owned = [rank.shares[number].own for rank in ranks]
+        if not share.split:
+            assert all(own is share.parameter for own in owned)
+            continue
+        pieces = torch.cat([own for own in owned if own is not None])
+        assert torch.equal(pieces, unit_view(share.parameter.detach()))
+        assert all(own.data_ptr() >= share.parameter.data_ptr() for own in owned if own is not None)  # views, no copies
+        assert sum(len(own) for own in owned if own is not None) == len(unit_view(share.parameter))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_what_is_sent_is_padded_and_back(world_size, monkeypatch):
+    monkeypatch.setattr(sharding, "KEPT_WHOLE", 0)
+    model = Transformer(ModelConfig(32, 2, 4, 2, 48, seq_len=16), vocab_size=41)
+    for share in Sharding(model, 0, world_size).shares:
+        whole = torch.randn_like(share.parameter)
+        padded, back = share.padded(whole), torch.empty_like(whole)
+        assert len(padded) == world_size * share.chunk
+        share.unpad(padded, back)
+        assert torch.equal(back, whole), share.name
+
+
+def test_the_matrices_of_a_rank_keep_their_orientation():
+    """`up` is stored as its map, `down` transposed, in one bank: a rank's part must know which is which."""
+    model = Transformer(ModelConfig(32, 2, 4, 2, 48, seq_len=16, experts=3), vocab_size=40)
+    for bank in model.banks():
+        whole = Sharding(model).own_entries(bank.parameter, bank.transposed)
+        each = len(unit_view(bank.parameter)) // len(whole)
+        parts = [entry for rank in shares_of(model, 4) for entry in rank.own_entries(bank.parameter, bank.transposed)]
+        assert parts == [entry for entry in whole for _ in range(each)]
+
+
+@pytest.mark.parametrize("fault", ["missing", "shape"])
+def test_state_that_does_not_fit_is_refused(fault):
+    model = Transformer(ModelConfig(32, 2, 4, 2, 48, seq_len=16), vocab_size=40)
+    layout, alone = parameter_layout(model, "muon"), Sharding(model)
+    optimizers = build_optimizers(model, "muon", lr=0.02, adamw_lr=0.01)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    for o in optimizers:
+        o.step()
+    states = whole_state(optimizers, layout, alone)
+    if fault == "missing":
+        del states[0]["state"][1]
+    else:
+        states[0]["state"][1]["momentum_buffer"] = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match="momentum_buffer"):
+        load_whole_state(optimizers, layout, alone, states)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_state_goes_through_a_checkpoint_of_one_rank_unchanged(optimizer):
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(32, 2, 4, 2, 48, seq_len=16), vocab_size=40)
+    layout, alone = parameter_layout(model, optimizer), Sharding(model)
+    optimizers = build_optimizers(model, optimizer, lr=0.02, adamw_lr=0.01)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    for o in optimizers:
+        o.step()
+    states = whole_state(optimizers, layout, alone)
+    again = build_optimizers(model, optimizer, lr=0.02, adamw_lr=0.01)
+    load_whole_state(again, layout, alone, states)
+    for a, b in zip(optimizers, again, strict=True):
+        assert a.state.keys() == b.state.keys()
+        for p, state in a.state.items():
+            for key, value in state.items():
+                assert torch.equal(value, b.state[p][key])
