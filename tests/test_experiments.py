@@ -21,10 +21,10 @@ from settings import Rank, Settings, chosen_kernels, resolve
 
 ROOT = Path(experiments.__file__).parent
 SLIVER = ("run", "moe-lr-muon", "--scale", "nano", "--tokens", "8192")
-RUNS, UPDATES = 4, 4  # the rates 0.01 to 0.07
+RUNS, UPDATES = 3, 4  # the rates 0.01, 0.02 and 0.04
 
 
-def command(tmp_path, shards_folder, *more, only="* 0.0*", jobs=("--jobs", "2")):
+def command(tmp_path, shards_folder, *more, only="* 0.0[124]", jobs=("--jobs", "2")):
     where = ("--runs-dir", str(tmp_path), "--data", str(shards_folder))
     return [sys.executable, "experiments.py", *SLIVER, "--only", only, *jobs, *where, *more]
 

@@ -244,7 +244,8 @@ def steps_logged_so_far(folder):
     return [line for line in (folder / "metrics.jsonl").read_text().splitlines() if '"train"' in line]
 
 
-LONG = ("--tokens", str(400 * 256), "--spectra-every", "0", "--eval-every", "400", "--checkpoint-every", "2")
+UPDATES = 120
+LONG = ("--tokens", str(UPDATES * 256), "--spectra-every", "0", "--eval-every", "120", "--checkpoint-every", "2")
 
 
 def start(words):
@@ -274,7 +275,7 @@ def test_a_rank_that_dies_ends_the_others_and_another_number_goes_on(train_small
     code, _, out, _ = train_small("run", *LONG, "--resume")
     assert code == 0
     assert "resuming at step" in out
-    assert steps_logged(folder) == list(range(1, 401))
+    assert steps_logged(folder) == list(range(1, UPDATES + 1))
 
 
 def test_torchrun_restarts_from_the_newest_checkpoint(shards_folder, tmp_path):
@@ -285,7 +286,7 @@ def test_torchrun_restarts_from_the_newest_checkpoint(shards_folder, tmp_path):
     assert process.returncode == 0, said
     assert "resuming at step" in said
     assert summary(tmp_path / "run")["status"] == "finished"
-    assert steps_logged(tmp_path / "run") == list(range(1, 401))
+    assert steps_logged(tmp_path / "run") == list(range(1, UPDATES + 1))
 
 
 def test_ranks_that_diverge_fail_alike(shards_folder, tmp_path):
