@@ -326,25 +326,23 @@ def build_optimizers(
     """Muon plus AdamW, or AdamW alone: `lr` and `weight_decay` drive the block matrices under either, `adamw_lr` the
     embedding, the gains and the router. Every group carries its `peak_lr`; every parameter is in exactly one group
     (asserted). With `sharding` they hold this rank's shares."""
-    grouped = [id(p) for groups in parameter_layout(model, optimizer) for group in groups for p in group]
+    layout = parameter_layout(model, optimizer)
+    grouped = [id(p) for groups in layout for group in groups for p in group]
     assert sorted(grouped) == sorted(map(id, model.parameters())), "every parameter belongs to exactly one group"
     sharding = sharding or Sharding(model)
-    own, banks = sharding.own, model.banks()
-    in_banks = {id(bank.parameter) for bank in banks}
-    others = [p for p in model.parameters() if id(p) not in in_banks]
+    own = sharding.own
+    others, *matrices = ([t for p in group for t in own(p)] for group in layout[-1])  # AdamW's
+    adamw_groups = [{"params": others, "lr": adamw_lr, "weight_decay": 0.0}]
+    adamw_groups += [{"params": group, "lr": lr, "weight_decay": weight_decay} for group in matrices]
     optimizers: list[torch.optim.Optimizer] = []
-    adamw_groups = [{"params": [t for p in others for t in own(p)], "lr": adamw_lr, "weight_decay": 0.0}]
     if optimizer == "muon":
         groups = [
             {"params": own(bank.parameter), "transposed": sharding.own_entries(bank.parameter, bank.transposed)}
-            for bank in banks
+            for bank in model.banks()
         ]
         optimizers.append(Muon(groups, lr=lr, weight_decay=weight_decay, **muon_options))
         if sharding.world_size > 1:
             optimizers[0].updated = sharding.updated
-    else:
-        matrices = [t for bank in banks for t in own(bank.parameter)]
-        adamw_groups.append({"params": matrices, "lr": lr, "weight_decay": weight_decay})
     optimizers.append(torch.optim.AdamW(adamw_groups, betas=tuple(betas), eps=adam_eps, fused=True))
     for o in optimizers:
         for group in o.param_groups:

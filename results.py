@@ -16,13 +16,12 @@ import numpy as np
 
 import runfiles
 from inference import Contrast, Reached, family, finite, median_time
-from stats import Run, Tolerance, first_reaching, learning_rate_tolerance, load_run
+from stats import NOT_LEARNED, Run, Tolerance, first_reaching, learning_rate_tolerance, load_run
 from suites import OPTIMIZERS, Condition, Suite
 
 TOLERANCES = (0.01, 0.05)  # shares of the best loss by which a good rate may miss it
-# Settings without a meaning for one of the two optimizers, and those that only say where a run was made.
+# Settings without a meaning for one of the two optimizers.
 NOT_SHARED = {"optimizer", "lr", "momentum", "nesterov", "ns_steps", "ns_coefficients", "ns_method", "lr_scale"}
-ELSEWHERE = {"name", "runs_dir", "seed", "micro_batch", "resume", "log", "log_every", "plots", "compile", "kernels"}
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,7 @@ class Results:
 def _shared_settings(outcome: Outcome) -> dict[str, tuple[Any, ...]]:
     """The values of each setting over an outcome's runs, of settings that mean the same to both optimizers."""
     settings = [run.settings() for run in outcome.finished()]
-    keys = dict.fromkeys(key for one in settings for key in one if key not in NOT_SHARED | ELSEWHERE)
+    keys = dict.fromkeys(key for one in settings for key in one if key not in NOT_SHARED | NOT_LEARNED)
     return {key: tuple(dict.fromkeys(one.get(key) for one in settings)) for key in keys}
 
 

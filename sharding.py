@@ -166,8 +166,9 @@ class Sharding:
     def _send_up_to(self, count: int) -> None:
         for share in self.order[len(self.under_way) : count]:
             units = unit_view(share.parameter.detach())
-            mine = units.new_zeros(share.chunk, *units.shape[1:])
-            mine[: share.stop - share.start] = units[share.start : share.stop]
+            mine = units[share.start : share.stop]
+            if len(mine) < share.chunk:
+                mine = torch.cat((mine, units.new_zeros(share.chunk - len(mine), *units.shape[1:])))
             everybody = units.new_empty(self.world_size * share.chunk, *units.shape[1:])
             self.under_way.append((share, everybody, dist.all_gather_into_tensor(everybody, mine, async_op=True)))
             self._count(everybody)
