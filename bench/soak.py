@@ -10,6 +10,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from cli import BadInput, exit_with_a_sentence
 
 TRAIN = Path(runfiles.__file__).parent / "train.py"
 BATCH_TOKENS, PROBE_UPDATES = 2048, 20
-REFERENCE_SHARE = 0.3  # of the minutes for the run that is left alone
+REFERENCE_SHARE = 0.36  # of the minutes for the run that is left alone; to be killed takes 1.75 times as long
 KILL_AFTER_SECONDS = (5.0, 20.0)
 CUT_SHARE = 0.25  # of the kills after which the newest checkpoint is cut
 
@@ -54,17 +55,20 @@ def start(folder: Path, name: str, updates: int, data: Path | None) -> subproces
 
 
 def train_to_the_end(folder: Path, name: str, updates: int, data: Path | None) -> float:
-    """Seconds of training of a run that is left alone."""
+    """Seconds of training of a run left alone, by its median update: the first ones share the cores with spectra."""
     if start(folder, name, updates, data).wait():
         raise BadInput(f"the run to compare with failed: {(folder / f'{name}.txt').read_text().splitlines()[-1]}")
-    return runfiles.load_json(folder / name / runfiles.SUMMARY)["train_seconds"]
+    return updates * statistics.median(line["step_ms"] for line in updates_logged(folder / name)) / 1e3
+
+
+def updates_logged(run: Path) -> list[dict[str, Any]]:
+    path = run / runfiles.METRICS
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if '"train"' in line and line.endswith("}")]
 
 
 def last_step(run: Path) -> int:
-    path = run / runfiles.METRICS
-    lines = path.read_text().splitlines() if path.exists() else []
-    steps = [json.loads(line)["step"] for line in lines if '"train"' in line and line.endswith("}")]
-    return max(steps, default=0)
+    return max((line["step"] for line in updates_logged(run)), default=0)
 
 
 def torment(
