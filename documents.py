@@ -1,117 +1,21 @@
-"""Documents: where text comes from, which of it is new, on which side of the split it falls, who tokenises it.
+"""Documents on their way into shards: which of them are new, on which side of the split each falls, who tokenises them.
 
-Sources are generators of str (this machine's Python files, local text, Hugging Face datasets); data.py turns them into
-shards. Nothing is held but the current piece and 8 to 16 bytes per document.
+Both answers depend on a document's content alone; what is held is 8 to 16 bytes per document.
 """
 
 import hashlib
-import io
-import os
-import sysconfig
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from cli import BadInput, first_line
+from sources import Document
 
 MAX_TOKENIZER_BYTES = 2**27  # the largest published ones have 30 MB
 EOT = "<|endoftext|>"
 EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>")
 TRAIN_CHARS = 200_000_000  # of text that a new tokenizer is trained on, at most
-PIECE_BYTES = 64 * 1024  # a longer .txt is cut at the next newline
-
-
-def embedded_documents(scope: Literal["stdlib", "all"]) -> Iterator[str]:
-    """The Python sources of this machine: the standard library, with `all` also site-packages."""
-    paths = sysconfig.get_paths()
-    roots = [Path(paths["stdlib"])] + ([Path(paths["purelib"])] if scope == "all" else [])
-    for root in roots:
-        for path in sorted(root.rglob("*.py")):
-            if root == roots[0] and "site-packages" in path.parts[len(root.parts) :]:
-                continue
-            try:
-                yield path.read_bytes().decode("utf-8")
-            except (UnicodeDecodeError, OSError):
-                continue  # test files with deliberately broken encodings
-
-
-def text_files(paths: Iterable[Path]) -> list[Path]:
-    """Files as given, folders searched for readable ones; BadInput for what is missing or of no known kind."""
-    files: list[Path] = []
-    for path in paths:
-        if not path.exists():
-            raise BadInput(f"{path}: no such file or folder")
-        found = sorted(p for p in path.rglob("*") if p.is_file() and _kind(p)) if path.is_dir() else [path]
-        if not found or not all(map(_kind, found)):
-            raise BadInput(f"{path}: no .txt, .jsonl (also .gz, .zst) or .parquet here")
-        files += found
-    return files
-
-
-def _kind(path: Path) -> str | None:
-    if path.suffix == ".parquet":  # compressed inside, never outside
-        return "parquet"
-    suffixes = [s for s in path.suffixes[-2:] if s not in (".gz", ".zst")]
-    return {".txt": "text", ".jsonl": "json"}.get(suffixes[-1] if suffixes else "")
-
-
-def text_documents(files: list[Path], column: str) -> Iterator[str]:
-    """Rows of .jsonl and .parquet through `datasets`; pieces of .txt cut at a newline after each 64 KiB.
-
-    .txt is read here because `datasets` either forgets where a file ends or loads a whole file at once.
-    """
-    for path in files:
-        if path.stat().st_size == 0:
-            continue  # `datasets` fails on them
-        if _kind(path) == "text":
-            yield from _txt_pieces(path)
-        else:
-            os.environ["HF_HUB_OFFLINE"] = "1"  # local files: nothing to ask the hub
-            from datasets import load_dataset
-
-            open_rows = partial(load_dataset, _kind(path), data_files=str(path), split="train", streaming=True)
-            yield from _rows(open_rows, column, str(path))
-
-
-def _txt_pieces(path: Path) -> Iterator[str]:
-    import fsspec
-
-    try:
-        with fsspec.open(str(path), "rb", compression="infer") as opened, io.BufferedReader(opened) as file:
-            while piece := file.read(PIECE_BYTES) + file.readline():
-                yield piece.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: not UTF-8 text ({error.reason})") from None
-    except Exception as error:  # every decompressor has its own
-        raise BadInput(f"{path}: cannot be read ({first_line(error)})") from None
-
-
-def hub_documents(name: str, config: str | None, split: str, column: str) -> Iterator[str]:
-    """Rows of a Hugging Face dataset (or of a local folder that `datasets` understands), streamed."""
-    from datasets import load_dataset
-
-    yield from _rows(partial(load_dataset, name, config, split=split, streaming=True), column, name)
-
-
-def _rows(open_rows: Callable[[], Iterable[dict]], column: str, where: str) -> Iterator[str]:
-    rows = None
-    while True:
-        try:
-            rows = iter(open_rows()) if rows is None else rows
-            row = next(rows)
-        except StopIteration:
-            return
-        except Exception as error:  # datasets, pyarrow and every decompressor have their own
-            raise BadInput(f"{where}: cannot be read ({first_line(error)})") from None
-        if column not in row:
-            raise BadInput(f"{where}: no column {column!r}; it has {', '.join(row)}; choose with --text-column")
-        if row[column] is not None:
-            if not isinstance(row[column], str):
-                raise BadInput(f"{where}: column {column!r} holds {type(row[column]).__name__}, not text")
-            yield row[column]
 
 
 class SeenHashes:
@@ -124,9 +28,7 @@ class SeenHashes:
         """Boolean mask of the hashes not seen before, in this call or an earlier one."""
         fresh = np.zeros(len(hashes), dtype=bool)
         fresh[np.unique(hashes, return_index=True)[1]] = True
-        for run in self.runs:
-            at = np.minimum(np.searchsorted(run, hashes), len(run) - 1)
-            fresh &= run[at] != hashes
+        fresh &= ~self.known(hashes)
         if fresh.any():
             self.runs.append(np.sort(hashes[fresh]))
         while len(self.runs) > 1 and len(self.runs[-2]) <= 2 * len(self.runs[-1]):
@@ -134,12 +36,22 @@ class SeenHashes:
             self.runs[-1] = np.sort(np.concatenate((self.runs[-1], last)))
         return fresh
 
+    def known(self, hashes: np.ndarray) -> np.ndarray:
+        """Boolean mask of the hashes seen in an earlier call."""
+        found = np.zeros(len(hashes), dtype=bool)
+        for run in self.runs:
+            at = np.minimum(np.searchsorted(run, hashes), len(run) - 1)
+            found |= run[at] == hashes
+        return found
 
-def content_hash(text: str) -> int:
+
+def content_hash(document: Document) -> int:
+    """64 bits of a text's UTF-8 bytes, or of its token ids; BadInput for what is no Unicode text."""
     try:
-        return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
+        content = document.encode("utf-8") if isinstance(document, str) else document.tobytes()
     except UnicodeEncodeError:
-        raise BadInput(f"a document holds a lone surrogate and is no Unicode text: {text[:40]!a}…") from None
+        raise BadInput(f"a document holds a lone surrogate and is no Unicode text: {document[:40]!a}…") from None
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def is_validation(text_hash: int, fraction: float) -> bool:
@@ -181,12 +93,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
     return tokenizer
 
 
-def training_sample(documents: Iterator[str], val_fraction: float) -> Iterator[str]:
-    """Training documents up to TRAIN_CHARS: the tokenizer does not see the validation text."""
+def training_sample(documents: Iterator[str], val_fraction: float, most_chars: int = TRAIN_CHARS) -> Iterator[str]:
+    """Training documents up to so many characters: the tokenizer does not see the validation text."""
     chars = 0
     for text in documents:
         if not is_validation(content_hash(text), val_fraction):
             yield text
             chars += len(text)
-            if chars > TRAIN_CHARS:
+            if chars > most_chars:
                 return

@@ -20,10 +20,11 @@ import torch.distributed as dist
 
 import runfiles
 from cli import BadInput, Count
-from data import Shards, open_shards
 from kernels.newton_schulz import COEFFICIENTS, METHODS
+from loader import Packing
 from model import KERNELS, SIZES, ModelConfig
 from optim import LR_SCALES, SCHEDULES
+from shardfiles import TRAIN_PATTERN, Shards, open_shards
 
 NANO = ("nano", "moe-nano")  # for a first look on a CPU
 # Peak learning rates: (block matrices, embedding and gains). nano: the winners of the sweep in bench/LOG.md, which
@@ -71,6 +72,10 @@ class Settings:
     """Optimizer of the block matrices; embedding, gains and router always use AdamW."""
     data: Path | None = None
     """Folder of token shards (default: the embedded shards that make speedrun builds)."""
+    data_pattern: str = TRAIN_PATTERN
+    """File names of the training shards in it, such as fineweb_train_*.bin; with val for train the validation ones."""
+    packing: Packing = "stream"
+    """How sequences are cut from the tokens: end to end, or each from the start of a document, tails left out."""
     tokens: Count = 2_015_232
     """Training tokens in all, rounded up to whole updates; 2e6 works too."""
     batch_tokens: Count | None = None
@@ -147,9 +152,8 @@ class Settings:
 
 # Settings that do not change what is learned; two runs that differ only here have the same config_hash.
 NOT_IN_HASH = {
-    *("data", "micro_batch", "eval_every", "eval_tokens", "spectra_every", "checkpoint_every", "log_every", "log"),
-    *("resume", "compile", "kernels", "device", "runs_dir", "name", "plots"),
-    "deterministic",
+    *("data", "data_pattern", "micro_batch", "eval_every", "eval_tokens", "spectra_every", "checkpoint_every"),
+    *("log_every", "log", "resume", "compile", "kernels", "device", "deterministic", "runs_dir", "name", "plots"),
 }
 
 
@@ -235,7 +239,7 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
     )
     if s.eval_tokens < s.seq_len:
         raise BadInput(f"--eval-tokens {s.eval_tokens}: fewer than one sequence of --seq-len {s.seq_len}")
-    shards = open_shards(s.data)
+    shards = open_shards(s.data, s.data_pattern)
     if shards.tokens("val") <= s.seq_len:
         raise BadInput(f"{s.data}: {shards.tokens('val'):,} validation tokens are too few for --seq-len {s.seq_len}")
     return s, config, shards

@@ -29,15 +29,16 @@ import tyro
 import runfiles
 from cli import BadInput, exit_with_a_sentence, first_line, make_folder
 from clock import Point, Stopwatch, Times, point, seconds_between
-from data import Loader, LoaderDied, Shards, TokenStream, validation_batches
 from devices import Speed
 from kernels.configs import capability
 from live import TensorBoard
+from loader import Loader, LoaderDied, validation_batches
 from memory import MemoryCount, available_bytes, choose_micro_batch
 from metrics import JsonlWriter, cut_jsonl, finite
 from model import ModelConfig, Transformer
 from optim import build_optimizers, load_whole_state, lr_factor, parameter_layout, set_lr, whole_state
 from settings import NOT_IN_HASH, Rank, Settings, chosen_kernels, identity, join_ranks, resolve
+from shardfiles import Shards, TokenStream
 from sharding import Sharding
 from spectra import SpectraRecorder, WorkerFailed
 from step import Deferred, Numbers, TrainingStep, evaluate, prepare_torch
@@ -114,6 +115,7 @@ class Run:
             s.seed,
             rank=rank.index,
             world_size=rank.count,
+            packing=s.packing,
             pin_memory=s.device == "cuda",
             say=self.out.say,
         )
@@ -139,6 +141,8 @@ class Run:
         if self.model.config.experts:
             params, active = self.model.parameter_count(), self.model.active_parameter_count()
             self.out.say(f"{params:,} parameters, of which a token meets {active:,} ({active / params:.1%})")
+        if s.packing != "stream":
+            self.out.say(f"{self.loader.windows:,} windows, {self.loader.waste:.1%} of the training tokens left out")
         self.warm_up()
         resumed = self.loaded is not None
         if self.loaded is not None:
@@ -412,6 +416,7 @@ class Run:
 
     def checkpoint(self) -> None:
         """Write everything that the rest of the run depends on, from rank 0; every rank must call it."""
+        self.loader.stream.wait_until_checked()  # no checkpoint vouches for tokens that may be damaged
         states = whole_state(self.optimizers, self.layout, self.sharding)
         if self.rank.index != 0:
             return

@@ -27,8 +27,8 @@ import torch
 import tyro
 
 import runfiles
+from build import build_shards
 from cli import BadInput, exit_with_a_sentence
-from data import HEADER_BYTES, SLOT_CRC32, TokenStream, build_shards, open_shards
 from metrics import cut_jsonl
 from model import Transformer
 from optim import build_optimizers, load_whole_state, parameter_layout, whole_state
@@ -36,6 +36,7 @@ from report import run_row, summary_table
 from report_questions import answers
 from report_verdict import judge
 from settings import Rank, Settings, resolve
+from shardfiles import HEADER_BYTES, SLOT_CRC32, TokenStream, open_shards
 from sharding import Sharding
 from stats import load_run
 

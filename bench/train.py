@@ -26,13 +26,15 @@ from torch import Tensor
 import devices
 import runfiles
 from bench import baseline
+from build import build_shards
 from cli import BadInput, Count, exit_with_a_sentence
 from clock import Times, point, seconds_between
-from data import Loader, TokenStream, build_shards, open_shards
+from loader import Loader
 from memory import GIB, MemoryCount, available_bytes, choose_micro_batch
 from model import KERNELS, SIZES, Transformer
 from optim import build_optimizers, step_cost
 from settings import BATCH_TOKENS, DEFAULT_LR, NANO_BATCH_TOKENS, NANO_LR
+from shardfiles import TokenStream, open_shards
 from spectra import SpectraRecorder
 from step import TrainingStep, prepare_torch
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 from hypothesis import settings
 
-import data
+import build
 import train
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)  # the same examples on every machine
@@ -31,7 +31,7 @@ def shards_folder(tmp_path_factory):
     """Shards of 400 random documents, vocabulary 320."""
     folder = tmp_path_factory.mktemp("shards") / "small"
     documents = random_documents(400)
-    data.build_shards(lambda: iter(documents), folder, source="test", vocab_size=320, val_fraction=0.1)
+    build.build_shards(lambda: iter(documents), folder, source="test", vocab_size=320, val_fraction=0.1)
     return folder
 
 

@@ -14,8 +14,12 @@ from tokenizers import Tokenizer
 
 import data
 import documents
+import shardfiles
+import sources
+from build import build_shards
 from cli import BadInput
-from data import Loader, TokenStream, build_shards, open_shards, shuffle_index, validation_batches
+from loader import Loader, shuffle_index, validation_batches
+from shardfiles import TokenStream, open_shards
 from tests.conftest import random_documents
 
 
@@ -23,6 +27,10 @@ def build(texts, out, **options):
     return build_shards(
         lambda: iter(texts), out, **({"source": "test", "vocab_size": 300, "val_fraction": 0.2} | options)
     )
+
+
+def text_documents(files, column):
+    return iter(sources.TextFiles(files, sources.Column(column)).open())
 
 
 def decoded_documents(folder, split):
@@ -117,16 +125,16 @@ def test_text_files_of_every_kind_give_the_same_documents(tmp_path):
     (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(rows))
     pandas.DataFrame({"text": texts}).to_parquet(tmp_path / "d.parquet")
     (tmp_path / "empty.jsonl").touch()
-    assert list(documents.text_documents([tmp_path / "empty.jsonl", tmp_path / "a.jsonl"], "text")) == texts
+    assert list(text_documents([tmp_path / "empty.jsonl", tmp_path / "a.jsonl"], "text")) == texts
     for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet"):
-        assert list(documents.text_documents([tmp_path / name], "text")) == texts, name
+        assert list(text_documents([tmp_path / name], "text")) == texts, name
     with pytest.raises(BadInput, match="--text-column"):
-        list(documents.text_documents([tmp_path / "a.jsonl"], "body"))
+        list(text_documents([tmp_path / "a.jsonl"], "body"))
 
 
 def test_a_local_dataset_streams_through_the_hub_path(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in "abc"))
-    assert list(documents.hub_documents(str(tmp_path), None, "train", "text")) == ["a", "b", "c"]
+    assert list(sources.hub_dataset(str(tmp_path), None, "train", sources.TEXT).open()) == ["a", "b", "c"]
 
 
 def test_a_long_txt_is_cut_at_newlines_and_loses_nothing(tmp_path):
@@ -135,8 +143,8 @@ def test_a_long_txt_is_cut_at_newlines_and_loses_nothing(tmp_path):
     (tmp_path / "a.txt").write_bytes(text.encode())
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(text.encode()))
     (tmp_path / "c.txt.zst").write_bytes(zstandard.compress(text.encode()))
-    found = documents.text_documents(documents.text_files([tmp_path]), "text")
-    pieces = list(documents.text_documents([tmp_path / "a.txt"], "text"))
+    found = text_documents(sources.text_files([tmp_path]), "text")
+    pieces = list(text_documents([tmp_path / "a.txt"], "text"))
     assert list(found) == 3 * pieces
     assert "".join(pieces) == text
     assert len(pieces) > 1
@@ -171,7 +179,7 @@ def test_hashes_are_seen_once():
 @pytest.fixture
 def split_shards(tmp_path, monkeypatch):
     """The same kind of shards, at most 1,000 tokens each."""
-    monkeypatch.setattr(data, "SHARD_TOKENS", 1000)
+    monkeypatch.setattr(shardfiles, "SHARD_TOKENS", 1000)
     build(random_documents(60), tmp_path / "s")
     shards = open_shards(tmp_path / "s")
     assert len(shards.files["train"]) > 3
@@ -302,7 +310,7 @@ def test_a_token_outside_the_vocabulary_is_noticed(tmp_path):
 
 
 def test_a_missing_or_foreign_shard_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SHARD_TOKENS", 1000)
+    monkeypatch.setattr(shardfiles, "SHARD_TOKENS", 1000)
     build(random_documents(60), tmp_path / "s")
     shutil.copy(tmp_path / "s" / "train_000001.bin", tmp_path / "s" / "train_000099.bin")
     with pytest.raises(BadInput, match=r"train_000099\.bin"):

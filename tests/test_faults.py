@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-import data
+import loader
+import shardfiles
 import train
 from tests.conftest import SMALL_MODEL
 
@@ -112,7 +113,7 @@ def test_a_shard_that_changes_under_the_run(train_small, shards_folder, tmp_path
 
 
 def test_a_data_thread_that_dies_ends_the_run_with_a_sentence(train_small, monkeypatch):
-    monkeypatch.setattr(data.Loader, "_fill", lambda self, first: None)
+    monkeypatch.setattr(loader.Loader, "_fill", lambda self, first: None)
     code, folder, out, _ = train_small("run", *TEN)
     assert code == 1
     assert "failed: the data thread died without a word" in out
@@ -209,16 +210,16 @@ def test_ranks_that_see_different_checkpoints_refuse(shards_folder, tmp_path, mo
 def test_a_shard_that_was_swapped_before_its_first_read_is_noticed(tmp_path, tokens):
     def write(count):
         header = np.zeros(256, "<u4")
-        header[:3] = data.MAGIC, data.VERSION, count
+        header[:3] = shardfiles.MAGIC, shardfiles.VERSION, count
         content = header.tobytes() + np.arange(count, dtype="<u2").tobytes()
-        for split in data.SPLITS:
+        for split in shardfiles.SPLITS:
             (tmp_path / f"{split}_000000.bin").write_bytes(content)
 
     write(100)
-    shards = data.open_shards(tmp_path)
+    shards = shardfiles.open_shards(tmp_path)
     write(tokens)
-    with pytest.raises(data.BadInput, match="changed since"):
-        data.TokenStream(shards, "train").read(0, 50)
+    with pytest.raises(shardfiles.BadInput, match="changed since"):
+        shardfiles.TokenStream(shards, "train").read(0, 50)
 
 
 def children_of(pid):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import data
+import build
 import train
 from step import TrainingStep
 from tests.conftest import SMALL_MODEL, random_documents
@@ -299,7 +299,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(train_small, tmp_path, arg
 
 def test_a_flipped_byte_ends_the_run_with_a_sentence(train_small, tmp_path):
     documents = random_documents(100)
-    data.build_shards(lambda: iter(documents), tmp_path / "s", source="test", vocab_size=320, val_fraction=0.2)
+    build.build_shards(lambda: iter(documents), tmp_path / "s", source="test", vocab_size=320, val_fraction=0.2)
     damage(tmp_path / "s" / "train_000000.bin", "flipped byte")
     code, folder, _, err = train_small("run", "--tokens", 2560, data_folder=tmp_path / "s")
     assert code == 2

@@ -1,0 +1,155 @@
+"""What a folder of token shards holds, and whether it is whole: python data.py inspect DIR, python data.py verify DIR.
+
+One pass over every byte, a few MB at a time. Unlike open_shards it goes on after a damaged file, so that all are named.
+"""
+
+import hashlib
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cli import BadInput
+from documents import load_tokenizer
+from shardfiles import (
+    HEADER_BYTES,
+    META,
+    SLOT_CRC32,
+    SPLITS,
+    TOKENIZER,
+    TRAIN_PATTERN,
+    Shards,
+    check_names,
+    find_shards,
+    open_shards,
+    payload_chunks,
+    read_header,
+    read_meta,
+)
+
+FIRST_TOKENS = 120  # that are decoded and shown
+
+
+@dataclass
+class Found:
+    """What one pass over a split's payloads saw."""
+
+    tokens: int = 0
+    lowest: int = 2**16
+    highest: int = -1
+    used: np.ndarray = field(default_factory=lambda: np.zeros(2**16, bool))
+    starts: list[np.ndarray] = field(default_factory=list)
+    unchecked: int = 0  # shards that carry no checksum
+
+    def add(self, tokens: np.ndarray, eot_id: int | None) -> None:
+        if len(tokens):
+            self.lowest, self.highest = min(self.lowest, int(tokens.min())), max(self.highest, int(tokens.max()))
+            self.used |= np.bincount(tokens, minlength=2**16) > 0
+        if eot_id is not None:
+            self.starts.append(np.flatnonzero(tokens == eot_id) + self.tokens)
+        self.tokens += len(tokens)
+
+    def document_lengths(self) -> np.ndarray:
+        """Tokens of each document that begins in the split, its end-of-text id included."""
+        starts = np.concatenate(self.starts) if self.starts else np.empty(0, np.int64)
+        return np.diff(starts, append=self.tokens)
+
+
+def check(path: Path, digests: dict[str, str], vocab_size: int, eot_id: int | None, found: Found) -> None:
+    """Read one shard whole into `found`; BadInput that says what is wrong with it."""
+    header = read_header(path)
+    crc, sha256, highest = 0, hashlib.sha256(header.tobytes()), -1
+    for chunk in payload_chunks(path):
+        crc = zlib.crc32(chunk, crc)
+        sha256.update(chunk)
+        tokens = np.frombuffer(chunk, "<u2", len(chunk) // 2)
+        highest = max(highest, int(tokens.max(initial=0)))
+        found.add(tokens, eot_id)
+    if header[SLOT_CRC32] and crc != header[SLOT_CRC32]:
+        raise BadInput(f"{path}: its checksum does not match, the file is damaged")
+    if path.name in digests and sha256.hexdigest() != digests[path.name]:
+        raise BadInput(f"{path}: its SHA-256 is not the one in {META}")
+    if highest >= vocab_size:
+        raise BadInput(f"{path}: token id {highest} in a vocabulary of {vocab_size:,}")
+    found.unchecked += not header[SLOT_CRC32] and path.name not in digests
+
+
+def verify(folder: Path, pattern: str = TRAIN_PATTERN, say: Callable[[str], None] = print) -> int:
+    """Name every damaged shard of a folder; 1 if there is one, else 0. BadInput where there are no shards."""
+    files = find_shards(folder, pattern)
+    damaged, meta = [], None
+    try:
+        meta = read_meta(folder / META) if (folder / META).exists() else None
+        if meta and pattern == TRAIN_PATTERN:
+            check_names(folder, set(meta["sha256"]), {path.name for paths in files.values() for path in paths})
+    except BadInput as wrong:
+        damaged.append(str(wrong))
+    found = {split: Found() for split in SPLITS}
+    for split in SPLITS:
+        for path in files[split]:
+            try:
+                vocab_size = meta["vocab_size"] if meta else 2**16
+                check(path, meta["sha256"] if meta else {}, vocab_size, None, found[split])
+            except BadInput as wrong:
+                damaged.append(str(wrong))
+        promised = meta and pattern == TRAIN_PATTERN and meta.get(f"{split}_tokens")
+        if promised and not damaged and promised != found[split].tokens:
+            damaged.append(f"{folder / META}: promises {promised} {split} tokens, the files hold {found[split].tokens}")
+    if not damaged:
+        try:
+            open_shards(folder, pattern)
+        except BadInput as wrong:
+            damaged.append(str(wrong))
+    for line in damaged:
+        say(f"damaged: {line}")
+    count, unchecked = sum(map(len, files.values())), sum(f.unchecked for f in found.values())
+    tokens = sum(f.tokens for f in found.values())
+    if not damaged:
+        without = f", {unchecked} of them without a checksum to compare" if unchecked else ", every checksum matches"
+        say(f"{folder}: {count} shards, {tokens:,} tokens{without}")
+    return 1 if damaged else 0
+
+
+def inspect(folder: Path, pattern: str = TRAIN_PATTERN, say: Callable[[str], None] = print) -> int:
+    """Print counts, vocabulary range, document statistics and the first text, then `verify`; its exit code."""
+    shards = open_shards(folder, pattern)
+    meta = read_meta(folder / META) if (folder / META).exists() else {}
+    say(f"{folder}: {meta.get('source', 'shards without meta.json, taken for GPT-2 tokens')}")
+    eot = "unknown" if shards.eot_id is None else shards.eot_id
+    say(f"vocabulary {shards.vocab_size:,}, end-of-text {eot}, fingerprint {shards.fingerprint}")
+    for split in SPLITS:
+        found = Found()
+        for path in shards.files[split]:
+            for chunk in payload_chunks(path):
+                found.add(np.frombuffer(chunk, "<u2", len(chunk) // 2), shards.eot_id)
+        say(describe(split, shards, found))
+    text = first_text(folder, shards)
+    if text is not None:
+        say(f"first text: {text!r}")
+    return verify(folder, pattern, say)
+
+
+def describe(split: str, shards: Shards, found: Found) -> str:
+    """A split in one line."""
+    used = int(found.used.sum())
+    parts = [f"{split}: {found.tokens:,} tokens in {len(shards.files[split])} shards"]
+    parts.append(f"ids {found.lowest} to {found.highest} ({used:,} different, {used / shards.vocab_size:.1%})")
+    lengths = found.document_lengths()
+    if len(lengths):
+        middle, most = np.percentile(lengths, (50, 95))
+        parts.append(
+            f"{len(lengths):,} documents of {lengths.mean():,.0f} tokens on average (median {middle:,.0f}, "
+            f"95 % up to {most:,.0f}, longest {lengths.max():,})"
+        )
+    return "; ".join(parts)
+
+
+def first_text(folder: Path, shards: Shards) -> str | None:
+    """The beginning of the training text, None without a tokenizer beside it."""
+    if not (folder / TOKENIZER).exists():
+        return None
+    tokens: Any = np.fromfile(shards.files["train"][0], "<u2", FIRST_TOKENS, offset=HEADER_BYTES)
+    return load_tokenizer(str(folder / TOKENIZER)).decode(tokens.tolist(), skip_special_tokens=False)

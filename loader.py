@@ -1,0 +1,185 @@
+"""Batches for a run: windows of the token stream, shuffled, filled by a thread; the validation tokens in order.
+
+    loader = Loader(TokenStream(shards, "train"), batch_size=8, seq_len=2048, seed=0); next(loader)
+
+Global batch i is a pure function of (files, seed, i, batch size), the same for every number of ranks; the whole state
+is two integers.
+"""
+
+from collections.abc import Callable, Iterator
+from queue import Empty, Full, Queue
+from threading import Event, Thread
+from typing import Literal
+
+import numpy as np
+
+from cli import BadInput
+from shardfiles import TokenStream
+
+Packing = Literal["stream", "bos-aligned"]
+BATCHES_AHEAD = 2
+CHUNK_TOKENS = 2**21  # that are searched for documents at a time
+
+
+def shuffle_index(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """A random bijection of 0 .. n-1, evaluated at `index` without ever holding the permutation.
+
+    A six-round Feistel network on the next even power of two, walked until the value falls below n.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = np.random.SeedSequence([seed, epoch]).generate_state(6, np.uint64)
+    out = index.astype(np.uint64)
+    walking = np.ones(len(out), dtype=bool)
+    while walking.any():
+        left, right = out[walking] >> half, out[walking] & mask
+        for key in keys:
+            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+        out[walking] = (left << half) | right
+        walking &= out >= n
+    return out.astype(np.int64)
+
+
+def document_starts(stream: TokenStream, eot_id: int) -> np.ndarray:
+    """Where the documents of a stream begin, int64: 8 bytes per document; reads every token once."""
+    found = [np.empty(0, np.int64)]
+    for shard, first in enumerate(stream.starts[:-1]):
+        for at in range(0, int(stream.starts[shard + 1] - first), CHUNK_TOKENS):
+            chunk = stream.payload(shard)[at : at + CHUNK_TOKENS]
+            found.append(np.flatnonzero(chunk == eot_id) + (int(first) + at))
+    return np.concatenate(found)
+
+
+def aligned_windows(starts: np.ndarray, tokens: int, seq_len: int) -> np.ndarray:
+    """First tokens of windows that each begin at a document and do not overlap: after a window comes the first document
+    that begins where it ends or later, so what is left of the one cut off is never seen."""
+    following = np.searchsorted(starts, starts + seq_len).tolist()
+    chosen, document = [], 0
+    while document < len(starts) and starts[document] + seq_len < tokens:
+        chosen.append(document)
+        document = following[document]
+    return starts[chosen]
+
+
+class LoaderDied(RuntimeError):
+    """No batch will come any more."""
+
+
+class Loader:
+    """Shuffled training batches, filled by a background thread.
+
+    `packing` cuts the stream into windows of seq_len + 1 tokens: "stream" starts them seq_len apart, so that every
+    token is predicted once per epoch; "bos-aligned" starts each at a document, by the shards' eot_id, and leaves out
+    the `waste`, a share of the tokens. A rank reads its slice of the rows. The state is (epoch, position), in windows.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        batch_size: int,
+        seq_len: int,
+        seed: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        packing: Packing = "stream",
+        pin_memory: bool = False,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        folder, self.starts = stream.paths[0].parent, None
+        self.windows = (len(stream) - 1) // seq_len
+        if packing == "bos-aligned":
+            if stream.eot_id is None:
+                raise BadInput(f"--packing bos-aligned: {folder} does not say by which token a document begins")
+            self.starts = aligned_windows(document_starts(stream, stream.eot_id), len(stream), seq_len)
+            self.windows = len(self.starts)
+        if self.windows < 1:
+            what = "tokens are" if self.starts is None else "tokens with so few documents are"
+            raise BadInput(f"{folder}: {len(stream):,} {what} too few for --seq-len {seq_len}")
+        self.waste = 1 - self.windows * seq_len / (len(stream) - 1)
+        self.stream, self.batch_size, self.seq_len, self.seed = stream, batch_size, seq_len, seed
+        self.rank, self.world_size, self.pin_memory, self.say = rank, world_size, pin_memory, say
+        self.consumed, self.said_wrap = 0, False
+        self._queue: Queue = Queue(maxsize=BATCHES_AHEAD)
+        self._stop, self._thread = Event(), None
+
+    def batch(self, i: int) -> np.ndarray:
+        """This rank's rows of global batch i, int32 (batch_size / world_size, seq_len + 1)."""
+        return self._rows(i * self.batch_size)
+
+    def _rows(self, first: int) -> np.ndarray:
+        rows = self.batch_size // self.world_size
+        counters = first + self.rank * rows + np.arange(rows)
+        epochs, positions = np.divmod(counters, self.windows)
+        windows = np.empty(rows, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            now = epochs == epoch
+            windows[now] = shuffle_index(positions[now], self.windows, self.seed, int(epoch))
+        starts = windows * self.seq_len if self.starts is None else self.starts[windows]
+        return np.stack([self.stream.read(int(start), self.seq_len + 1) for start in starts])
+
+    def __next__(self):
+        """The next batch as a CPU tensor, int32 (rows, seq_len + 1), pinned if asked for."""
+        if self._thread is None:
+            self._stop.clear()
+            self._thread = Thread(target=self._fill, args=(self.consumed,), daemon=True, name="loader")
+            self._thread.start()
+        while True:
+            try:
+                item = self._queue.get(timeout=1.0)
+                break
+            except Empty:
+                if not self._thread.is_alive():
+                    raise LoaderDied("the data thread died without a word") from None
+        if isinstance(item, BaseException):
+            raise item
+        self.consumed += self.batch_size
+        if self.consumed > self.windows and not self.said_wrap:
+            self.said_wrap = True
+            self.say(f"data: all {self.windows * self.seq_len:,} training tokens were seen once; going round again")
+        return item
+
+    def _fill(self, first: int) -> None:
+        import torch
+
+        while not self._stop.is_set():
+            try:
+                item = torch.from_numpy(self._rows(first))
+                item = item.pin_memory() if self.pin_memory else item
+            except Exception as error:  # handed to the consumer, who raises it
+                item = error
+            while not self._stop.is_set():
+                try:
+                    self._queue.put(item, timeout=0.2)
+                    break
+                except Full:
+                    continue
+            if isinstance(item, Exception):
+                return
+            first += self.batch_size
+
+    def close(self) -> None:
+        """Stop the thread; the next `next()` starts it again from the consumed position."""
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join()
+            self._thread, self._queue = None, Queue(maxsize=BATCHES_AHEAD)
+
+    def state_dict(self) -> dict[str, int]:
+        epoch, position = divmod(self.consumed, self.windows)
+        return {"epoch": epoch, "position": position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.close()
+        self.consumed = state["epoch"] * self.windows + state["position"]
+        self.said_wrap = self.consumed > self.windows
+
+
+def validation_batches(stream: TokenStream, tokens: int, seq_len: int, rows: int) -> Iterator[np.ndarray]:
+    """The first `tokens` tokens of the stream in order, int32 (<= rows, seq_len + 1); the same for every run."""
+    windows = min(tokens, len(stream) - 1) // seq_len
+    for first in range(0, windows, rows):
+        last = min(first + rows, windows)
+        yield np.stack([stream.read(w * seq_len, seq_len + 1) for w in range(first, last)])

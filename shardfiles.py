@@ -1,0 +1,323 @@
+"""Token shards on disk: llm.c's .bin, ours with a vocabulary, an end-of-text id and a checksum in the header.
+
+    open_shards(folder) checks every header; TokenStream(shards, "train").read(start, count) gives tokens, mapped
+
+A shard is 256 little-endian int32 (magic, version, token count, then our extras; zero = absent) and uint16 tokens.
+Nothing is held in memory; a damaged file is named, and every token is checked before a checkpoint vouches for it.
+"""
+
+import hashlib
+import json
+import os
+import queue
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+
+from cli import BadInput
+from runfiles import load_json, writing
+
+MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
+HEADER_BYTES = HEADER_INTS * 4
+SLOT_VOCAB_SIZE, SLOT_EOT_ID, SLOT_CRC32 = 3, 4, 5
+SHARD_TOKENS = 10**8
+MAX_VOCAB_SIZE = 2**16  # a token is a uint16
+GPT2_VOCAB_SIZE, GPT2_EOT_ID = 50_257, 50_256  # what published llm.c shards hold; they do not say so themselves
+SPLITS = ("train", "val")
+TRAIN_PATTERN = "*train_*.bin"
+META, TOKENIZER = "meta.json", "tokenizer.json"
+MAX_META_BYTES = 2**24  # 10^5 shards
+CHECKED_AT_ONCE_BYTES = 2**24  # 6 ms; a larger payload is checked while training begins
+CHUNK_BYTES = 2**22
+WRITE_TOKENS = 2**19
+
+
+class ShardWriter:
+    """Appends tokens to `split`_%06d.bin in `folder`; a shard's header, with its checksum, is written last."""
+
+    def __init__(self, folder: Path, split: str, vocab_size: int, eot_id: int) -> None:
+        self.folder, self.split, self.vocab_size, self.eot_id = folder, split, vocab_size, eot_id
+        self.tokens, self.sha256, self.file = 0, {}, None
+        self.waiting: list[np.ndarray] = []
+        self.waiting_tokens = 0
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"{self.split}_{len(self.sha256):06d}.bin"
+
+    def write(self, tokens: np.ndarray) -> None:
+        self.waiting.append(tokens)
+        self.waiting_tokens += len(tokens)
+        self.tokens += len(tokens)
+        if self.waiting_tokens >= WRITE_TOKENS:
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        tokens = np.concatenate(self.waiting) if self.waiting else np.empty(0, np.uint16)
+        self.waiting, self.waiting_tokens = [], 0
+        while len(tokens):
+            if self.file is None:
+                with writing(self.path):
+                    self.file, self.crc, self.count = self.path.open("w+b"), 0, 0
+                    self.file.write(bytes(HEADER_BYTES))
+            part, tokens = np.split(tokens, [SHARD_TOKENS - self.count])
+            payload = part.astype("<u2").tobytes()
+            with writing(self.path):
+                self.file.write(payload)
+            self.crc = zlib.crc32(payload, self.crc)
+            self.count += len(part)
+            if self.count == SHARD_TOKENS:
+                self._finish()
+
+    def _finish(self) -> None:
+        header = np.zeros(HEADER_INTS, dtype="<u4")
+        header[:3] = MAGIC, VERSION, self.count
+        header[[SLOT_VOCAB_SIZE, SLOT_EOT_ID, SLOT_CRC32]] = self.vocab_size, self.eot_id, self.crc
+        path = self.path
+        with writing(path):
+            self.file.seek(0)
+            self.file.write(header.tobytes())
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        self.file.seek(0)
+        self.sha256[path.name] = hashlib.file_digest(self.file, "sha256").hexdigest()
+        self.file.close()
+        self.file = None
+
+    def close(self) -> None:
+        self._write_waiting()
+        if self.file is not None:
+            self._finish()
+
+    def abandon(self) -> None:
+        """Let go of the open file, as it is."""
+        if self.file is not None:
+            self.file.close()
+
+    def save(self) -> dict[str, Any]:
+        """Force to disk what was written so far; where that is, for `resume`."""
+        self._write_waiting()
+        state = {"tokens": self.tokens, "sha256": dict(self.sha256), "open_tokens": 0, "crc": 0}
+        if self.file is not None:
+            with writing(self.path):
+                self.file.flush()
+                os.fsync(self.file.fileno())
+            state |= {"open_tokens": self.count, "crc": self.crc}
+        return state
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state: what was written after it is cut off. BadInput where less is left."""
+        self.tokens, self.sha256, self.crc, self.count = (state[k] for k in ("tokens", "sha256", "crc", "open_tokens"))
+        path = self.path
+        for later in self.folder.glob(f"{self.split}_*.bin"):
+            if later.name not in self.sha256 and (later != path or not self.count):
+                later.unlink()
+        if self.count:
+            end = HEADER_BYTES + 2 * self.count
+            if not path.exists() or path.stat().st_size < end:
+                raise BadInput(f"{path}: shorter than the unfinished build recorded; delete {self.folder}")
+            self.file = path.open("r+b")
+            self.file.truncate(end)
+            self.file.seek(end)
+
+
+def digest(value: object) -> str:
+    """16 hex digits of a JSON value."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def _ends(path: Path) -> str:
+    """Hash of the first and last MB: what tells apart shards that come without checksums."""
+    with path.open("rb") as file:
+        first = file.read(2**20)
+        file.seek(-min(2**20, path.stat().st_size), os.SEEK_END)
+        return hashlib.sha256(first + file.read()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A folder of shards whose headers were checked; payloads are checked when a stream first opens them."""
+
+    vocab_size: int
+    eot_id: int | None  # None where the shards do not say how a document begins
+    fingerprint: str
+    files: dict[str, list[Path]]
+    counts: dict[str, list[int]]
+
+    def tokens(self, split: str) -> int:
+        return sum(self.counts[split])
+
+
+def read_header(path: Path) -> np.ndarray:
+    """The 256 integers of a shard's header; BadInput unless magic, version and file size agree."""
+    size = path.stat().st_size
+    if size < HEADER_BYTES:
+        raise BadInput(f"{path}: {size} bytes are too few for a shard's header")
+    header = np.fromfile(path, dtype="<u4", count=HEADER_INTS)
+    if header[0] != MAGIC or header[1] != VERSION:
+        raise BadInput(f"{path}: not a token shard (magic {header[0]}, version {header[1]})")
+    held = (size - HEADER_BYTES) // 2
+    if held != header[2] or size % 2:
+        raise BadInput(f"{path}: header promises {header[2]} tokens, file holds {held}; rebuild it with data.py")
+    if header[SLOT_VOCAB_SIZE] > MAX_VOCAB_SIZE:
+        raise BadInput(f"{path}: vocabulary of {header[SLOT_VOCAB_SIZE]:,}, but uint16 holds {MAX_VOCAB_SIZE:,}")
+    return header
+
+
+def find_shards(folder: Path, pattern: str = TRAIN_PATTERN) -> dict[str, list[Path]]:
+    """The shard files of each split; `pattern` names the training shards, with val for train the validation shards."""
+    if "train" not in pattern or "/" in pattern:
+        raise BadInput(f"--data-pattern {pattern}: must be a file name with train in it, such as fineweb_train_*.bin")
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: no such folder of shards; build one with python data.py")
+    patterns = {split: pattern.replace("train", split) for split in SPLITS}
+    files = {split: sorted(folder.glob(patterns[split])) for split in SPLITS}
+    for split in SPLITS:
+        if not files[split]:
+            raise BadInput(f"{folder}: no {patterns[split].lstrip('*')} in it; build it with python data.py")
+    return files
+
+
+def open_shards(folder: Path, pattern: str = TRAIN_PATTERN) -> Shards:
+    """Find the shards of a folder, ours or llm.c's, and check every header; reads no payload."""
+    files = find_shards(folder, pattern)
+    headers = {path: read_header(path) for paths in files.values() for path in paths}
+    kinds = {(int(h[SLOT_VOCAB_SIZE]), int(h[SLOT_EOT_ID])) for h in headers.values()}
+    if len(kinds) > 1:
+        raise BadInput(f"{folder}: shards of different vocabularies {sorted(size for size, _ in kinds)}")
+    vocab_size, eot_id = kinds.pop()
+    if not vocab_size:
+        vocab_size, eot_id = GPT2_VOCAB_SIZE, GPT2_EOT_ID
+    fingerprint, meta_path = None, folder / META
+    if meta_path.exists():
+        meta = read_meta(meta_path)
+        vocab_size, eot_id = meta["vocab_size"], meta.get("eot_id")
+        if pattern == TRAIN_PATTERN:
+            fingerprint = meta["fingerprint"]
+            check_names(folder, set(meta["sha256"]), {path.name for path in headers})
+    if not 0 < vocab_size <= MAX_VOCAB_SIZE:
+        raise BadInput(f"{meta_path}: vocabulary of {vocab_size:,}, but uint16 holds {MAX_VOCAB_SIZE:,}")
+    if fingerprint is None:
+        fingerprint = digest([[path.name, header.tolist()[:6], _ends(path)] for path, header in headers.items()])
+    counts = {split: [int(headers[path][2]) for path in files[split]] for split in SPLITS}
+    return Shards(vocab_size, eot_id, fingerprint, files, counts)
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """A folder's meta.json, as far as reading shards depends on it."""
+    meta = load_json(path, MAX_META_BYTES)
+    vocab_size, fingerprint, digests = (meta.get(key) for key in ("vocab_size", "fingerprint", "sha256"))
+    if type(vocab_size) is not int or not isinstance(fingerprint, str) or not isinstance(digests, dict):
+        raise BadInput(f"{path}: not a description of shards (vocab_size, fingerprint and sha256 are needed)")
+    if not isinstance(meta.get("eot_id"), int | None):
+        raise BadInput(f"{path}: its eot_id is no token id")
+    return meta
+
+
+def check_names(folder: Path, named: set[str], held: set[str]) -> None:
+    """BadInput where a folder holds other shards than its meta.json names."""
+    for wrong, words in ((named - held, "is missing"), (held - named, "is not in its meta.json")):
+        if wrong:
+            raise BadInput(f"{folder}: {', '.join(sorted(wrong))} {words}")
+
+
+def payload_chunks(path: Path) -> Iterator[bytes]:
+    """The tokens of a shard as bytes, read, not mapped: a file cut short meanwhile gives fewer, not a dead process."""
+    with path.open("rb") as file:
+        file.seek(HEADER_BYTES)
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
+
+
+def check_payload(path: Path, crc32: int) -> None:
+    """BadInput unless the tokens of a shard have this checksum."""
+    found = 0
+    try:
+        for chunk in payload_chunks(path):
+            found = zlib.crc32(chunk, found)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    if found != crc32:
+        raise BadInput(f"{path}: its checksum does not match, the file is damaged; rebuild it with data.py")
+
+
+class TokenStream:
+    """One split's shards as one sequence of tokens, mapped into memory, each checked when it is first touched: a small
+    one before a token of it is given, a large one by a thread behind the reader."""
+
+    def __init__(self, shards: Shards, split: str) -> None:
+        self.paths, self.vocab_size, self.eot_id = shards.files[split], shards.vocab_size, shards.eot_id
+        self.starts = np.concatenate(([0], np.cumsum(shards.counts[split])))
+        self.maps: dict[int, tuple[np.ndarray, tuple[int, int, int]]] = {}
+        self.damaged: BadInput | None = None
+        self._to_check: queue.Queue[tuple[Path, int]] = queue.Queue()
+        self._checker: Thread | None = None
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens start .. start + count, across shard borders, as int32."""
+        out = np.empty(count, dtype=np.int32)
+        shard, filled = int(np.searchsorted(self.starts, start, side="right")) - 1, 0
+        while filled < count:
+            offset = start + filled - self.starts[shard]
+            part = self.payload(shard)[offset : offset + count - filled]
+            out[filled : filled + len(part)] = part
+            filled += len(part)
+            shard += 1
+        if out.max(initial=0) >= self.vocab_size:
+            raise BadInput(f"{self.paths[shard - 1]}: token id {out.max()} in a vocabulary of {self.vocab_size}")
+        return out
+
+    def payload(self, shard: int) -> np.ndarray:
+        """A shard's tokens; BadInput where the file is damaged, or is no longer the one that was opened: to read on in
+        one that was cut short would kill the process."""
+        if self.damaged is not None:
+            raise self.damaged
+        path = self.paths[shard]
+        try:
+            found = path.stat()
+            now = found.st_size, found.st_mtime_ns, found.st_ino
+        except OSError as error:
+            raise BadInput(f"{path}: vanished while it was read ({error.strerror})") from None
+        if shard not in self.maps:
+            header, payload = read_header(path), np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES)
+            if len(payload) != self.starts[shard + 1] - self.starts[shard]:
+                raise BadInput(f"{path}: changed since the run opened it; start again with --resume when it is whole")
+            self.maps[shard] = payload, now
+            if header[SLOT_CRC32]:
+                self._check(path, int(header[SLOT_CRC32]), payload.nbytes)
+        payload, opened = self.maps[shard]
+        if now != opened:
+            raise BadInput(f"{path}: changed while it was read; start again with --resume when it is whole")
+        return payload
+
+    def _check(self, path: Path, crc32: int, size: int) -> None:
+        if size <= CHECKED_AT_ONCE_BYTES:
+            check_payload(path, crc32)
+            return
+        self._to_check.put((path, crc32))
+        if self._checker is None:
+            self._checker = Thread(target=self._check_all, daemon=True, name="checksums")
+            self._checker.start()
+
+    def _check_all(self) -> None:
+        while True:
+            try:
+                check_payload(*self._to_check.get())
+            except BadInput as damaged:
+                self.damaged = damaged
+            finally:
+                self._to_check.task_done()
+
+    def wait_until_checked(self) -> None:
+        """Return when every shard touched so far was checked; BadInput where one is damaged."""
+        self._to_check.join()
+        if self.damaged is not None:
+            raise self.damaged
