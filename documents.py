@@ -4,6 +4,7 @@ Both answers depend on a document's content alone; what is held is 8 to 16 bytes
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ MAX_TOKENIZER_BYTES = 2**27  # the largest published ones have 30 MB
 EOT = "<|endoftext|>"
 EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>")
 TRAIN_CHARS = 200_000_000  # of text that a new tokenizer is trained on, at most
+LONG_WORD = re.compile(r"\S{65536}")  # cut there for training, whose time is quadratic in the longest word
 
 
 class SeenHashes:
@@ -98,7 +100,7 @@ def training_sample(documents: Iterator[str], val_fraction: float, most_chars: i
     chars = 0
     for text in documents:
         if not is_validation(content_hash(text), val_fraction):
-            yield text
+            yield LONG_WORD.sub(r"\g<0> ", text)
             chars += len(text)
             if chars > most_chars:
                 return
