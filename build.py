@@ -319,7 +319,8 @@ class _Build:
                 feed = min(self.feeds, key=lambda feed: feed.tokens / feed.part.share)  # the one most behind
                 if feed.needs_batch() and not self._fetch(feed):
                     if len(self.feeds) > 1:
-                        bar.write(f"{feed.part.name}: used up after {feed.tokens:,} tokens, so the mix ends")
+                        said = f"{feed.part.name}: used up after {feed.tokens:,} tokens, so the mix ends"
+                        bar.write(said, file=sys.stderr)
                     return
                 now = time.monotonic()
                 if now - last_save > SAVE_SECONDS:

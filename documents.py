@@ -17,7 +17,7 @@ MAX_TOKENIZER_BYTES = 2**27  # the largest published ones have 30 MB
 EOT = "<|endoftext|>"
 EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>")
 TRAIN_CHARS = 200_000_000  # of text that a new tokenizer is trained on, at most
-LONG_WORD = re.compile(r"\S{65536}")  # cut there for training, whose time is quadratic in the longest word
+LONG_WORD = re.compile(r"\S{8192}")  # cut there for training, whose time is quadratic in the longest word
 
 
 class SeenHashes:

@@ -24,8 +24,7 @@ from cli import BadInput, first_line
 
 Document = str | np.ndarray
 PIECE_BYTES = 64 * 1024  # a longer .txt is cut at the next newline
-FIRST_RETRIES, RETRIES = 2, 9  # of a connection never had, and of a lost one: 1 + 2 + 4 + ... s, five minutes in all
-LONGEST_WAIT_SECONDS = 60
+RETRIES, LONGEST_WAIT_SECONDS = 9, 60  # of a lost connection: 1 + 2 + 4 + ... s, five minutes in all
 TRANSPORTS = {"httpx2", "httpx", "httpcore2", "httpcore", "requests", "urllib3", "aiohttp"}  # who raise their own kinds
 
 
@@ -268,9 +267,10 @@ class _RowReader:
         where = self.source.where
         if not is_network_error(error):
             raise BadInput(f"{where}: cannot be read ({first_line(error)})") from None
-        retries = RETRIES if self.was_connected else FIRST_RETRIES
-        if self.failures == retries:
-            raise BadInput(f"{where}: cannot be reached ({first_line(error)}), tried {retries + 1} times") from None
+        if not self.was_connected:  # the libraries below tried several times
+            raise BadInput(f"{where}: cannot be reached ({first_line(error)}); is there a network?") from None
+        if self.failures == RETRIES:
+            raise BadInput(f"{where}: connection lost, {RETRIES} times tried again ({first_line(error)})") from None
         seconds = min(LONGEST_WAIT_SECONDS, 2**self.failures)
         self.failures += 1
         tqdm.write(f"{where}: no connection ({first_line(error)}), trying again in {seconds} s", file=sys.stderr)
