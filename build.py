@@ -214,9 +214,6 @@ class _Feed:
     def state(self) -> dict[str, Any]:
         return {key: getattr(self, key) for key in ("begin", "used", "tokens", "documents")}
 
-    def needs_batch(self) -> bool:
-        return self.used >= len(self.hashes) if self.fetched else True
-
     def fetch(self) -> bool:
         """Take the next batch; False where there is none."""
         item = self._queue.get()
@@ -317,7 +314,7 @@ class _Build:
         with tqdm(total=most, initial=self.tokens, unit="tok", unit_scale=True, desc=description, disable=None) as bar:
             while left:
                 feed = min(self.feeds, key=lambda feed: feed.tokens / feed.part.share)  # the one most behind
-                if feed.needs_batch() and not self._fetch(feed):
+                if not self._has_document(feed):
                     if len(self.feeds) > 1:
                         said = f"{feed.part.name}: used up after {feed.tokens:,} tokens, so the mix ends"
                         bar.write(said, file=sys.stderr)
@@ -340,10 +337,12 @@ class _Build:
                 left -= len(tokens)
                 bar.update(len(tokens))
 
-    def _fetch(self, feed: _Feed) -> bool:
-        if not feed.fetch():
-            return False
-        self._note_recent()
+    def _has_document(self, feed: _Feed) -> bool:
+        """Fetch what is needed for the next document; False where the part is used up."""
+        while feed.used == len(feed.hashes) or not feed.fetched:
+            if not feed.fetch():
+                return False
+            self._note_recent()
         return True
 
     def _note_recent(self) -> None:

@@ -98,12 +98,12 @@ def test_a_lone_surrogate_from_any_source_is_refused(tmp_path):
 
 def three_parts(folder):
     """Files of three kinds that share some of their documents."""
-    texts = random_documents(900)
-    (folder / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts[:400]))
-    (folder / "b.txt.gz").write_bytes(gzip.compress("\n".join(texts[300:700]).encode()))
+    texts = random_documents(4000)
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts[:2000]))
+    (folder / "b.txt.gz").write_bytes(gzip.compress("\n".join(texts[1300:2700]).encode()))
     import pandas
 
-    pandas.DataFrame({"text": texts[350:900]}).to_parquet(folder / "c.parquet", row_group_size=50)
+    pandas.DataFrame({"text": texts[1500:4000]}).to_parquet(folder / "c.parquet", row_group_size=50)
     return [
         Part("a", TextFiles([folder / "a.jsonl"]), 0.5),
         Part("b and c", TextFiles([folder / "b.txt.gz", folder / "c.parquet"]), 0.25),
@@ -129,7 +129,7 @@ while not out.exists():
     if killed < 20:
         while kept_tokens() == before and time.monotonic() < end:
             time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.1))
+        time.sleep(rng.uniform(0, 0.05))
         os.kill(child, signal.SIGKILL)
         killed += 1
     status = os.waitpid(child, 0)[1]
