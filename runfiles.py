@@ -48,25 +48,30 @@ def is_safe_name(name: str) -> bool:
 def write_whole(path: Path, write: Callable[[Any], None], mode: str = "wb") -> None:
     """Call `write(file)` on a temporary file beside `path`, force it to disk and rename it into place; CannotWrite
     leaves what was there."""
-    temporary = _written(path, write, mode)
+    unfinished = _written(path, write, mode)
     with writing(path):
-        os.replace(temporary, path)
+        os.replace(unfinished, path)
         _sync_folder(path.parent)
+
+
+def temporary(path: Path) -> Path:
+    """What `path` is called until it is whole; a kill may leave it behind, and the next write takes it over."""
+    return path.with_name(path.name + ".tmp")
 
 
 def _written(path: Path, write: Callable[[Any], None], mode: str) -> Path:
     """A complete temporary file beside `path`, or none."""
-    temporary = path.with_name(path.name + ".tmp")
+    unfinished = temporary(path)
     try:
-        with writing(path), open(temporary, mode) as file:
+        with writing(path), open(unfinished, mode) as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
     except CannotWrite:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
         raise
-    return temporary
+    return unfinished
 
 
 def _sync_folder(folder: Path) -> None:
@@ -125,11 +130,11 @@ def save_checkpoint(folder: Path, contents: dict[str, Any], name: str = CHECKPOI
     import torch
 
     path = folder / name
-    temporary = _written(path, lambda file: torch.save(contents, file), "wb")
+    unfinished = _written(path, lambda file: torch.save(contents, file), "wb")
     with writing(path):
         if name == CHECKPOINT and path.exists():
             os.replace(path, folder / PREVIOUS_CHECKPOINT)
-        os.replace(temporary, path)
+        os.replace(unfinished, path)
         _sync_folder(folder)
 
 
