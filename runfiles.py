@@ -4,6 +4,7 @@ Training writes through this file and reports read by its names; importing it do
 """
 
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -154,9 +155,10 @@ def load_checkpoint(folder: Path, say: Callable[[str], None]) -> tuple[dict[str,
             contents = torch.load(path, map_location="cpu", weights_only=True)
             _check_checkpoint(contents)
             return contents, damaged
-        except (OSError, MemoryError) as error:
-            raise BadInput(f"{path}: cannot be read ({first_line(error)})") from None
         except Exception as error:  # torch, zipfile and pickle raise many kinds on a damaged file
+            # The file may be good where the system cannot read it now; a damaged archive asks for invalid places.
+            if isinstance(error, OSError | MemoryError) and getattr(error, "errno", None) != errno.EINVAL:
+                raise BadInput(f"{path}: cannot be read ({first_line(error)})") from None
             damaged.append(path)
             say(f"{path}: damaged ({first_line(error)})")
     if damaged:
@@ -195,8 +197,16 @@ def _check_checkpoint(contents: Any) -> None:
         raise ValueError("its config has no config_hash")
 
 
+def _parsed(text: str) -> Any:
+    """A JSON value; ValueError for what Python's reader takes beyond JSON, and for half a letter, which nothing can
+    write out again."""
+    value = json.loads(text, parse_constant=_no_number)
+    if "\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 def _no_number(word: str) -> None:
-    """JSON has no NaN and no Infinity, though Python's reader takes them."""
     raise ValueError(f"{word} is no number")
 
 
@@ -212,7 +222,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line, parse_constant=_no_number)
+            record = _parsed(line)
         except (ValueError, RecursionError):
             if number < len(lines):
                 raise BadInput(f"{path}: line {number} is not JSON") from None
@@ -228,7 +238,7 @@ def load_json(path: Path, most_bytes: int = 2**24) -> dict[str, Any]:
     try:
         if path.stat().st_size > most_bytes:
             raise BadInput(f"{path}: {path.stat().st_size:,} bytes, more than the {most_bytes:,} that it may have")
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        value = _parsed(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
