@@ -229,6 +229,41 @@ def test_a_failed_write_of_a_checkpoint_leaves_both_earlier_ones(tmp_path, monke
     assert steps == [2, 1]
 
 
+@pytest.mark.parametrize("calls", range(6))
+def test_a_kill_between_any_two_steps_of_a_save_leaves_a_checkpoint(tmp_path, monkeypatch, calls):
+    parts = {name: kind() for name, kind in runfiles.CHECKPOINT_PARTS.items()}
+    parts["clock"], parts["config"] = {"train_seconds": 1.0, "wall_seconds": 2.0}, {"config_hash": "f00d"}
+    parts["losses"] = dict.fromkeys(("best_val_loss", "train_loss", "val_loss", "val_accuracy"), 0.5)
+    for step in (1, 2):
+        runfiles.save_checkpoint(tmp_path, parts | {"step": step})
+
+    class Killed(BaseException):
+        pass
+
+    left = iter(range(calls))
+
+    def until_killed(function):
+        def call(*arguments):
+            if next(left, None) is None:
+                raise Killed
+            return function(*arguments)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("fsync", "replace"):
+            patch.setattr(os, name, until_killed(getattr(os, name)))
+        try:
+            runfiles.save_checkpoint(tmp_path, parts | {"step": 3})
+            finished = True
+        except Killed:
+            finished = False
+    contents, damaged = runfiles.load_checkpoint(tmp_path, print)
+    assert contents["step"] == (2 if calls < 3 else 3)
+    assert finished == (calls >= 4)
+    assert damaged == []
+
+
 def test_a_file_is_whole_on_disk_before_it_takes_its_name_and_its_folder_after(tmp_path, monkeypatch):
     done, fsync, replace = [], os.fsync, os.replace
 

@@ -1,6 +1,7 @@
 """A sliver of the fuzz and of the soak: bench/LOG.md has the long ones."""
 
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -106,6 +107,21 @@ def test_any_description_of_shards_is_refused_or_read(whole, copy_of, draw):
         meta = json.loads((folder / "meta.json").read_text())
         assert meta["sha256"].keys() == good["sha256"].keys()
         assert 0 < meta["vocab_size"] <= 2**16
+
+
+@pytest.mark.parametrize(("part", "name"), [("shards", "meta.json"), ("run", "config.json"), ("run", "summary.json")])
+def test_a_file_out_of_all_proportion_is_refused_unread(copy_of, part, name):
+    folder = copy_of(part)
+    os.truncate(folder / name, 2**33)  # takes no room on the disk; to read it would take all memory
+    with pytest.raises(BadInput, match="more than the"):
+        {"shards": fuzz.read_shards, "run": fuzz.read_run}[part](folder, folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "manifold_stats.jsonl"])
+def test_lists_nested_without_end_are_refused(copy_of, name):
+    folder = copy_of("run")
+    (folder / name).write_text("[" * 100_000 + "\n{}\n")
+    assert not is_read(fuzz.read_run, folder, folder)
 
 
 @settings(max_examples=40)

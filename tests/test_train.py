@@ -274,6 +274,16 @@ def test_dropout_depends_on_seed_step_and_rank_alone(train_small, monkeypatch):
     assert losses(folder) == losses(undisturbed)
     drawn = seeds[train.WARMUP_UPDATES :]
     assert drawn == [int(np.random.SeedSequence([0, step, 0]).generate_state(1)[0]) for step in range(4)]
+    seeds.clear()
+
+    def as_the_other_rank(run, event):
+        run.rank = train.Rank(index=1)
+        update(run, event)
+        run.rank = train.Rank()
+
+    monkeypatch.setattr(train.Run, "update", as_the_other_rank)
+    train_small("other-rank", *arguments)
+    assert not set(seeds[train.WARMUP_UPDATES :]) & set(drawn)
 
 
 def test_the_best_weights_are_kept_also_over_a_resume(train_small, monkeypatch):
