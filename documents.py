@@ -70,9 +70,7 @@ def text_documents(files: list[Path], column: str) -> Iterator[str]:
             yield from _txt_pieces(path)
         else:
             os.environ["HF_HUB_OFFLINE"] = "1"  # local files: nothing to ask the hub
-            from datasets import load_dataset
-
-            open_rows = partial(load_dataset, _kind(path), data_files=str(path), split="train", streaming=True)
+            open_rows = partial(_load_dataset(), _kind(path), data_files=str(path), split="train", streaming=True)
             yield from _rows(open_rows, column, str(path))
 
 
@@ -91,9 +89,15 @@ def _txt_pieces(path: Path) -> Iterator[str]:
 
 def hub_documents(name: str, config: str | None, split: str, column: str) -> Iterator[str]:
     """Rows of a Hugging Face dataset (or of a local folder that `datasets` understands), streamed."""
-    from datasets import load_dataset
+    yield from _rows(partial(_load_dataset(), name, config, split=split, streaming=True), column, name)
 
-    yield from _rows(partial(load_dataset, name, config, split=split, streaming=True), column, name)
+
+def _load_dataset() -> Callable[..., Iterable[dict]]:
+    from datasets import load_dataset
+    from datasets.utils import logging
+
+    logging.set_verbosity(logging.CRITICAL)  # `_rows` says what it raises, in one sentence
+    return load_dataset
 
 
 def _rows(open_rows: Callable[[], Iterable[dict]], column: str, where: str) -> Iterator[str]:

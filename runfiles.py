@@ -8,6 +8,7 @@ import errno
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -177,22 +178,29 @@ CHECKPOINT_PARTS = {
     **{"model": dict, "optimizer": list, "step": int, "tokens": int, "loader": dict, "rng": dict, "config": dict},
     **{"clock": dict, "losses": dict},
 }
-CHECKPOINT_NUMBERS = {"clock": ("train_seconds", "wall_seconds"), "losses": ("best_val_loss",)}
 
 
 def _check_checkpoint(contents: Any) -> None:
-    """ValueError unless a checkpoint has its parts, each of its kind."""
+    """ValueError unless a checkpoint has its parts, each of its kind, and the numbers that a run goes on with."""
     if not isinstance(contents, dict):
         raise ValueError(f"it holds a {type(contents).__name__}")
     for part, kind in CHECKPOINT_PARTS.items():
         if not isinstance(contents.get(part), kind):
             raise ValueError(f"its {part} is no {kind.__name__}")
-    for part, keys in CHECKPOINT_NUMBERS.items():
-        for key in keys:
-            if not isinstance(contents[part].get(key), int | float):
-                raise ValueError(f"its {part} has no number {key}")
-    if not {"train_loss", "val_loss", "val_accuracy"} <= contents["losses"].keys() or contents["step"] < 0:
-        raise ValueError("its losses or its step make no sense")
+    clock, losses, loader = contents["clock"], contents["losses"], contents["loader"]
+    for name, count in (("step", contents["step"]), *((key, loader.get(key)) for key in ("epoch", "position"))):
+        if type(count) is not int or count < 0:
+            raise ValueError(f"its {name} is no count")
+    seconds = {key: clock.get(key) for key in ("train_seconds", "wall_seconds")}
+    seconds["spectra_seconds_blocked"] = clock.get("spectra_seconds_blocked", 0.0)
+    results = {
+        key: losses.get(key, math.nan) for key in ("train_loss", "val_loss", "val_accuracy")
+    }  # None at the start
+    for name, number in (*seconds.items(), *((key, value) for key, value in results.items() if value is not None)):
+        if not isinstance(number, int | float) or not math.isfinite(number):
+            raise ValueError(f"its {name} is no number")
+    if not isinstance(losses.get("best_val_loss"), int | float):  # infinite before there is one
+        raise ValueError("its best_val_loss is no number")
     if not isinstance(contents["config"].get("config_hash"), str):
         raise ValueError("its config has no config_hash")
 

@@ -205,6 +205,14 @@ def test_a_worker_that_fails_last_costs_no_weights_at_the_end_and_no_line_at_a_s
     assert measured == ({0} if end == "finished" else {0, 5, 6})
 
 
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../a", "/a", "/tmp/a", "a/b", "a/../../b", ".a", "a\n", "a b", "a" * 201]
+)
+def test_a_name_that_could_leave_the_runs_folder_or_hide_in_it_is_not_safe(name):
+    assert not runfiles.is_safe_name(name)
+    assert runfiles.is_safe_name("a-run_1.b")
+
+
 def test_a_name_that_is_a_link_is_refused(train_small, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
@@ -233,6 +241,7 @@ def test_a_failed_write_of_a_checkpoint_leaves_both_earlier_ones(tmp_path, monke
 def test_a_kill_between_any_two_steps_of_a_save_leaves_a_checkpoint(tmp_path, monkeypatch, calls):
     parts = {name: kind() for name, kind in runfiles.CHECKPOINT_PARTS.items()}
     parts["clock"], parts["config"] = {"train_seconds": 1.0, "wall_seconds": 2.0}, {"config_hash": "f00d"}
+    parts["loader"] = {"epoch": 0, "position": 0}
     parts["losses"] = dict.fromkeys(("best_val_loss", "train_loss", "val_loss", "val_accuracy"), 0.5)
     for step in (1, 2):
         runfiles.save_checkpoint(tmp_path, parts | {"step": step})
