@@ -102,7 +102,12 @@ def test_three_ranks_train_like_one_and_one_or_four_go_on_from_their_checkpoint(
 def test_two_ranks_train_a_mixture_like_one(train_small, shards_folder, tmp_path):
     arguments = (*TWELVE[len(SMALL_MODEL) :], *MIXTURE, "--spectra-every", "6")
     _, one, _, _ = train_small("one", *arguments)
-    torchrun(2, *TWELVE, *arguments, "--data", shards_folder, "--runs-dir", tmp_path, "--no-plots", "--name", "two")
+    where = ("--data", shards_folder, "--runs-dir", tmp_path, "--no-plots", "--name", "two")
+    said = torchrun(2, *TWELVE, *arguments, *where).splitlines()
+    validated = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    once = [f"step:{line['step']}/12" for line in validated if line["kind"] == "val"]
+    assert [line.split()[0] for line in said if " val_loss:" in line] == once
+    assert len(once) == len(set(once)) > 2
     assert_same_training(tmp_path / "two", one)
 
 
