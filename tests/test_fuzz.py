@@ -118,10 +118,13 @@ def test_a_file_out_of_all_proportion_is_refused_unread(copy_of, part, name):
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "manifold_stats.jsonl"])
-def test_lists_nested_without_end_are_refused(copy_of, name):
+@pytest.mark.parametrize("text", ["[" * 100_000 + "\n{}\n", '{"model": "half a letter: \\ud800"}\n{}\n'])
+def test_what_cannot_be_written_again_is_not_json(copy_of, name, text):
+    """Lists nested without end, and a lone surrogate, for which UTF-8 has no bytes."""
     folder = copy_of("run")
-    (folder / name).write_text("[" * 100_000 + "\n{}\n")
-    assert not is_read(fuzz.read_run, folder, folder)
+    (folder / name).write_text(text if name.endswith("l") else text.splitlines()[0])
+    with pytest.raises(BadInput, match=r"line 1 is not JSON|not readable as JSON"):
+        fuzz.read_run(folder, folder)
 
 
 @settings(max_examples=40)
