@@ -25,6 +25,7 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
     max_leaves=6,
 )
+NUMBERS = st.lists(st.floats(0, 9), min_size=1, max_size=9)
 WORD = st.integers(0, 2**32 - 1)
 
 
@@ -43,7 +44,7 @@ def is_read(read, *arguments):
 def changed(objects):
     """A JSON text: one of these objects with other values and keys, or anything."""
     keys = sorted({key for value in objects for key in value})
-    other = st.dictionaries(st.sampled_from(keys) | st.text(max_size=9), VALUES, max_size=3)
+    other = st.dictionaries(st.sampled_from(keys) | st.text(max_size=9), VALUES | NUMBERS, max_size=3)
     less = st.sets(st.sampled_from(keys), max_size=1)
     merged = st.builds(
         lambda value, more, gone: {k: v for k, v in (value | more).items() if k not in gone},
