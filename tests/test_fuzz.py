@@ -164,6 +164,15 @@ def test_any_line_among_good_ones_is_refused_or_read(copy_of, name, draw):
     is_read(fuzz.read_run, folder, folder)
 
 
+def test_a_projection_of_two_sizes_is_refused(copy_of):
+    path = copy_of("run") / "manifold_stats.jsonl"
+    *lines, last = path.read_text().splitlines()
+    shorter = json.loads(last) | {"singular_values": [1.0]}
+    path.write_text("\n".join([*lines, json.dumps(shorter)]) + "\n")
+    with pytest.raises(BadInput, match="1 singular values where 8 were before"):
+        runcheck.spectra(path)
+
+
 @settings(max_examples=120)
 @given(st.data())
 def test_any_bytes_in_place_of_the_newest_checkpoint_leave_the_one_before(whole, copy_of, draw):
