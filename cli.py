@@ -13,9 +13,16 @@ from typing import Annotated
 
 import tyro
 
+MOST_LETTERS = 1000  # of a sentence; what it repeats from a file may be long
+
 
 class BadInput(ValueError):
-    """The user's flag or file cannot be used; the message is one sentence that names it."""
+    """The user's flag or file cannot be used; the message is one sentence that names it, on one line: what it repeats
+    from a file may hold newlines and a terminal's commands, which are shown, not sent."""
+
+    def __init__(self, sentence: str) -> None:
+        shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in sentence[:MOST_LETTERS])
+        super().__init__(shown + "…" * (len(sentence) > MOST_LETTERS))
 
 
 def exit_with_a_sentence(main: Callable[[], int | None]) -> Callable[[], int]:

@@ -58,7 +58,7 @@ def cut_jsonl(path: Path, last_step: int) -> None:
         return
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # damaged
             if json.loads(line)["step"] <= last_step:
                 kept.append(line)
     runfiles.write_whole(path, lambda file: file.write("".join(line + "\n" for line in kept)), mode="w")

@@ -7,6 +7,7 @@ The HTML file holds its pictures and its style and asks for nothing else; it rea
 
 import base64
 import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -181,7 +182,7 @@ def markdown_page(page: Page) -> str:
     lines += [f"- {_plain(note)}" for note in page.notes] + [""]
     lines += [f"> {_plain(warning)}\n" for warning in page.warnings]
     for part in page.parts:
-        lines += [f"## {part.title}", ""]
+        lines += [f"## {_plain(part.title)}", ""]
         for item in part.items:
             if isinstance(item, Table):
                 lines += [_markdown_table(item), ""]
@@ -193,7 +194,8 @@ def markdown_page(page: Page) -> str:
                     "",
                 ]
             elif isinstance(item, Code):
-                lines += ["```", *item.lines, "```", ""]
+                fence = _fence(item.lines)
+                lines += [fence, *item.lines, fence, ""]
             else:
                 picture = f"![{_plain(item.alt)}](plots/{item.stem}.png)"
                 lines += [f"### {_plain(item.title)}", "", picture, "", _plain(item.how_to_read), ""]
@@ -203,6 +205,11 @@ def markdown_page(page: Page) -> str:
 def _markdown_table(table: Table) -> str:
     lines = [table.header, ["---"] * len(table.header), *table.rows]
     return "\n".join("| " + " | ".join(_markdown_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _fence(lines: Sequence[str]) -> str:
+    """Longer than any run of backticks in the code, so that nothing in it ends the code."""
+    return "`" * max(3, *(1 + len(ticks) for line in lines for ticks in re.findall("`+", line)), 3)
 
 
 def _plain(text: str) -> str:

@@ -4,9 +4,11 @@ Training writes through this file and reports read by its names; importing it do
 """
 
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -48,25 +50,30 @@ def is_safe_name(name: str) -> bool:
 def write_whole(path: Path, write: Callable[[Any], None], mode: str = "wb") -> None:
     """Call `write(file)` on a temporary file beside `path`, force it to disk and rename it into place; CannotWrite
     leaves what was there."""
-    temporary = _written(path, write, mode)
+    unfinished = _written(path, write, mode)
     with writing(path):
-        os.replace(temporary, path)
+        os.replace(unfinished, path)
         _sync_folder(path.parent)
+
+
+def temporary(path: Path) -> Path:
+    """What `path` is called until it is whole; a kill may leave it behind, and the next write takes it over."""
+    return path.with_name(path.name + ".tmp")
 
 
 def _written(path: Path, write: Callable[[Any], None], mode: str) -> Path:
     """A complete temporary file beside `path`, or none."""
-    temporary = path.with_name(path.name + ".tmp")
+    unfinished = temporary(path)
     try:
-        with writing(path), open(temporary, mode) as file:
+        with writing(path), open(unfinished, mode) as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
     except CannotWrite:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
         raise
-    return temporary
+    return unfinished
 
 
 def _sync_folder(folder: Path) -> None:
@@ -125,11 +132,11 @@ def save_checkpoint(folder: Path, contents: dict[str, Any], name: str = CHECKPOI
     import torch
 
     path = folder / name
-    temporary = _written(path, lambda file: torch.save(contents, file), "wb")
+    unfinished = _written(path, lambda file: torch.save(contents, file), "wb")
     with writing(path):
         if name == CHECKPOINT and path.exists():
             os.replace(path, folder / PREVIOUS_CHECKPOINT)
-        os.replace(temporary, path)
+        os.replace(unfinished, path)
         _sync_folder(folder)
 
 
@@ -149,9 +156,10 @@ def load_checkpoint(folder: Path, say: Callable[[str], None]) -> tuple[dict[str,
             contents = torch.load(path, map_location="cpu", weights_only=True)
             _check_checkpoint(contents)
             return contents, damaged
-        except (OSError, MemoryError) as error:
-            raise BadInput(f"{path}: cannot be read ({first_line(error)})") from None
         except Exception as error:  # torch, zipfile and pickle raise many kinds on a damaged file
+            # The file may be good where the system cannot read it now; a damaged archive asks for invalid places.
+            if isinstance(error, OSError | MemoryError) and getattr(error, "errno", None) != errno.EINVAL:
+                raise BadInput(f"{path}: cannot be read ({first_line(error)})") from None
             damaged.append(path)
             say(f"{path}: damaged ({first_line(error)})")
     if damaged:
@@ -170,28 +178,43 @@ CHECKPOINT_PARTS = {
     **{"model": dict, "optimizer": list, "step": int, "tokens": int, "loader": dict, "rng": dict, "config": dict},
     **{"clock": dict, "losses": dict},
 }
-CHECKPOINT_NUMBERS = {"clock": ("train_seconds", "wall_seconds"), "losses": ("best_val_loss",)}
 
 
 def _check_checkpoint(contents: Any) -> None:
-    """ValueError unless a checkpoint has its parts, each of its kind."""
+    """ValueError unless a checkpoint has its parts, each of its kind, and the numbers that a run goes on with."""
     if not isinstance(contents, dict):
         raise ValueError(f"it holds a {type(contents).__name__}")
     for part, kind in CHECKPOINT_PARTS.items():
         if not isinstance(contents.get(part), kind):
             raise ValueError(f"its {part} is no {kind.__name__}")
-    for part, keys in CHECKPOINT_NUMBERS.items():
-        for key in keys:
-            if not isinstance(contents[part].get(key), int | float):
-                raise ValueError(f"its {part} has no number {key}")
-    if not {"train_loss", "val_loss", "val_accuracy"} <= contents["losses"].keys() or contents["step"] < 0:
-        raise ValueError("its losses or its step make no sense")
+    clock, losses, loader = contents["clock"], contents["losses"], contents["loader"]
+    for name, count in (("step", contents["step"]), *((key, loader.get(key)) for key in ("epoch", "position"))):
+        if type(count) is not int or count < 0:
+            raise ValueError(f"its {name} is no count")
+    seconds = {key: clock.get(key) for key in ("train_seconds", "wall_seconds")}
+    seconds["spectra_seconds_blocked"] = clock.get("spectra_seconds_blocked", 0.0)
+    results = {
+        key: losses.get(key, math.nan) for key in ("train_loss", "val_loss", "val_accuracy")
+    }  # None at the start
+    for name, number in (*seconds.items(), *((key, value) for key, value in results.items() if value is not None)):
+        if not isinstance(number, int | float) or not math.isfinite(number):
+            raise ValueError(f"its {name} is no number")
+    if not isinstance(losses.get("best_val_loss"), int | float):  # infinite before there is one
+        raise ValueError("its best_val_loss is no number")
     if not isinstance(contents["config"].get("config_hash"), str):
         raise ValueError("its config has no config_hash")
 
 
+def _parsed(text: str) -> Any:
+    """A JSON value; ValueError for what Python's reader takes beyond JSON, and for half a letter, which nothing can
+    write out again."""
+    value = json.loads(text, parse_constant=_no_number)
+    if "\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 def _no_number(word: str) -> None:
-    """JSON has no NaN and no Infinity, though Python's reader takes them."""
     raise ValueError(f"{word} is no number")
 
 
@@ -207,7 +230,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line, parse_constant=_no_number)
+            record = _parsed(line)
         except (ValueError, RecursionError):
             if number < len(lines):
                 raise BadInput(f"{path}: line {number} is not JSON") from None
@@ -223,7 +246,7 @@ def load_json(path: Path, most_bytes: int = 2**24) -> dict[str, Any]:
     try:
         if path.stat().st_size > most_bytes:
             raise BadInput(f"{path}: {path.stat().st_size:,} bytes, more than the {most_bytes:,} that it may have")
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        value = _parsed(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:

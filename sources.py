@@ -196,10 +196,11 @@ def local_file(path: Path, column: Column) -> "Rows":
     """The rows of a .jsonl or .parquet file."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing to ask the hub
     from datasets import load_dataset
+    from datasets.utils import logging
 
-    return Rows(
-        partial(load_dataset, kind(path), data_files=str(path), split="train", streaming=True), column, str(path)
-    )
+    logging.set_verbosity(logging.CRITICAL)  # what is raised is said, in one sentence
+    load = partial(load_dataset, kind(path), data_files=str(path), split="train", streaming=True)
+    return Rows(load, column, str(path))
 
 
 def hub_dataset(name: str, config: str | None, split: str, column: Column) -> "Rows":

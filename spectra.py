@@ -110,14 +110,18 @@ class SpectraRecorder:
                 continue
 
     def check(self) -> None:
-        """WorkerFailed if the worker has failed."""
+        """WorkerFailed if the worker has failed, or is gone and leaves events unmeasured."""
         if self.failure is not None:
             raise WorkerFailed(f"spectra: {type(self.failure).__name__}: {self.failure}") from self.failure
+        if self.events.unfinished_tasks and not self.worker.is_alive():
+            raise WorkerFailed("spectra: the worker died without a word")
 
     def flush(self) -> None:
         """Wait until every event so far is on disk."""
         start = time.perf_counter()
-        self.events.join()
+        with self.events.all_tasks_done:  # as events.join() does, which would wait for a dead worker for ever
+            while self.events.unfinished_tasks and self.worker.is_alive():
+                self.events.all_tasks_done.wait(timeout=0.5)
         self.writer.sync()
         self.seconds_blocked += time.perf_counter() - start
         self.check()

@@ -175,7 +175,12 @@ class Run:
                 self.flush_spectra()
                 self.off_clock(self.checkpoint)
         self.settle(0)
-        self.flush_spectra()
+        try:
+            self.flush_spectra()
+        except WorkerFailed:  # at the end the weights are kept; a stopped run repeats what it could not measure
+            if self.step == self.updates:
+                self.checkpoint()
+            raise
         self.watch.stop()
         self.checkpoint()
         return "finished" if self.step == self.updates else "stopped"
@@ -337,13 +342,7 @@ class Run:
     def open_folder(self) -> bool:
         """Create the run's folder, or load its last checkpoint; False if the run is finished already."""
         damaged: list[Path] = []
-        if self.folder.is_symlink():
-            raise BadInput(f"--name {self.s.name}: {self.folder} is a link; runs stay in --runs-dir")
-        if self.folder.exists():
-            if not self.s.resume:
-                raise BadInput(f"--name {self.s.name}: {self.folder} exists; choose another name, or add --resume")
-            if any(self.folder.iterdir()) and not (self.folder / runfiles.CONFIG).exists():
-                raise BadInput(f"--name {self.s.name}: {self.folder} is no run's folder; choose another name")
+        if self.may_go_on():
             self.loaded, damaged = runfiles.load_checkpoint(self.folder, self.out.say)
         self.agree_on_the_start()
         if self.rank.index == 0:
@@ -382,6 +381,23 @@ class Run:
             if self.s.spectra_every:
                 listener = self.live and self.live.write_spectra
                 self.spectra = SpectraRecorder(self.model, self.folder / runfiles.SPECTRA, listener)
+        return True
+
+    def may_go_on(self) -> bool:
+        """Whether the run's folder exists; BadInput where its name is taken or it is something else."""
+        named, first = f"--name {self.s.name}: {self.folder}", self.folder / runfiles.CONFIG
+        try:
+            if self.folder.is_symlink():
+                raise BadInput(f"{named} is a link; runs stay in --runs-dir")
+            if not self.folder.exists():
+                return False
+            if not self.s.resume:
+                raise BadInput(f"{named} exists; choose another name, or add --resume")
+            inside = set(self.folder.iterdir())
+        except OSError as error:
+            raise BadInput(f"{named} cannot be read ({error.strerror})") from None
+        if first not in inside and inside - {runfiles.temporary(first)}:  # a run killed at once leaves no more
+            raise BadInput(f"{named} is no run's folder; choose another name")
         return True
 
     def agree_on_the_start(self) -> None:

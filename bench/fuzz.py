@@ -208,6 +208,11 @@ class Checkpoints:
         original = torch.load(whole / runfiles.CHECKPOINT, weights_only=True)
         if contents["step"] != original["step"] or contents["config"] != original["config"]:
             raise Accepted("another step or config")
+        kept = contents["clock"] | contents["losses"]
+        numbers = ("train_seconds", "wall_seconds", "train_loss", "val_loss", "val_accuracy")
+        json.dumps([kept[key] for key in numbers], allow_nan=False)  # as in the summary of the run that goes on
+        if any(type(contents["loader"][key]) is not int for key in ("epoch", "position")):
+            raise Accepted("another place in the data")
         model = Transformer(self.model.config, len(self.model.embedding))
         optimizers = build_optimizers(model, "muon", lr=0.1, adamw_lr=0.1)
         try:  # as Run.load does

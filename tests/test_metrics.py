@@ -213,9 +213,11 @@ def test_random_updates_are_aligned_at_the_chance_level():
         assert mean == pytest.approx(records[0][f"{side}_alignment_chance"], rel=0.1)
 
 
-def test_cutting_a_jsonl_drops_later_steps_and_a_torn_line(tmp_path):
+def test_cutting_a_jsonl_drops_later_steps_and_damaged_lines(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text("".join(json.dumps({"step": i}) + "\n" for i in range(5)) + '{"step": 5, "lo')
+    with path.open("a") as file:
+        file.write("\n" + "[" * 100_000 + '\n"step"\n[]\n{"step": null}\n{}\n\n')
     cut_jsonl(path, 2)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 1, 2]
     assert path.read_text().endswith("\n")

@@ -13,6 +13,7 @@ import tyro
 
 import plots
 import report
+import report_pages
 import report_verdict
 from report_questions import answers
 from stats import (
@@ -37,9 +38,10 @@ class WellFormed(html.parser.HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.open, self.images, self.links, self.text = [], [], [], []
+        self.open, self.images, self.links, self.text, self.tags = [], [], [], [], set()
 
     def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
         if tag not in VOID:
             self.open.append(tag)
         if tag == "img":
@@ -212,6 +214,37 @@ def test_strings_from_files_are_escaped(run_main, no_drawing, pair, tmp_path):
     assert "<script>" not in (tmp_path / "r" / "report.html").read_text()
     markdown = (tmp_path / "r" / "report.md").read_text()
     assert "<script>" not in markdown[: markdown.index("```")]  # the commands are code, and not touched
+
+
+def test_every_string_of_a_page_is_text_and_never_markup(tmp_path):
+    made = []
+
+    def evil():
+        made.append(f"<script>{len(made)}</script>\" onload='x' &lt;| `")
+        return made[-1]
+
+    for kind in ("png", "svg"):
+        (tmp_path / f"figure.{kind}").write_bytes(bytes(30))
+    table = report_pages.Table([evil(), evil()], [[evil(), evil() + "long " * 20]])
+    made[-1] += "long " * 20
+    items = [
+        report_pages.Table([evil()], [[evil()]], whole=True),
+        report_pages.Picture("figure", evil(), evil(), evil()),
+        report_pages.Verse(evil(), [evil(), evil()]),
+        report_pages.Code([evil(), "```", evil()]),
+    ]
+    parts = [report_pages.Part(evil(), items), report_pages.Part(evil(), [], folded=True)]
+    tiles = [(evil(), evil())]
+    page = report_pages.Page(evil(), evil(), [evil()], tiles, table, [evil()], [evil()], parts)
+    (tmp_path / "page.html").write_text(report_pages.html_page(page, tmp_path))
+    read = read_page(tmp_path / "page.html")
+    assert "script" not in read.tags
+    said = "\n".join([*read.text, *(image["alt"] for image in read.images)])
+    assert [text for text in made if text not in said] == []
+    markdown = report_pages.markdown_page(page)
+    code = markdown[markdown.index("````\n") : markdown.rindex("````")]
+    assert "<script>" in code
+    assert "<script>" not in markdown.replace(code, "")
 
 
 def test_the_reproducing_command_sets_every_flag_again(pair):

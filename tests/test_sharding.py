@@ -1,17 +1,24 @@
 """Any number of ranks trains the same model, and any other number goes on from its checkpoint."""
 
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
+import loader
+import settings
+import shardfiles
 import sharding
-from model import ModelConfig, Transformer
+import train
+from bench import scaling
+from model import SIZES, ModelConfig, Transformer
 from optim import build_optimizers, load_whole_state, parameter_layout, whole_state
 from sharding import Sharding, deal, unit_view
 from tests.conftest import SMALL_MODEL
@@ -96,7 +103,12 @@ def test_three_ranks_train_like_one_and_one_or_four_go_on_from_their_checkpoint(
 def test_two_ranks_train_a_mixture_like_one(train_small, shards_folder, tmp_path):
     arguments = (*TWELVE[len(SMALL_MODEL) :], *MIXTURE, "--spectra-every", "6")
     _, one, _, _ = train_small("one", *arguments)
-    torchrun(2, *TWELVE, *arguments, "--data", shards_folder, "--runs-dir", tmp_path, "--no-plots", "--name", "two")
+    where = ("--data", shards_folder, "--runs-dir", tmp_path, "--no-plots", "--name", "two")
+    said = torchrun(2, *TWELVE, *arguments, *where).splitlines()
+    validated = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    once = [f"step:{line['step']}/12" for line in validated if line["kind"] == "val"]
+    assert [line.split()[0] for line in said if " val_loss:" in line] == once
+    assert len(once) == len(set(once)) > 2
     assert_same_training(tmp_path / "two", one)
 
 
@@ -131,6 +143,81 @@ def test_every_unit_has_one_owner(world_size, monkeypatch):
         assert torch.equal(pieces, unit_view(share.parameter.detach()))
         assert all(own.data_ptr() >= share.parameter.data_ptr() for own in owned if own is not None)  # views, no copies
         assert sum(len(own) for own in owned if own is not None) == len(unit_view(share.parameter))
+
+
+@pytest.mark.parametrize(("size", "ranks"), [("88m", 3), ("moe-nano", 16), ("odd", 4)])
+def test_the_busiest_rank_has_as_little_newton_schulz_as_dealing_allows(size, ranks, monkeypatch):
+    """Against every way of dealing the matrices that are left over; moe-nano has a bank of 8 for 16 ranks."""
+    monkeypatch.setitem(SIZES, "odd", ModelConfig(32, 3, 4, 2, 64, seq_len=16))
+    with torch.device("meta"):
+        model = Transformer(SIZES[size], vocab_size=320)
+    banks = []
+    for bank in model.banks():
+        units, rows, cols = unit_view(bank.parameter).shape
+        banks.append((units, rows * cols * min(rows, cols)))
+    ways = (itertools.combinations(range(ranks), units % ranks) for units, _ in banks)
+    least = min(
+        max(
+            sum(cost * (units // ranks + (rank in more)) for (units, cost), more in zip(banks, way, strict=True))
+            for rank in range(ranks)
+        )
+        for way in itertools.product(*ways)
+    )
+    mean = sum(units * cost for units, cost in banks) / ranks
+    counted = scaling.count(scaling.Arguments(model=size, vocab_size=320), ranks)
+    assert counted["newton_schulz_imbalance"] == pytest.approx(least / mean)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_bytes_and_messages_are_those_that_are_handed_to_the_network(world_size, monkeypatch):
+    monkeypatch.setattr(sharding, "KEPT_WHOLE", 100)
+    model = Transformer(ModelConfig(32, 2, 4, 2, 48, seq_len=16), vocab_size=41)
+    ours, sent = Sharding(model, 0, world_size), []
+
+    def send(whole, times):
+        sent.append(times * whole.numel() * whole.element_size() * (world_size - 1) // world_size)
+        return types.SimpleNamespace(wait=lambda: None)
+
+    network = types.SimpleNamespace(
+        all_reduce=lambda tensor, **_: send(tensor, 2),
+        reduce_scatter_tensor=lambda mine, whole, **_: send(whole, 1),
+        all_gather_into_tensor=lambda whole, mine, **_: send(whole, 1),
+    )
+    monkeypatch.setattr(sharding, "dist", network)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    ours.reduce_gradients()
+    ours.gather()
+    assert (ours.bytes_sent, ours.messages) == (sum(sent), len(sent)) == ours.traffic()
+    split = [share for share in ours.shares if share.split]
+    assert len(sent) == len(ours.shares) + len(split)
+    padded = sum(-(-len(unit_view(s.parameter)) // world_size) * unit_view(s.parameter)[0].numel() for s in split)
+    small = sum(s.parameter.numel() for s in ours.shares if not s.split)
+    assert sum(sent) == pytest.approx(2 * 4 * (world_size - 1) * (padded + small / world_size), abs=len(sent))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_ranks_share_out_the_validation_and_each_batch_is_read_once(shards_folder, monkeypatch, world_size):
+    shards, read = shardfiles.open_shards(shards_folder), []
+
+    def evaluate(model, batches, count):
+        assert count == world_size
+        read.append([batch.tobytes() for batch in batches])
+        return 1.0, 0.5
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    stream, nothing = shardfiles.TokenStream(shards, "val"), lambda *_: None
+    for index in range(world_size):
+        run = types.SimpleNamespace(
+            **{"val_stream": stream, "s": types.SimpleNamespace(eval_tokens=640, seq_len=32), "validation_rows": 4},
+            **{"rank": settings.Rank(index, world_size), "model": None, "best_val_loss": 0.0, "step": 1, "updates": 2},
+            **{"write": nothing, "progress": dict, "watch": types.SimpleNamespace(total=0.0)},
+            out=types.SimpleNamespace(line=nothing),
+        )
+        train.Run.validate(run)
+    whole = [batch.tobytes() for batch in loader.validation_batches(stream, 640, 32, 4)]
+    assert len(whole) == 5
+    assert sorted(itertools.chain(*read)) == sorted(whole)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -219,6 +220,88 @@ def test_a_stopped_run_resumes_to_the_bit(train_small, monkeypatch, optimizer):
     assert "nothing to do" in out
 
 
+def stop_at(monkeypatch, step):
+    """A signal reaches the run during this update; returns how to take that back."""
+    update = train.Run.update
+
+    def update_and_stop(run, event):
+        if run.step == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(run, event)
+
+    monkeypatch.setattr(train.Run, "update", update_and_stop)
+    return lambda: monkeypatch.setattr(train.Run, "update", update)
+
+
+def test_a_resumed_run_takes_up_the_random_state_of_the_checkpoint(train_small, monkeypatch):
+    arguments = ("--tokens", 4 * 256, "--dropout", 0.1)
+    go_on = stop_at(monkeypatch, 2)
+    _, folder, _, _ = train_small("run", *arguments)
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)["rng"]["torch"]
+    go_on()
+    update, states = train.Run.update, []
+
+    def watched(run, event):
+        states.append(torch.get_rng_state())
+        update(run, event)
+
+    monkeypatch.setattr(train.Run, "update", watched)
+    train_small("run", *arguments, "--resume")
+    assert len(states) == 2
+    assert torch.equal(states[0], saved)
+    assert not torch.equal(states[1], saved)
+
+
+def test_dropout_depends_on_seed_step_and_rank_alone(train_small, monkeypatch):
+    """Only rank 0's random state is in a checkpoint: the other ranks draw the same again without it."""
+    arguments = ("--tokens", 4 * 256, "--dropout", 0.1)
+    _, undisturbed, _, _ = train_small("undisturbed", *arguments)
+    gradients, seeds = TrainingStep.gradients, []
+
+    def watched(step, *rest):
+        seeds.append(torch.initial_seed())
+        return gradients(step, *rest)
+
+    update = train.Run.update
+
+    def disturbed(run, event):
+        torch.rand(3)
+        update(run, event)
+
+    monkeypatch.setattr(TrainingStep, "gradients", watched)
+    monkeypatch.setattr(train.Run, "update", disturbed)
+    _, folder, _, _ = train_small("disturbed", *arguments)
+    assert losses(folder) == losses(undisturbed)
+    drawn = seeds[train.WARMUP_UPDATES :]
+    assert drawn == [int(np.random.SeedSequence([0, step, 0]).generate_state(1)[0]) for step in range(4)]
+    seeds.clear()
+
+    def as_the_other_rank(run, event):
+        run.rank = train.Rank(index=1)
+        update(run, event)
+        run.rank = train.Rank()
+
+    monkeypatch.setattr(train.Run, "update", as_the_other_rank)
+    train_small("other-rank", *arguments)
+    assert not set(seeds[train.WARMUP_UPDATES :]) & set(drawn)
+
+
+def test_the_best_weights_are_kept_also_over_a_resume(train_small, monkeypatch):
+    evaluated = iter((9.0, 5.0, 3.0, 4.0, 6.0))
+    monkeypatch.setattr(train, "evaluate", lambda *_: (next(evaluated), 0.5))
+    go_on = stop_at(monkeypatch, 3)
+    arguments = ("--tokens", 4 * 256, "--eval-every", 1)
+    _, folder, _, _ = train_small("run", *arguments)
+    best = (folder / "best.pt").read_bytes()
+    found = torch.load(folder / "best.pt", weights_only=True)
+    assert (found["step"], found["val_loss"]) == (2, 3.0)
+    go_on()
+    train_small("run", *arguments, "--resume")
+    assert list(evaluated) == []
+    assert (folder / "best.pt").read_bytes() == best
+    assert json.loads((folder / "summary.json").read_text())["best_val_loss"] == 3.0
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(train_small):
     arguments = ("--tokens", 12 * 256, "--checkpoint-every", 5)
     _, folder, _, _ = train_small("run", *arguments)
@@ -270,6 +353,8 @@ def test_a_non_finite_loss_stops_before_the_update(train_small, monkeypatch):
         (("--batch-tokens", "0"), "--batch-tokens 0"),
         (("--name", "../escape"), "--name ../escape"),
         (("--name", ".hidden"), "--name .hidden"),
+        (("--name", "/tmp/escape"), "--name /tmp/escape"),
+        (("--name", "a/../../escape"), "--name a/../../escape"),
         (("--model", "7b"), "7b"),
         (("--heads", "64"), "heads"),
         (("--heads", "3"), "heads"),
