@@ -46,6 +46,7 @@ SLOT_VOCAB_SIZE, SLOT_EOT_ID, SLOT_CRC32 = 3, 4, 5
 SHARD_TOKENS = 10**8
 MAX_VOCAB_SIZE = 2**16  # a token is a uint16
 GPT2_VOCAB_SIZE = 50_257  # what published llm.c shards hold; they do not say so themselves
+GPT2_EOT_ID = 50_256
 BATCH_DOCUMENTS = 16_384
 BATCH_CHARS = 4_000_000  # per call of the tokenizer: enough for every core, 30 MB of memory
 SPLITS = ("train", "val")
@@ -204,6 +205,8 @@ class Shards:
     fingerprint: str
     files: dict[str, list[Path]]
     counts: dict[str, list[int]]
+    eot_id: int | None = None
+    """The token that every document starts with; None where nothing says it."""
 
     def tokens(self, split: str) -> int:
         return sum(self.counts[split])
@@ -237,13 +240,13 @@ def open_shards(folder: Path) -> Shards:
     vocab_sizes = {int(h[SLOT_VOCAB_SIZE]) for h in headers.values()}
     if len(vocab_sizes) > 1:
         raise BadInput(f"{folder}: shards of different vocabularies {sorted(vocab_sizes)}")
-    meta_path, held = folder / "meta.json", {path.name for path in headers}
+    meta_path, held, eot_id = folder / "meta.json", {path.name for path in headers}, None
     if meta_path.exists():
         meta = load_json(meta_path, MAX_META_BYTES)
         vocab_size, fingerprint, digests = (meta.get(key) for key in ("vocab_size", "fingerprint", "sha256"))
         if type(vocab_size) is not int or not isinstance(fingerprint, str) or not isinstance(digests, dict):
             raise BadInput(f"{meta_path}: not a description of shards (vocab_size, fingerprint and sha256 are needed)")
-        names = set(digests)
+        names, eot_id = set(digests), meta.get("eot_id")
         for wrong, words in ((names - held, "is missing"), (held - names, "is not in its meta.json")):
             if wrong:
                 raise BadInput(f"{folder}: {', '.join(sorted(wrong))} {words}")
@@ -252,8 +255,14 @@ def open_shards(folder: Path) -> Shards:
         fingerprint = _digest([[path.name, header.tolist()[:6], _ends(path)] for path, header in headers.items()])
     if not 0 < vocab_size <= MAX_VOCAB_SIZE:
         raise BadInput(f"{meta_path}: vocabulary of {vocab_size:,}, but uint16 holds {MAX_VOCAB_SIZE:,}")
+    if eot_id is None:
+        header = next(iter(headers.values()))
+        gpt2 = GPT2_EOT_ID if vocab_size == GPT2_VOCAB_SIZE else None
+        eot_id = int(header[SLOT_EOT_ID]) if header[SLOT_VOCAB_SIZE] else gpt2
+    if type(eot_id) is not int or not 0 <= eot_id < vocab_size:
+        eot_id = None
     counts = {split: [int(headers[path][2]) for path in files[split]] for split in SPLITS}
-    return Shards(vocab_size, fingerprint, files, counts)
+    return Shards(vocab_size, fingerprint, files, counts, eot_id)
 
 
 class TokenStream:
