@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
 
 from cli import BadInput
 from kernels.cross_entropy import linear_cross_entropy
@@ -27,6 +28,7 @@ ROPE_BASE = 10_000.0
 EXPERT_PROJECTIONS = ("gate", "up", "down")  # those of which each expert has its own
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # gate: swiglu only
 KERNELS = frozenset(("cross_entropy", "relu2_mlp"))  # fused kernels that a training loss can use
+FLEX_MIN_HEAD_WIDTH = 16  # that Triton's dot takes; FlexAttention pads widths that are no power of two, as 48
 # Stored (d_ff, d) like `up`, so that both are one batch for Muon; the map is the transpose.
 STORED_TRANSPOSED = ("down",)
 
@@ -153,16 +155,40 @@ def rotate(x_BTHE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
 
 
+def fuses_masks(x: Tensor) -> bool:
+    """Whether FlexAttention applies a document mask and skips the blocks that it empties: where it is compiled for a
+    GPU. On a CPU it has no backward pass and eagerly it is slow; there SDPA reads the same mask, written out."""
+    return x.is_cuda and torch.compiler.is_compiling()
+
+
+def document_mask(tokens_BT: Tensor, start: int) -> BlockMask | Tensor:
+    """What each token attends to: itself and what precedes it in its document, which begins at the last `start`.
+
+    Blocks for FlexAttention, or (B, 1, T, T) booleans for SDPA. What precedes the first `start` of a row is the rest of
+    a document.
+    """
+    B, T = tokens_BT.shape
+    document_BT = (tokens_BT == start).cumsum(1)
+
+    def visible(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (document_BT[b, query] == document_BT[b, key])
+
+    create = create_block_mask if fuses_masks(tokens_BT) else create_mask
+    return create(visible, B, None, T, T, device=tokens_BT.device)
+
+
 class Transformer(nn.Module):
     """A decoder of `config`'s shape. Weights are fp32; activations have `compute_dtype` (fp32 unless set).
 
     `kernels` names the fused ones (of KERNELS) that training runs; validation runs none, so that none flatters a score.
+    With `document_start`, the token that documents begin with, attention stays within a document.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
         self.compute_dtype, self.kernels = torch.float32, frozenset()
+        self.document_start: int | None = None
         D, L, E = config.d_model, config.layers, config.head_width
         self.embedding = nn.Parameter(torch.empty(vocab_size, D))
         stored = {"q": (D, D), "k": (config.kv_heads * E, D), "v": (config.kv_heads * E, D), "o": (D, D)}
@@ -229,19 +255,19 @@ class Transformer(nn.Module):
         overwritten in place.
         """
         c, dtype = self.config, self.compute_dtype
-        B, T = tokens_BT.shape
         per_layer: dict[str, tuple[Tensor, ...]] = {}
         for bank in self.banks():
             matrices = bank.parameter.to(dtype).unbind(0)  # one cast, and one stack for the gradient
             for i, name in enumerate(bank.members):
                 per_layer[name] = matrices[i * c.layers : (i + 1) * c.layers]
 
+        mask = None if self.document_start is None else document_mask(tokens_BT, self.document_start)
         x = F.embedding(tokens_BT, self.embedding).to(dtype) * c.d_model**0.5
         x = self._drop(x)
         counts, balance = [], 0.0
         for layer in range(c.layers):
             w = {name: matrices[layer] for name, matrices in per_layer.items()}
-            x = x + self._drop(self._attention(rms_norm(x, self.attention_gain[layer]), w, layer, B, T))
+            x = x + self._drop(self._attention(rms_norm(x, self.attention_gain[layer]), w, layer, mask))
             h = rms_norm(x, self.ffn_gain[layer])
             if c.experts:
                 y, count, layer_balance = self._mixture(h.flatten(0, 1), w, layer)
@@ -263,8 +289,8 @@ class Transformer(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets_BT.flatten())
         return loss + balance if c.experts and self.training else loss
 
-    def _attention(self, x: Tensor, w: dict[str, Tensor], layer: int, B: int, T: int) -> Tensor:
-        E = self.config.head_width
+    def _attention(self, x: Tensor, w: dict[str, Tensor], layer: int, mask: BlockMask | Tensor | None) -> Tensor:
+        (B, T, _), E = x.shape, self.config.head_width
         q = F.linear(x, w["q"]).view(B, T, -1, E)
         k = F.linear(x, w["k"]).view(B, T, -1, E)
         v = F.linear(x, w["v"]).view(B, T, -1, E)
@@ -272,12 +298,17 @@ class Transformer(nn.Module):
             q, k = rms_norm(q, self.q_gain[layer]), rms_norm(k, self.k_gain[layer])
         q, k = rotate(q, self.cos_TE[:T], self.sin_TE[:T]), rotate(k, self.cos_TE[:T], self.sin_TE[:T])
         sharing = q.shape[2] // k.shape[2]
-        if q.is_cuda and q.dtype == torch.float32:  # no memory-efficient kernel takes shared heads in fp32
+        written_out = isinstance(mask, Tensor)
+        # No memory-efficient kernel takes shared heads in fp32 or with a mask.
+        if q.is_cuda and (written_out or (mask is None and q.dtype == torch.float32)):
             k, v = k.repeat_interleave(sharing, dim=2), v.repeat_interleave(sharing, dim=2)
             sharing = 1
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=sharing > 1
-        )
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if mask is None or written_out:
+            options = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": sharing > 1}
+            y = F.scaled_dot_product_attention(q, k, v, **options)
+        else:
+            y = flex_attention(q, k, v, block_mask=mask, enable_gqa=sharing > 1)
         return F.linear(y.transpose(1, 2).reshape(B, T, -1), w["o"])
 
     def _ffn(self, x: Tensor, w: dict[str, Tensor]) -> Tensor:

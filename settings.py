@@ -22,7 +22,7 @@ import runfiles
 from cli import BadInput, Count
 from kernels.newton_schulz import COEFFICIENTS, METHODS
 from loader import Packing
-from model import KERNELS, SIZES, ModelConfig
+from model import FLEX_MIN_HEAD_WIDTH, KERNELS, SIZES, ModelConfig
 from optim import LR_SCALES, SCHEDULES
 from shardfiles import TRAIN_PATTERN, Shards, open_shards
 
@@ -68,6 +68,8 @@ class Settings:
     """Standard deviation of the noise that training adds to the router's logits."""
     dropout: float = 0.0
     """Probability of dropping an element of the embedding and of each block's outputs."""
+    doc_mask: bool = False
+    """Attention stays within a document, in training and validation; off = all earlier tokens of the sequence."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """Optimizer of the block matrices; embedding, gains and router always use AdamW."""
     data: Path | None = None
@@ -242,6 +244,11 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
     shards = open_shards(s.data, s.data_pattern)
     if shards.tokens("val") <= s.seq_len:
         raise BadInput(f"{s.data}: {shards.tokens('val'):,} validation tokens are too few for --seq-len {s.seq_len}")
+    if s.doc_mask and shards.eot_id is None:
+        raise BadInput(f"--doc-mask: neither {s.data} nor its shards say which token documents start with (eot_id)")
+    if s.doc_mask and s.compile == "on" and cuda and config.head_width < FLEX_MIN_HEAD_WIDTH:
+        least = f"heads at least {FLEX_MIN_HEAD_WIDTH} wide, not {config.head_width}"
+        raise BadInput(f"--doc-mask: compiled on a GPU it needs {least}; choose fewer --heads or --compile off")
     return s, config, shards
 
 

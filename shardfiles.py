@@ -196,12 +196,15 @@ def open_shards(folder: Path, pattern: str = TRAIN_PATTERN) -> Shards:
     fingerprint, meta_path = None, folder / META
     if meta_path.exists():
         meta = read_meta(meta_path)
-        vocab_size, eot_id = meta["vocab_size"], meta.get("eot_id")
+        eot_id = meta.get("eot_id", eot_id if meta["vocab_size"] == vocab_size else None)
+        vocab_size = meta["vocab_size"]
         if pattern == TRAIN_PATTERN:
             fingerprint = meta["fingerprint"]
             check_names(folder, set(meta["sha256"]), {path.name for path in headers})
     if not 0 < vocab_size <= MAX_VOCAB_SIZE:
         raise BadInput(f"{meta_path}: vocabulary of {vocab_size:,}, but uint16 holds {MAX_VOCAB_SIZE:,}")
+    if eot_id is not None and not 0 <= eot_id < vocab_size:
+        eot_id = None
     if fingerprint is None:
         fingerprint = digest([[path.name, header.tolist()[:6], _ends(path)] for path, header in headers.items()])
     counts = {split: [int(headers[path][2]) for path in files[split]] for split in SPLITS}

@@ -78,6 +78,7 @@ class Run:
         self.model = Transformer(config, shards.vocab_size)  # on the CPU first: the same weights on every device
         self.model.to(self.device).compute_dtype = torch.bfloat16 if s.precision == "bf16" else torch.float32
         self.model.kernels = chosen_kernels(s.kernels, capability(self.device))
+        self.model.document_start = shards.eot_id if s.doc_mask else None
         sequences = s.batch_tokens // (s.seq_len * rank.count)
         self.memory = MemoryCount(self.model, s.optimizer, sequences, s.seq_len, compiled=s.compile == "on")
         micro_batch = choose_micro_batch(self.memory, s.micro_batch, self.device)
