@@ -231,7 +231,7 @@ class _Feed:
         try:
             reader = self.part.source.open(self.begin)
             begin = self.begin
-            for batch in _batches(iter(reader)):
+            for batch in batches(iter(reader)):
                 hashes = np.array([content_hash(document) for document in batch], dtype=np.uint64)
                 future: Future = self.pool.submit(self.encode, batch)
                 if not self._put((begin, hashes, future)):
@@ -254,7 +254,8 @@ class _Feed:
         self._stop.set()
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+def batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    """Documents in lists that suit the tokenizer."""
     batch, chars = [], 0
     for document in documents:
         batch.append(document)

@@ -19,8 +19,8 @@ from stats import Comparison, Group, Run, compare, first_reaching, group_seeds, 
 SURE = 0.05  # below this p value a difference is called significant
 STEADY = 1.2  # between seeds of one setting, the slowest over the fastest update
 # Losses of runs that differ here do not compare.
-ARENA = ("data_fingerprint", "model", "budget", "seq_len", "eval_tokens", "vocab_size")
-ARENA_WORDS = {"budget": "token budget", "data_fingerprint": "data fingerprint"}
+ARENA = ("data_fingerprint", "model", "budget", "seq_len", "eval_tokens", "vocab_size", "doc_mask")
+ARENA_WORDS = {"budget": "token budget", "data_fingerprint": "data fingerprint", "doc_mask": "document mask"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Verdict:
 
 
 def arena_value(run: Run, key: str) -> object:
+    if key == "doc_mask":
+        return bool(run.config.get(key))  # older runs had none
     return run.budget if key == "budget" else run.config.get(key)
 
 

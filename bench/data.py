@@ -1,0 +1,192 @@
+"""Speed of the data path: shards built against tokenizers alone, batches per second, the first batch, memory.
+
+    python -m bench.data --json FILE
+
+Builder and tokenizer take turns on the same text and cores, and the builder's tokens must be the tokenizer's. The
+loader runs over a billion tokens in sparse files, shuffled, its checksums checked behind it.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+import runfiles
+import shardfiles
+from build import Part, batches, build_shards
+from cli import BadInput, exit_with_a_sentence
+from documents import load_tokenizer
+from loader import Loader
+from shardfiles import TokenStream, open_shards
+from sources import TextFiles, embedded_documents
+
+RATE_OF_A_4090 = 150_000  # tokens/s that training may ask for; the loader is to be far above
+GOALS = {
+    "builder": 0.85,  # of what tokenizers.encode_batch alone reaches
+    "loader": 50 * RATE_OF_A_4090,
+    "first_batch": 1.0,  # seconds
+    "loader_anonymous": 200,  # MB; mapped shards are the page cache's
+}
+VOCAB_SIZE = 4096
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Measure the data path."""
+
+    megabytes: float = 16
+    """Of text for the builder."""
+    repeats: int = 5
+    """Turns that builder and tokenizer take."""
+    shards: int = 10
+    """Sparse shards of 10^8 tokens for the loader."""
+    seconds: float = 3
+    """How long each loader runs."""
+    json: Path | None = None
+    """Write the figures here too."""
+
+
+def texts_of(megabytes: float) -> list[str]:
+    """Different Python sources, again with a line before them where there are too few."""
+    texts: dict[str, None] = {}
+    chars = 0
+    while chars < 1e6 * megabytes:
+        again = f"# {len(texts)}\n" if texts else ""
+        for text in embedded_documents("stdlib"):
+            chars += len(again + text) * (again + text not in texts)
+            texts[again + text] = None
+            if chars >= 1e6 * megabytes:
+                break
+    return list(texts)
+
+
+def builder(folder: Path, megabytes: float, repeats: int) -> dict[str, Any]:
+    """Seconds of both, medians over turns; BadInput where they disagree on the tokens."""
+    texts = texts_of(megabytes)
+    source = folder / "text.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    parts = [Part("text", TextFiles([source]))]
+    build_shards(lambda: iter(texts[:400]), folder / "first", source="bench", vocab_size=VOCAB_SIZE, val_fraction=0.1)
+    tokenizer = str(folder / "first" / shardfiles.TOKENIZER)
+    encoder = load_tokenizer(tokenizer)
+    seconds: dict[str, list[float]] = {"builder": [], "encode_batch": [], "encode_batch_fast": []}
+    for turn in range(repeats):
+        for name in ("encode_batch", "encode_batch_fast"):
+            expected, began = 0, time.perf_counter()
+            for batch in batches(iter(texts)):  # as the builder's: all at once is slower
+                expected += sum(len(e) + 1 for e in getattr(encoder, name)(batch, add_special_tokens=False))
+            seconds[name].append(time.perf_counter() - began)
+        began = time.perf_counter()
+        meta = build_shards(parts, folder / str(turn), source="bench", tokenizer=tokenizer, val_fraction=0.1)
+        seconds["builder"].append(time.perf_counter() - began)
+        built = meta["train_tokens"] + meta["val_tokens"]
+        if built != expected:
+            raise BadInput(
+                f"the builder made {built:,} tokens where the tokenizer makes {expected:,}: nothing is timed"
+            )
+    return {"tokens": built, "seconds": seconds}
+
+
+def sparse_shards(folder: Path, count: int) -> None:
+    """`count` training shards of 10^8 zeros, which take no room, with headers and checksums, and a validation shard."""
+    crc = 0
+    for _ in range(200):
+        crc = zlib.crc32(bytes(10**6), crc)
+    for name, tokens, crc32 in (
+        *((f"train_{i:06d}.bin", 10**8, crc) for i in range(count)),
+        ("val_000000.bin", 10**6, zlib.crc32(bytes(2 * 10**6))),
+    ):
+        header = np.zeros(shardfiles.HEADER_INTS, "<u4")
+        header[:3] = shardfiles.MAGIC, shardfiles.VERSION, tokens
+        header[[shardfiles.SLOT_VOCAB_SIZE, shardfiles.SLOT_EOT_ID, shardfiles.SLOT_CRC32]] = 4096, 1, crc32
+        with (folder / name).open("wb") as file:
+            file.write(header.tobytes())
+            file.truncate(shardfiles.HEADER_BYTES + 2 * tokens)
+
+
+def anonymous_mb() -> float | None:
+    """Anonymous memory of this process, None where the system does not say."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) / 1e3 for line in lines if line.startswith("RssAnon")), None)
+
+
+def loader(folder: Path, seconds: float) -> dict[str, Any]:
+    """First batch and rate of a shuffling loader, at the 88M model's batches and at nano's."""
+    found: dict[str, Any] = {}
+    before = anonymous_mb()
+    for name, rows, seq_len in (("88m", 8, 2048), ("nano", 32, 256)):
+        began = time.perf_counter()
+        windows = Loader(TokenStream(open_shards(folder), "train"), rows, seq_len, seed=0)
+        next(windows)
+        found[f"first_batch_seconds_{name}"] = time.perf_counter() - began
+        windows.stream.wait_until_checked()
+        next(windows)
+        began, tokens = time.perf_counter(), 0
+        while time.perf_counter() - began < seconds:
+            tokens += rows * (next(windows).shape[1] - 1)
+        found[f"tokens_per_second_{name}"] = tokens / (time.perf_counter() - began)
+        after = anonymous_mb()
+        windows.close()
+    found["anonymous_mb"] = None if before is None else after - before
+    return found
+
+
+@exit_with_a_sentence
+def main() -> None:
+    a = tyro.cli(Arguments, description=__doc__)
+    for flag in ("megabytes", "repeats", "shards", "seconds"):
+        if not 0 < getattr(a, flag) < float("inf"):
+            raise BadInput(f"--{flag} {getattr(a, flag)}: must be a positive number")
+    import torch  # noqa: F401  # what the loader's tensors need is not the loader's memory
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "sparse").mkdir()
+        sparse_shards(folder / "sparse", a.shards)
+        read = loader(folder / "sparse", a.seconds)
+        built = builder(folder, a.megabytes, a.repeats)
+    rates = {name: [built["tokens"] / s for s in seconds] for name, seconds in built["seconds"].items()}
+    for name, each in rates.items():
+        median, low, high = statistics.median(each), min(each), max(each)
+        print(f"{name:18} {median:12,.0f} tokens/s ({low:,.0f} to {high:,.0f})")
+    ratios = [ours / peer for ours, peer in zip(rates["builder"], rates["encode_batch"], strict=True)]
+    fast = [ours / peer for ours, peer in zip(rates["builder"], rates["encode_batch_fast"], strict=True)]
+    figures = {
+        "builder_ratio": statistics.median(ratios),
+        "builder_ratio_to_fast": statistics.median(fast),
+        "builder_tokens_per_second": statistics.median(rates["builder"]),
+        "loader_tokens_per_second": read["tokens_per_second_88m"],
+        "loader_tokens_per_second_nano": read["tokens_per_second_nano"],
+        "first_batch_seconds": read["first_batch_seconds_88m"],
+        "loader_anonymous_mb": read["anonymous_mb"],
+    }
+    said = (
+        ("builder / encode_batch", figures["builder_ratio"], GOALS["builder"], ".2f", ">="),
+        ("loader, 8 x 2048, tokens/s", figures["loader_tokens_per_second"], GOALS["loader"], ",.0f", ">="),
+        ("loader, 32 x 256, tokens/s", figures["loader_tokens_per_second_nano"], GOALS["loader"], ",.0f", ">="),
+        ("first batch, s", figures["first_batch_seconds"], GOALS["first_batch"], ".3f", "<="),
+        ("loader, anonymous MB", figures["loader_anonymous_mb"], GOALS["loader_anonymous"], ".0f", "<="),
+    )
+    for what, value, goal, form, relation in said:
+        if value is None:
+            print(f"{what:28} not measured here")
+            continue
+        met = value >= goal if relation == ">=" else value <= goal
+        print(f"{what:28} {value:>14{form}}  goal {relation} {goal:{form}}: {'met' if met else 'NOT met'}")
+    if a.json:
+        described = {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), **runfiles.provenance()}
+        goals = {f"{name}_goal": goal for name, goal in GOALS.items()}
+        runfiles.write_json(a.json, described | figures | goals | {"rates": rates})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
