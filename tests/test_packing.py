@@ -34,7 +34,7 @@ def test_aligned_windows_begin_at_documents_and_leave_out_only_tails(shards_fold
 
 
 @pytest.mark.parametrize(
-    ("starts", "tokens", "expected"), [([], 100, []), ([0, 3, 12], 14, [0]), ([0, 10], 21, [0, 10])]
+    ("starts", "tokens", "expected"), [([], 100, []), ([0, 3, 12], 14, [0]), ([0, 10], 21, [0, 10]), ([0, 10], 20, [0])]
 )
 def test_aligned_windows_end_with_the_tokens(starts, tokens, expected):
     assert aligned_windows(np.array(starts, np.int64), tokens, 10).tolist() == expected
