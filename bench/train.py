@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -292,8 +293,9 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {f"{ours} / {theirs}": speed[ours] / speed[theirs] for ours, theirs in pairs}
 
 
-def time_surroundings(place: Workplace, step_seconds: float) -> dict[str, float]:
-    """How long a spectra event holds up the loop and keeps the worker busy, and a batch lets it wait."""
+def time_surroundings(place: Workplace, step_seconds: float) -> dict[str, float | None]:
+    """How long a spectra event holds up the loop and keeps the worker busy, and a batch lets it wait (None where there
+    is no package to build shards with)."""
     model = place.transformer()
     optimizers = build_optimizers(model, "muon", lr=place.rates["muon"][0], adamw_lr=place.rates["muon"][1])
     work = TrainingStep(model, optimizers, micro_batch=place.micro_batch)
@@ -308,13 +310,14 @@ def time_surroundings(place: Workplace, step_seconds: float) -> dict[str, float]
             recorder.flush()
             worker_seconds = time.perf_counter() - start
         recorder.close()
-        loader_seconds = _loader_seconds(place, Path(folder) / "shards", step_seconds)
+        builds = find_spec("tokenizers") is not None
+        loader_seconds = _loader_seconds(place, Path(folder) / "shards", step_seconds) if builds else None
     return {
         "spectra_blocked_seconds": recorder.seconds_blocked,
         "spectra_blocked_share": recorder.seconds_blocked / (SPECTRA_EVERY * step_seconds),
         "spectra_worker_seconds": worker_seconds,
         "loader_wait_seconds": loader_seconds,
-        "loader_share": loader_seconds / step_seconds,
+        "loader_share": None if loader_seconds is None else loader_seconds / step_seconds,
     }
 
 
@@ -398,9 +401,13 @@ def main() -> int:
     print(
         f"a spectra event blocks {1e3 * surroundings['spectra_blocked_seconds']:.1f} ms, "
         f"{surroundings['spectra_blocked_share']:.3%} of the time at every {SPECTRA_EVERY} updates, and keeps the "
-        f"worker busy for {surroundings['spectra_worker_seconds']:.2f} s; a batch is waited for "
-        f"{1e3 * surroundings['loader_wait_seconds']:.2f} ms, {surroundings['loader_share']:.3%} of a step"
+        f"worker busy for {surroundings['spectra_worker_seconds']:.2f} s"
     )
+    if surroundings["loader_share"] is None:
+        print("loader: not timed, the package tokenizers is absent")
+    else:
+        waited, share = 1e3 * surroundings["loader_wait_seconds"], surroundings["loader_share"]
+        print(f"a batch is waited for {waited:.2f} ms, {share:.3%} of a step")
     if a.json:
         described = {"device": place.device_name(), "date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv)}
         settings = {"model": a.model, "batch_tokens": place.batch_tokens, "seq_len": place.config.seq_len}
