@@ -52,7 +52,7 @@ def measure(part: Part, plan: Plan, number: int) -> dict[str, Any]:
         return done | {"state": f"skipped: {part.module} is not here"}
     if missing:
         return done | {"state": f"skipped: needs {', '.join(missing)}"}
-    if plan.seconds < max(LEAST_SECONDS, part.least_seconds):
+    if plan.seconds < LEAST_SECONDS:
         return done | {"state": f"not started: {plan.seconds:.0f} s left"}
     result, began = stem.with_suffix(".json"), time.monotonic()
     words = part.command(plan, result)
@@ -148,7 +148,7 @@ def main() -> int:
     for number, part in enumerate(todo, start=1):
         left = deadline - time.monotonic()
         fair = left * part.share / sum(other.share for other in todo[number - 1 :])
-        seconds = 0.0 if stopped else min(left, max(GENEROUS * fair, part.least_seconds))
+        seconds = 0.0 if stopped else min(left, GENEROUS * fair)
         done = measure(part, Plan(cuda, seconds, work, results), number)
         stopped = stopped or done["state"] == "stopped"
         if done["result"] is not None:

@@ -25,7 +25,7 @@ from stats import load_run
 ROOT = Path(__file__).resolve().parent.parent
 OPTIMIZERS = ("muon", "adamw")
 PLOTS = ("loss_curves", "optimizer_comparison", "effective_rank_over_time", "spectral_norm_by_depth")
-LEAST_UPDATES = 4
+LEAST_UPDATES, EVENTS = 4, 6  # validations and spectra of a run
 SPENT_ELSEWHERE = {"cuda": 180.0, "cpu": 50.0}  # starts, compilation, validation and report, measured on idle machines
 FALLBACK_RATE = {"cuda": 50_000.0, "cpu": 4000.0}
 SMALL_CORPUS = 1_000_000  # tokens, where no shards are there
@@ -84,10 +84,12 @@ def main() -> int:
     left = max(0.0, end - time.monotonic() - SPENT_ELSEWHERE[kind])
     tokens = min(BUDGET, max(LEAST_UPDATES, int(rate * left / len(OPTIMIZERS) / batch)) * batch)
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    every = max(1, tokens // batch // EVENTS)
     folders = []
     for optimizer in OPTIMIZERS:
         name = f"{model}-{optimizer}-{stamp}"
         words = ("--model", model, "--optimizer", optimizer, "--tokens", tokens, "--data", data, "--no-plots")
+        words = (*words, "--eval-every", every, "--spectra-every", every)
         run("train.py", *words, "--runs-dir", a.out.resolve(), "--name", name)
         folders.append(a.out / name)
     runs = [load_run(folder) for folder in folders]

@@ -9,6 +9,7 @@ spectra event and the loader.
 """
 
 import dataclasses
+import math
 import statistics
 import sys
 import tempfile
@@ -65,6 +66,8 @@ class Arguments:
     """Steps of each candidate in each round (default: 10; on a CPU 2)."""
     rounds: int | None = None
     """Rounds (default: 5; on a CPU 3)."""
+    seconds: float | None = None
+    """Start no further round so long after the first one."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile for all of them; auto = on CUDA only."""
     json: Path | None = None
@@ -98,6 +101,7 @@ class Workplace:
         self.cuda = torch.cuda.is_available()
         self.steps = (10 if self.cuda else 2) if a.steps is None else a.steps
         self.rounds = (5 if self.cuda else 3) if a.rounds is None else a.rounds
+        self.seconds = math.inf if a.seconds is None else a.seconds
         size, nano = SIZES[a.model], a.model == "nano"
         seq_len = size.seq_len if a.seq_len is None else a.seq_len
         self.vocab_size = (NANO_VOCAB if nano else DEFAULT_VOCAB) if a.vocab_size is None else a.vocab_size
@@ -208,7 +212,10 @@ def check(candidates: list[Candidate], place: Workplace) -> None:
 
 def time_all(candidates: list[Candidate], place: Workplace) -> None:
     """Fills in seconds and phases of each candidate, round by round; every round draws its own tokens."""
+    began = time.monotonic()
     for i in range(-1, place.rounds):
+        if i > 0 and time.monotonic() - began > place.seconds:
+            break
         rows = place.random_rows(i + 1)
         for c in candidates:
             if place.cuda:
