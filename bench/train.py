@@ -66,6 +66,8 @@ class Arguments:
     """Steps of each candidate in each round (default: 10; on a CPU 2)."""
     rounds: int | None = None
     """Rounds (default: 5; on a CPU 3)."""
+    kernels: bool = True
+    """Time ours with each fused kernel too."""
     seconds: float | None = None
     """Start no further round so long after the first one."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -101,6 +103,7 @@ class Workplace:
         self.cuda = torch.cuda.is_available()
         self.steps = (10 if self.cuda else 2) if a.steps is None else a.steps
         self.rounds = (5 if self.cuda else 3) if a.rounds is None else a.rounds
+        self.fused = a.kernels
         self.seconds = math.inf if a.seconds is None else a.seconds
         size, nano = SIZES[a.model], a.model == "nano"
         seq_len = size.seq_len if a.seq_len is None else a.seq_len
@@ -185,8 +188,9 @@ class Workplace:
     def candidates(self) -> list[Candidate]:
         """Everything that is compared."""
         each = [frozenset((kernel,)) for kernel in sorted(KERNELS)]
-        ours = [self.ours("muon", kernels) for kernels in (frozenset(), *each, KERNELS)]
-        ours += [self.ours("adamw", kernels) for kernels in (frozenset(), KERNELS)]
+        more = (*each, KERNELS) if self.fused else ()
+        ours = [self.ours("muon", kernels) for kernels in (frozenset(), *more)]
+        ours += [self.ours("adamw", kernels) for kernels in (frozenset(), *more[-1:])]
         return ours + [self.theirs(optimizer) for optimizer in baseline.OPTIMIZERS]
 
     def random_rows(self, seed: int) -> Tensor:
@@ -297,7 +301,7 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
         *((f"ours, muon, {kernel}", "ours, muon") for kernel in sorted(KERNELS)),
         ("ours, muon", "ours, adamw"),
     ]
-    return {f"{ours} / {theirs}": speed[ours] / speed[theirs] for ours, theirs in pairs}
+    return {f"{ours} / {theirs}": speed[ours] / speed[theirs] for ours, theirs in pairs if ours in speed}
 
 
 def time_surroundings(place: Workplace, step_seconds: float) -> dict[str, float | None]:
