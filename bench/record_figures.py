@@ -186,7 +186,7 @@ def difference_sentence(record: Json) -> str:
     """Whose best loss is lower, by how much, and whether that may be chance."""
     found = record["figures"]["muon_minus_adamw"]
     words = "below" if found["difference"] < 0 else "above"
-    sentence = f"Muon ends {abs(found['difference']):.3f} nats {words} AdamW"
+    sentence = f"Muon's best validation loss is {abs(found['difference']):.3f} nats {words} AdamW's"
     if found["p_value"] is None:
         return sentence
     low, high = sorted((abs(found["low"]), abs(found["high"])))
@@ -227,14 +227,12 @@ def record_page(record: Json) -> str:
     if "time-to-loss" in record["tracks"]:
         parts += ["## Time to loss", table(TIME_HEADER, time_rows(record))]
     if not all(map(steady, record["figures"]["optimizers"].values())):
-        parts.append(
-            f"Updates of one optimizer took times more than {STEADY} apart between seeds: losses count, times do not."
-        )
+        parts.append(f"Updates of some seed took over {STEADY} times as long as another's: losses count, times do not.")
     facts = [f"{key} {described[key]}" for key in SHOWN if described.get(key) is not None]
     versions = f"Python {described['python_version']}, torch {described['torch_version']}"
     parts += [
         "## How it was made",
-        f"{described['date']}, {machine.label(described)} ({', '.join(facts)}), {versions}.",
+        f"{described['date']}, {', '.join([machine.label(described), *facts, versions])}.",
         f"```\ngit checkout {record['git_commit']}\n{record['corpus_command']}\n{record['command']}\n```",
         "Each run's folder holds its settings, metrics, log and summary, and its spectra with five digits, packed. "
         "`python -m bench.record check` on this folder makes every figure here again from them.",
