@@ -15,6 +15,7 @@ from typing import Any
 
 import runfiles
 
+SAMPLE_SECONDS = 0.5
 QUERY = {
     "driver": "driver_version",
     "sm_clock_mhz": "clocks.sm",
@@ -33,7 +34,7 @@ def describe() -> dict[str, Any]:
     described["gpus"] = torch.cuda.device_count() if cuda else 0
     described |= gpu_state() if cuda else dict.fromkeys(QUERY)
     described |= {"cuda_version": torch.version.cuda, "cpu": cpu_name(), "cpu_mhz": cpu_mhz(), "cores": cores()}
-    described |= {"system": f"{platform.system()} {platform.machine()}", "load_average": load_average()}
+    described |= {"system": f"{platform.system()} {platform.machine()}", "busy_cores": busy_cores()}
     return described | {"date": time.strftime("%Y-%m-%d", time.gmtime())} | runfiles.provenance()
 
 
@@ -86,6 +87,20 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def load_average() -> float | None:
-    """Processes that wanted a core over the last minute: others were at work where it is above 0 before a start."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+def busy_cores() -> float | None:
+    """How many cores work right now, over half a second: others are at work where it is not about 0 before a start."""
+    before = _core_times()
+    time.sleep(SAMPLE_SECONDS)
+    after = _core_times()
+    if before is None or after is None or after[1] <= before[1]:
+        return None
+    return round((os.cpu_count() or 1) * (after[0] - before[0]) / (after[1] - before[1]), 2)
+
+
+def _core_times() -> tuple[int, int] | None:
+    """Ticks that all cores worked, and all ticks, since the system started (proc(5), /proc/stat)."""
+    try:
+        ticks = list(map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:9]))
+    except (OSError, ValueError):
+        return None
+    return sum(ticks) - ticks[3] - ticks[4], sum(ticks)  # without idle and waiting for a disk

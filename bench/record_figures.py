@@ -27,7 +27,7 @@ BUDGET = 2_015_232  # tokens of the track 2m, the prior work's 123 updates of 16
 LEAST_SEEDS = 3
 TIED = 0.05  # two entries whose losses differ with a p value of this or more are tied
 STEADY = 1.2  # slowest over fastest median update of one optimizer's seeds, up to which times count
-SHOWN = ("driver", "sm_clock_mhz", "memory_clock_mhz", "power_limit_watts", "cpu_mhz", "load_average")
+SHOWN = ("driver", "sm_clock_mhz", "memory_clock_mhz", "power_limit_watts", "cpu_mhz", "busy_cores")
 NAMES = {"muon": "Muon", "adamw": "AdamW"}
 MARK = "<!-- figures: {name} -->"
 END = "<!-- end of figures -->"
@@ -323,7 +323,7 @@ def bench_page(bench: Json) -> str:
     parts = [
         f"# Benchmarks, {machine.label(described)}",
         f"`{bench['command']}`, {described['date']}, commit {bench_commit(bench)}, torch {described['torch_version']}, "
-        f"load average before {described['load_average']}.{small}",
+        f"{described['busy_cores']} cores busy with other work at the start, {bench['threads']} threads.{small}",
         bench_table(bench),
         "A ratio above 1 says that ours is better than the peer. The floor is what the machine allows at best.",
         table(("part", "state", "seconds"), [[p["name"], p["state"], f"{p['seconds']:.0f}"] for p in bench["parts"]]),

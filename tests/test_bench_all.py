@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import all as bench_all
-from bench import correct, parts, record, record_figures
+from bench import correct, machine, parts, record, record_figures
 from bench import speedrun as short
 from bench.parts import Part, Plan
 from tests.test_record import in_this_process
@@ -24,7 +24,7 @@ def script(name, words, module="bench.correct", needs=(), share=1.0):
     return Script(name, module, share, lambda plan: words, rows, needs)
 
 
-WRITES = "import json; json.dump({'value': 2.5, 'cases': []}, open('{out}', 'w'))"
+WRITES = "import json; json.dump({'value': 2.5}, open('{out}', 'w'))"
 
 
 def run_parts(run_main, monkeypatch, tmp_path, *chosen, minutes=1.0):
@@ -63,6 +63,9 @@ def test_a_part_that_fails_is_cut_or_lacks_something_stops_nothing(run_main, mon
     assert table["absent"]["goal"] == states["absent"]
     for row in bench["rows"]:
         assert f"\n{row['figure']} " in out
+    wrong = parts.row("kernels", 1, met=False)
+    monkeypatch.setattr(bench_all, "rows_of", lambda part, done, cuda: [wrong])
+    assert run_parts(run_main, monkeypatch, tmp_path, script("good", WRITES))[0] == 1
     assert bench["machine"]["device"] == "cpu" or torch.cuda.is_available()
     assert {"driver", "torch_version", "git_commit", "date", "sm_clock_mhz"} <= bench["machine"].keys()
 
@@ -91,6 +94,26 @@ def test_without_time_nothing_is_started_and_with_little_the_later_parts_are_not
     (tmp_path / "mine" / "thesis.tex").touch()
     assert "holds something that is no benchmark" in run_main(bench_all.main, "--out", tmp_path / "mine")[2]
     assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_cores_that_others_use_get_no_threads(run_main, monkeypatch, tmp_path):
+    described = {"cores": 8, "busy_cores": 2.6}
+    assert bench_all.free_threads(described) == 5
+    assert bench_all.free_threads(described | {"busy_cores": 0.2}) == 8
+    assert bench_all.free_threads(described | {"busy_cores": None}) == 8
+    assert bench_all.free_threads(described | {"cores": 2}) == 1
+    monkeypatch.setattr(bench_all, "free_threads", lambda described: 3)
+    counts = "import os, json; json.dump({'value': int(os.environ['OMP_NUM_THREADS'])}, open('{out}', 'w'))"
+    *_, bench = run_parts(run_main, monkeypatch, tmp_path, script("threads", counts))
+    assert bench["rows"][0]["ours"] == bench["threads"] == 3
+
+
+def test_ticks_of_work_are_counted_as_cores(monkeypatch):
+    seen = iter([(100, 1000), (150, 1200)])
+    monkeypatch.setattr(machine, "_core_times", lambda: next(seen))
+    monkeypatch.setattr(machine, "SAMPLE_SECONDS", 0.0)
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 8)
+    assert machine.busy_cores() == 2.0
 
 
 def test_rows_compare_the_right_way_round():
