@@ -153,7 +153,7 @@ def main() -> int:
     words = f"python -m bench.all --minutes {a.minutes:g}" + (f" --out {a.out}" if a.out else "")
     bench: dict[str, Any] = {"command": words, "minutes": a.minutes, "small_sizes": not cuda}
     bench |= {"machine": described, "threads": threads, "parts": [], "rows": []}
-    print(f"{machine.label(described)}, {threads} threads, torch {torch.__version__}, {a.minutes:g} minutes, {out}")
+    print(f"{machine.label(described)}, threads: {threads}, torch {torch.__version__}, {a.minutes:g} minutes, {out}")
     if not cuda:
         print("a CPU: small sizes, and goals of a GPU are not judged")
     signal.signal(signal.SIGTERM, signal.default_int_handler)

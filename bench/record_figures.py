@@ -323,7 +323,7 @@ def bench_page(bench: Json) -> str:
     parts = [
         f"# Benchmarks, {machine.label(described)}",
         f"`{bench['command']}`, {described['date']}, commit {bench_commit(bench)}, torch {described['torch_version']}, "
-        f"{described['busy_cores']} cores busy with other work at the start, {bench['threads']} threads.{small}",
+        f"{described['busy_cores']} cores busy with other work at the start, threads: {bench['threads']}.{small}",
         bench_table(bench),
         "A ratio above 1 says that ours is better than the peer. The floor is what the machine allows at best.",
         table(("part", "state", "seconds"), [[p["name"], p["state"], f"{p['seconds']:.0f}"] for p in bench["parts"]]),

@@ -247,6 +247,23 @@ def test_make_refuses_a_record_that_is_there_a_changed_tree_and_an_unknown_corpu
     assert "commit first" in run_main(record.main, *words, "--out", made.parent / "new")[2]
 
 
+def test_a_make_that_is_stopped_or_fails_leaves_no_record(workplace, run_main, monkeypatch, shards_folder):
+    out = workplace / "runs" / "records" / "stopped"
+    words = ("make", "time-to-loss", "--model", "nano", "--tokens", 1536, "--data", shards_folder, "--out", out)
+
+    def stops(jobs, slots):
+        raise launcher.Interrupted
+
+    monkeypatch.setattr(launcher, "run_here", stops)
+    code, said, _ = run_main(record.main, *words, "--runs-dir", workplace / "runs")
+    assert (code, out.exists()) == (0, False)
+    assert "stopped; the same command goes on" in said
+    monkeypatch.setattr(launcher, "run_here", lambda jobs, slots: None)  # as where a run fails
+    code, _, err = run_main(record.main, *words, "--runs-dir", workplace / "runs")
+    assert (code, out.exists()) == (2, False)
+    assert "no record was written" in err
+
+
 def test_runs_begun_by_another_commit_are_not_gone_on_with(tmp_path):
     (tmp_path / "machine.json").write_text(json.dumps({"git_commit": "a" * 40}))
     with pytest.raises(BadInput, match="begun by commit aaaa"):
