@@ -6,6 +6,7 @@ Writes DIR/bench.json and DIR/README.md after every part. A part that fails, is 
 stops nothing. Works on a CPU at small sizes; needs no network. Exit code 1 where a kernel is wrong.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -86,7 +87,7 @@ def measure(part: Part, plan: Plan, number: int, environment: dict[str, str]) ->
             done["state"] = f"failed: {fault}"
     elif done["state"] == "done":
         done["state"] = "failed: it wrote no figures"
-    return done
+    return json.loads(json.dumps(done).replace(f"{ROOT}/", ""))  # where this copy lies is nobody's business
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

@@ -346,7 +346,9 @@ def bench_cells(row: Json) -> list[str]:
 
 
 def amount(value: float) -> str:
-    """Three or more significant digits without an exponent."""
+    """Three or more significant digits without an exponent; a count as it is."""
+    if isinstance(value, int):
+        return f"{value:,}"
     if value == 0 or abs(value) >= 1000:
         return f"{value:,.0f}"
     digits = max(0, 2 - math.floor(math.log10(abs(value))))

@@ -45,6 +45,7 @@ def test_a_part_that_fails_is_cut_or_lacks_something_stops_nothing(run_main, mon
         script("odd", "open('{out}', 'w').write('{}')"),
         script("nan", "open('{out}', 'w').write('{\"value\": NaN}')"),
         script("late but whole", WRITES + "; import time; time.sleep(60)"),
+        script("says where it is", f"raise SystemExit({str(bench_all.ROOT / 'here.py')!r})"),
         script("last", WRITES, share=4.0),
         minutes=0.3,
     )
@@ -61,6 +62,7 @@ def test_a_part_that_fails_is_cut_or_lacks_something_stops_nothing(run_main, mon
     table = {row["figure"]: row for row in bench["rows"]}
     assert table["good"]["ours"] == table["late but whole"]["ours"] == 2.5
     assert table["absent"]["goal"] == states["absent"]
+    assert str(bench_all.ROOT) not in (tmp_path / "out" / "bench.json").read_text()
     for row in bench["rows"]:
         assert f"\n{row['figure']} " in out
     wrong = parts.row("kernels", 1, met=False)
