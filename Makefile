@@ -1,11 +1,12 @@
 # make speedrun: set up, build shards from the Python sources on this machine, train Muon and AdamW, write the report.
 # make test: set up and run the whole suite.  MODEL= TOKENS= DATA= SEED= override what speedrun does.
+# make readme-figures: every text with figures again, from runs/records.
 
 PYTHON ?= python3
 PY := .venv/bin/python
 SEED ?= 0
 
-.PHONY: speedrun test setup lint bench clean
+.PHONY: speedrun test setup lint bench readme-figures clean
 .DEFAULT_GOAL := speedrun
 
 setup: .venv/.installed
@@ -50,6 +51,9 @@ lint: setup
 
 bench: setup
 	$(PY) -m pytest bench --benchmark-only
+
+readme-figures: setup
+	$(PY) -m bench.record figures
 
 clean:
 	rm -rf .venv .cache .pytest_cache .ruff_cache .benchmarks .hypothesis

@@ -11,7 +11,7 @@ takes about half a minute; it needs no torch and no network.
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -213,9 +213,11 @@ def check_out(out: Path) -> None:
         raise BadInput(f"--out {out}: holds something that is no report; choose another folder")
 
 
-def write_report(runs: Sequence[Run], out: Path, refresh_seconds: float | None = None) -> Path:
-    """Draw the figures and write both pages; returns the path of report.html."""
-    pictures = draw(runs, out / "plots", ("png", "svg"))
+def write_report(
+    runs: Sequence[Run], out: Path, refresh_seconds: float | None = None, only: Collection[str] | None = None
+) -> Path:
+    """Draw the figures, or `only` those, and write both pages; returns the path of report.html."""
+    pictures = draw(runs, out / "plots", ("png", "svg"), only)
     page = build_page(runs, pictures)
     for name, text in (
         ("report.md", markdown_page(page)),

@@ -6,7 +6,7 @@ A figure is drawn only where the runs have data for it, and with at most as many
 settings, the best of each optimizer and model come first.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -265,9 +265,13 @@ def spectra_drawings(runs: Sequence[Run]) -> list[Drawing]:
     return drawings
 
 
-def draw(runs: Sequence[Run], folder: Path, formats: Sequence[str] = ("png",)) -> list[Picture]:
-    """Save every figure the runs have data for as folder/<stem>.png (and .svg); returns what was drawn."""
+def draw(
+    runs: Sequence[Run], folder: Path, formats: Sequence[str] = ("png",), only: Collection[str] | None = None
+) -> list[Picture]:
+    """Save every figure the runs have data for, or `only` those, as folder/<stem>.png (and .svg); returns what was
+    drawn."""
     drawings = curve_drawings(runs) + spectra_drawings(watched(runs))
+    drawings = [drawing for drawing in drawings if only is None or drawing.picture.stem in only]
     make_folder(folder, exist_ok=True)
     for old in (*folder.glob("*.png"), *folder.glob("*.svg")):
         old.unlink()

@@ -5,6 +5,7 @@ Training writes through this file and reports read by its names; importing it do
 
 import contextlib
 import errno
+import gzip
 import hashlib
 import importlib.metadata
 import json
@@ -15,6 +16,7 @@ import re
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from cli import BadInput, first_line
 
 CONFIG, SUMMARY, LOG = "config.json", "summary.json", "log.txt"
 METRICS, SPECTRA = "metrics.jsonl", "manifold_stats.jsonl"
+PACKED = ".gz"  # how a record keeps spectra
 CHECKPOINT, PREVIOUS_CHECKPOINT, BEST = "checkpoint.pt", "checkpoint.prev.pt", "best.pt"
 
 
@@ -219,13 +222,16 @@ def _no_number(word: str) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, none if it is missing; a torn last line of a running run is left out. BadInput names
-    the line that is something else."""
+    """The objects of a JSONL file or of its .gz, none if both are missing; a torn last line of a running run is left
+    out. BadInput names the line that is something else."""
+    packed = path.with_name(path.name + PACKED)
+    if not path.exists() and packed.exists():
+        path = packed
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = (gzip.decompress(path.read_bytes()) if path == packed else path.read_bytes()).decode().splitlines()
     except FileNotFoundError:
         return []
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         raise BadInput(f"{path}: not readable as text ({first_line(error)})") from None
     records = []
     for number, line in enumerate(lines, start=1):

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -317,6 +317,8 @@ class Arguments:
     """Timed rounds of each comparison (a CPU gets a tenth)."""
     small: bool = False
     """Only the nano model's shapes; the default on a CPU."""
+    only: tuple[Literal["groups", "products", "step"], ...] = ("groups", "products", "step")
+    """What to time: Newton-Schulz by group of matrices, the symmetric product alone, Muon's whole step."""
 
 
 @exit_with_a_sentence
@@ -337,14 +339,14 @@ def main() -> int:
     others.report_absent()
     columns = f"{'group':22} {'candidate':19} {'mode':8} {'memory':6} {'median us':>10} {'quartiles':>19}"
     print(f"{columns} {'speedup':>8} {'dense TFLOP/s':>14} {'ceiling':>8} {'share':>6}")
-    for name, shape in (SMALL_GROUPS if small else GROUPS).items():
-        rows += _show(bench_group(name, shape, device, repeats, device_flops))
-    rows += _show(
-        bench_squares(
-            device, repeats, {"8 x 128x128": (8, 128, 128)} if small else SQUARES | {"44 x 512x512": GROUPS["88m q, o"]}
-        )
-    )
-    rows += _show(bench_step("nano" if small else "88m", device, repeats, device_flops))
+    if "groups" in arguments.only:
+        for name, shape in (SMALL_GROUPS if small else GROUPS).items():
+            rows += _show(bench_group(name, shape, device, repeats, device_flops))
+    if "products" in arguments.only:
+        squares = {"8 x 128x128": (8, 128, 128)} if small else SQUARES | {"44 x 512x512": GROUPS["88m q, o"]}
+        rows += _show(bench_squares(device, repeats, squares))
+    if "step" in arguments.only:
+        rows += _show(bench_step("nano" if small else "88m", device, repeats, device_flops))
     if arguments.json:
         described = {"device": torch.cuda.get_device_name() if cuda else "cpu", "date": time.strftime("%Y-%m-%d")}
         described |= {"command": " ".join(sys.argv), **runfiles.provenance(), "rows": rows}

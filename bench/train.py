@@ -9,12 +9,14 @@ spectra event and the loader.
 """
 
 import dataclasses
+import math
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,6 +68,10 @@ class Arguments:
     """Steps of each candidate in each round (default: 10; on a CPU 2)."""
     rounds: int | None = None
     """Rounds (default: 5; on a CPU 3)."""
+    kernels: bool = True
+    """Time ours with each fused kernel too."""
+    seconds: float | None = None
+    """Start no further round so long after the first one."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile for all of them; auto = on CUDA only."""
     json: Path | None = None
@@ -99,6 +105,8 @@ class Workplace:
         self.cuda = torch.cuda.is_available()
         self.steps = (10 if self.cuda else 2) if a.steps is None else a.steps
         self.rounds = (5 if self.cuda else 3) if a.rounds is None else a.rounds
+        self.fused = a.kernels
+        self.seconds = math.inf if a.seconds is None else a.seconds
         size, nano = SIZES[a.model], a.model == "nano"
         seq_len = size.seq_len if a.seq_len is None else a.seq_len
         self.vocab_size = (NANO_VOCAB if nano else DEFAULT_VOCAB) if a.vocab_size is None else a.vocab_size
@@ -182,8 +190,9 @@ class Workplace:
     def candidates(self) -> list[Candidate]:
         """Everything that is compared."""
         each = [frozenset((kernel,)) for kernel in sorted(KERNELS)]
-        ours = [self.ours("muon", kernels) for kernels in (frozenset(), *each, KERNELS)]
-        ours += [self.ours("adamw", kernels) for kernels in (frozenset(), KERNELS)]
+        more = (*each, KERNELS) if self.fused else ()
+        ours = [self.ours("muon", kernels) for kernels in (frozenset(), *more)]
+        ours += [self.ours("adamw", kernels) for kernels in (frozenset(), *more[-1:])]
         return ours + [self.theirs(optimizer) for optimizer in baseline.OPTIMIZERS]
 
     def random_rows(self, seed: int) -> Tensor:
@@ -209,7 +218,10 @@ def check(candidates: list[Candidate], place: Workplace) -> None:
 
 def time_all(candidates: list[Candidate], place: Workplace) -> None:
     """Fills in seconds and phases of each candidate, round by round; every round draws its own tokens."""
+    began = time.monotonic()
     for i in range(-1, place.rounds):
+        if i > 0 and time.monotonic() - began > place.seconds:
+            break
         rows = place.random_rows(i + 1)
         for c in candidates:
             if place.cuda:
@@ -291,11 +303,12 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
         *((f"ours, muon, {kernel}", "ours, muon") for kernel in sorted(KERNELS)),
         ("ours, muon", "ours, adamw"),
     ]
-    return {f"{ours} / {theirs}": speed[ours] / speed[theirs] for ours, theirs in pairs}
+    return {f"{ours} / {theirs}": speed[ours] / speed[theirs] for ours, theirs in pairs if ours in speed}
 
 
-def time_surroundings(place: Workplace, step_seconds: float) -> dict[str, float]:
-    """How long a spectra event holds up the loop and keeps the worker busy, and a batch lets it wait."""
+def time_surroundings(place: Workplace, step_seconds: float) -> dict[str, float | None]:
+    """How long a spectra event holds up the loop and keeps the worker busy, and a batch lets it wait (None where there
+    is no package to build shards with)."""
     model = place.transformer()
     optimizers = build_optimizers(model, "muon", lr=place.rates["muon"][0], adamw_lr=place.rates["muon"][1])
     work = TrainingStep(model, optimizers, micro_batch=place.micro_batch)
@@ -310,13 +323,14 @@ def time_surroundings(place: Workplace, step_seconds: float) -> dict[str, float]
             recorder.flush()
             worker_seconds = time.perf_counter() - start
         recorder.close()
-        loader_seconds = _loader_seconds(place, Path(folder) / "shards", step_seconds)
+        builds = find_spec("tokenizers") is not None
+        loader_seconds = _loader_seconds(place, Path(folder) / "shards", step_seconds) if builds else None
     return {
         "spectra_blocked_seconds": recorder.seconds_blocked,
         "spectra_blocked_share": recorder.seconds_blocked / (SPECTRA_EVERY * step_seconds),
         "spectra_worker_seconds": worker_seconds,
         "loader_wait_seconds": loader_seconds,
-        "loader_share": loader_seconds / step_seconds,
+        "loader_share": None if loader_seconds is None else loader_seconds / step_seconds,
     }
 
 
@@ -400,9 +414,13 @@ def main() -> int:
     print(
         f"a spectra event blocks {1e3 * surroundings['spectra_blocked_seconds']:.1f} ms, "
         f"{surroundings['spectra_blocked_share']:.3%} of the time at every {SPECTRA_EVERY} updates, and keeps the "
-        f"worker busy for {surroundings['spectra_worker_seconds']:.2f} s; a batch is waited for "
-        f"{1e3 * surroundings['loader_wait_seconds']:.2f} ms, {surroundings['loader_share']:.3%} of a step"
+        f"worker busy for {surroundings['spectra_worker_seconds']:.2f} s"
     )
+    if surroundings["loader_share"] is None:
+        print("loader: not timed, the package tokenizers is absent")
+    else:
+        waited, share = 1e3 * surroundings["loader_wait_seconds"], surroundings["loader_share"]
+        print(f"a batch is waited for {waited:.2f} ms, {share:.3%} of a step")
     if a.json:
         described = {"device": place.device_name(), "date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv)}
         settings = {"model": a.model, "batch_tokens": place.batch_tokens, "seq_len": place.config.seq_len}

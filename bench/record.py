@@ -1,0 +1,355 @@
+"""Records of the speedrun: train one, check one, and bring every text with figures up to date.
+
+    python -m bench.record make 2m time-to-loss --model nano --seeds 0 1 2 --out runs/records/nano-2-cores
+    python -m bench.record check runs/records/nano-2-cores      python -m bench.record figures
+
+`make` trains one run after another (nano, six runs: half an hour on two idle cores) and goes on where it was stopped;
+both tracks come from the same runs. `check` trusts nothing that it can compute: exit code 1 and a line for each fault.
+"""
+
+import gzip
+import json
+import math
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+import launcher
+import report
+import runfiles
+from bench import machine
+from bench import record_figures as pages
+from bench.record_figures import BENCH, BUDGET, CORPORA, LEAST_SEEDS, RECORD
+from cli import BadInput, Count, exit_with_a_sentence, make_folder
+from report_figures import draw
+from report_pages import markdown_page
+from stats import Run, group_seeds, load_run
+
+ROOT = Path(__file__).resolve().parent.parent
+OPTIMIZERS = ("muon", "adamw")
+KEPT = (runfiles.CONFIG, runfiles.METRICS, runfiles.SUMMARY, runfiles.LOG)
+PLOTS = ("loss_curves", "optimizer_comparison", "effective_rank_over_time", "spectral_norm_by_depth")
+SPECTRA_DIGITS = 5
+MOST_BYTES = 4 * 2**20  # of a record's folder: every clone carries it for ever
+
+
+@dataclass(frozen=True)
+class Make:
+    """Train Muon and AdamW with every seed and keep what they leave behind as a record."""
+
+    out: Path
+    """Folder of the record, below runs/records; must not exist yet."""
+    tracks: tyro.conf.Positional[tuple[Literal["2m", "time-to-loss"], ...]] = ("2m", "time-to-loss")
+    """Tracks that these runs compete in."""
+    model: str = "88m"
+    """Named size."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of both optimizers, at least three."""
+    tokens: Count = BUDGET
+    """Training tokens of every run; the track 2m has its own number."""
+    data: Path | None = None
+    """Folder of token shards (default: the embedded shards that suit the model)."""
+    spectra_every: int | None = None
+    """Updates between spectra events (default: as train.py); a record holds few megabytes."""
+    runs_dir: Path = Path("runs")
+    """Where the runs are trained, with checkpoints, in RUNS_DIR/record-NAME; to be removed afterwards."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """Verify records: files, figures, fingerprint, losses, commit."""
+
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of records, or of benchmarks that bench.all wrote."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Write README.md, runs/records/README.md and every record's README again from the JSON files."""
+
+    check: bool = False
+    """Write nothing; exit code 1 where a file is not up to date."""
+
+
+Command = (
+    Annotated[Make, tyro.conf.subcommand("make")]
+    | Annotated[Check, tyro.conf.subcommand("check")]
+    | Annotated[Figures, tyro.conf.subcommand("figures")]
+)
+
+
+def make(a: Make) -> int:
+    """Train what is missing, then write the record in one piece."""
+    from data import open_shards
+    from settings import Rank, Settings, default_data, resolve
+
+    if a.out.exists():
+        raise BadInput(f"--out {a.out}: exists; a record is made anew or not at all")
+    if not runfiles.is_safe_name(a.out.name):
+        raise BadInput(f"--out {a.out}: its name must be letters, digits, '.', '_' and '-'")
+    if len(set(a.seeds)) < max(LEAST_SEEDS, len(a.seeds)):
+        raise BadInput(f"--seeds {' '.join(map(str, a.seeds))}: at least {LEAST_SEEDS} different ones")
+    if "2m" in a.tracks and a.tokens != BUDGET:
+        raise BadInput(f"--tokens {a.tokens}: the track 2m has {BUDGET:,}")
+    commit = runfiles.provenance()["git_commit"]
+    if commit is None or commit.endswith("+"):
+        raise BadInput(
+            "the source tree has uncommitted changes or no commit: a record must be repeatable, commit first"
+        )
+    data = a.data or default_data(a.model)
+    flags = ["--model", a.model, "--tokens", str(a.tokens), "--data", str(data)]
+    flags += [] if a.spectra_every is None else ["--spectra-every", str(a.spectra_every)]
+    corpus = corpus_of(a.out.parent, open_shards(data).fingerprint)
+    settings, *_ = resolve(Settings(model=a.model, tokens=a.tokens, data=data, spectra_every=a.spectra_every), Rank())
+    where = a.runs_dir / f"record-{a.out.name}"
+    jobs = [
+        launcher.Job(
+            name=f"{a.model}-{optimizer}-{seed}",
+            flags=(*flags, "--optimizer", optimizer, "--seed", str(seed)),
+            updates=math.ceil(a.tokens / settings.batch_tokens),
+            tokens=a.tokens,
+            runs_dir=where,
+        )
+        for seed in a.seeds
+        for optimizer in OPTIMIZERS
+    ]
+    make_folder(where, exist_ok=True)
+    described = begun(where, commit)
+    try:
+        launcher.run_here(jobs, [{}])
+    except launcher.Interrupted:
+        print(f"{where}: stopped; the same command goes on")
+        return 0
+    failed = [job for job in jobs if job.state() != "finished"]
+    if failed:
+        raise BadInput(f"{failed[0].folder}: {failed[0].reason()}; no record was written")
+    write_record(a.out, [job.folder for job in jobs], a.tracks, described, corpus, command_of(a, data))
+    faults = check(a.out)
+    print("\n".join(faults) or (a.out / "README.md").read_text())
+    print(f"{a.out}: {len(faults)} faults; now `make readme-figures`, then commit; {where} can go")
+    return int(bool(faults))
+
+
+def begun(where: Path, commit: str) -> dict[str, Any]:
+    """The machine as it was before the first run; BadInput where another commit began these runs."""
+    path = where / "machine.json"
+    if not path.exists():
+        runfiles.write_json(path, machine.describe())
+    described = runfiles.load_json(path)
+    if described["git_commit"] != commit:
+        raise BadInput(f"{where}: was begun by commit {described['git_commit']}; check that out or remove the folder")
+    return described
+
+
+def command_of(a: Make, data: Path) -> str:
+    """The command that makes this record again, whatever the defaults will be."""
+    words = ["python", "-m", "bench.record", "make", *a.tracks, "--model", a.model, "--tokens", str(a.tokens)]
+    words += ["--data", str(data), "--seeds", *map(str, a.seeds), "--out", str(a.out)]
+    return shlex.join(words + ([] if a.spectra_every is None else ["--spectra-every", str(a.spectra_every)]))
+
+
+def corpus_of(folder: Path, fingerprint: str) -> dict[str, Any]:
+    """What the records' list says of this corpus; BadInput where it is not in it."""
+    corpora = runfiles.load_json(folder / CORPORA)
+    if fingerprint not in corpora:
+        raise BadInput(
+            f"{folder / CORPORA}: knows no corpus with fingerprint {fingerprint}; add its name and the command that "
+            "builds it, so that others can race on it"
+        )
+    return corpora[fingerprint]
+
+
+def write_record(
+    out: Path,
+    folders: Sequence[Path],
+    tracks: Sequence[str],
+    described: dict[str, Any],
+    corpus: dict[str, Any],
+    command: str,
+) -> None:
+    """Copy what counts of the runs, draw, compute, and rename the whole folder into place."""
+    part = out.with_name(f"{out.name}.tmp")
+    if part.exists():
+        shutil.rmtree(part)
+    make_folder(part)
+    for folder in folders:
+        (part / folder.name).mkdir()
+        for name in KEPT:
+            shutil.copyfile(folder / name, part / folder.name / name)
+        if (folder / runfiles.SPECTRA).exists():
+            pack(folder / runfiles.SPECTRA, part / folder.name / (runfiles.SPECTRA + runfiles.PACKED))
+    runs = [load_run(part / folder.name) for folder in folders]
+    page = report.build_page(runs, draw(runs, part / "plots", only=PLOTS))
+    (part / "report.md").write_text(markdown_page(page))
+    config = runs[0].config
+    record = {"tracks": list(tracks), "command": command, "git_commit": config["git_commit"], "machine": described}
+    record |= {key: config[key] for key in ("model", "params", "batch_tokens", "seq_len", "eval_tokens")}
+    record |= {"tokens": runs[0].budget, "data_fingerprint": config["data_fingerprint"]}
+    record |= {"corpus": corpus["name"], "corpus_command": corpus["command"]}
+    record |= {"runs": [folder.name for folder in folders], "figures": pages.figures_of(runs)}
+    runfiles.write_json(part / RECORD, record)
+    (part / "README.md").write_text(pages.record_page(pages.as_written(record)))
+    part.rename(out)
+
+
+def pack(source: Path, target: Path) -> None:
+    """Spectra with five digits, compressed, the same bytes whenever it is done: a quarter of the file."""
+    lines = [json.dumps(_rounded(line), allow_nan=False) for line in runfiles.read_jsonl(source)]
+    target.write_bytes(gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.{SPECTRA_DIGITS}g}")
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return {key: _rounded(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def check(folder: Path) -> list[str]:
+    """Everything that is wrong with a record or a benchmark, in sentences."""
+    try:
+        if (folder / BENCH).exists():
+            return check_bench(folder, runfiles.load_json(folder / BENCH))
+        return check_record(folder, runfiles.load_json(folder / RECORD))
+    except BadInput as fault:
+        return [str(fault)]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        return [f"{folder}: its JSON has not the form of a record ({type(error).__name__}: {error})"]
+
+
+def check_bench(folder: Path, bench: dict[str, Any]) -> list[str]:
+    return [*check_page(folder, pages.bench_page(bench)), *check_commit(folder, {bench["machine"]["git_commit"]})]
+
+
+def check_record(folder: Path, record: dict[str, Any]) -> list[str]:
+    faults = [f"{folder / name}: is missing" for name in ("report.md", "README.md") if not (folder / name).exists()]
+    wanted = [folder / name / file for name in record["runs"] for file in (*KEPT, runfiles.SPECTRA + runfiles.PACKED)]
+    faults += [f"{path}: is missing" for path in wanted if not path.exists()]
+    if faults:
+        return faults
+    for link in re.findall(r"\]\(([^)]*\.png)\)", (folder / "report.md").read_text()):
+        faults += [] if (folder / link).exists() else [f"{folder / link}: is missing"]
+    runs = [load_run(folder / name) for name in record["runs"]]
+    faults += [fault for run in runs for fault in check_run(run)]
+    faults += check_rules(folder, record, runs)
+    if not faults:
+        if not pages.same_figures(record["figures"], pages.as_written(pages.figures_of(runs))):
+            faults.append(f"{folder / RECORD}: its figures are not those of its runs")
+        faults += check_page(folder, pages.record_page(record))
+    commits = {run.config.get("git_commit") for run in runs} | {record["git_commit"]}
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if size > MOST_BYTES:
+        faults.append(f"{folder}: {size:,} bytes, a record has at most {MOST_BYTES:,}")
+    return faults + check_commit(folder, commits)
+
+
+def check_run(run: Run) -> list[str]:
+    """One run: finished, every update and its loss there, what its summary says is what its lines say."""
+    if run.status != "finished" or not run.val or not run.train:
+        return [f"{run.path}: is no finished run"]
+    steps, faults = int(run.config["steps"]), []
+    if list(run.train["step"]) != list(range(1, steps + 1)) or int(run.val["step"][-1]) != steps:
+        faults.append(f"{run.path / runfiles.METRICS}: has not every update from 1 to {steps}")
+    for columns, key in ((run.train, "train_loss"), (run.val, "val_loss"), (run.val, "val_accuracy")):
+        if not all(map(math.isfinite, columns[key])):
+            faults.append(f"{run.path / runfiles.METRICS}: has a {key} that is not finite")
+    for key, value in (("final_val_loss", run.val["val_loss"][-1]), ("best_val_loss", run.val["val_loss"].min())):
+        if not pages.same_figures(run.summary.get(key), float(value)):
+            faults.append(f"{run.path / runfiles.SUMMARY}: its {key} is not that of {runfiles.METRICS}")
+    return faults
+
+
+def check_rules(folder: Path, record: dict[str, Any], runs: Sequence[Run]) -> list[str]:
+    """The rules of the speedrun, as runs/records/README.md has them."""
+    faults = []
+    groups = group_seeds(runs)
+    optimizers = sorted(group.optimizer for group in groups)
+    if optimizers != sorted(OPTIMIZERS):
+        return [f"{folder}: its runs are {' and '.join(optimizers)}; one setting of {' and one of '.join(OPTIMIZERS)}"]
+    seeds = [sorted(run.config["seed"] for run in group.runs) for group in groups]
+    if seeds[0] != seeds[1] or len(set(seeds[0])) < LEAST_SEEDS or len(set(seeds[0])) < len(seeds[0]):
+        faults.append(f"{folder}: its seeds are {seeds[0]} and {seeds[1]}; the same {LEAST_SEEDS} or more for both")
+    for key in ("model", "batch_tokens", "seq_len", "eval_tokens", "data_fingerprint", "params"):
+        if {run.config.get(key) for run in runs} != {record[key]}:
+            faults.append(f"{folder}: {key} differs between its runs and {RECORD}")
+    if {run.budget for run in runs} != {record["tokens"]} or ("2m" in record["tracks"] and record["tokens"] != BUDGET):
+        faults.append(f"{folder}: {record['tokens']:,} tokens; the track 2m has {BUDGET:,}, and all its runs the same")
+    if not record["tracks"] or not set(record["tracks"]) <= set(pages.TRACKS):
+        faults.append(f"{folder}: its tracks are {record['tracks']}")
+    devices = {run.config["device_name"] for run in runs}
+    if devices != {record["machine"]["device"]}:
+        faults.append(f"{folder}: its runs are of {', '.join(sorted(devices))}, not of {record['machine']['device']}")
+    corpus = corpus_of(folder.parent, record["data_fingerprint"])
+    if (corpus["name"], corpus["command"]) != (record["corpus"], record["corpus_command"]):
+        faults.append(f"{folder}: calls its corpus otherwise than {CORPORA} does")
+    return faults
+
+
+def check_page(folder: Path, wanted: str) -> list[str]:
+    found = (folder / "README.md").read_text() if (folder / "README.md").exists() else ""
+    return [] if found == wanted else [f"{folder / 'README.md'}: is not what its JSON gives; run make readme-figures"]
+
+
+def check_commit(folder: Path, commits: set[str | None]) -> list[str]:
+    """One commit, without changes beside it, that this repository has; a clone without its history is told apart."""
+    if len(commits) != 1 or None in commits or not all(re.fullmatch("[0-9a-f]{40}", str(c)) for c in commits):
+        return [
+            f"{folder}: was made by {', '.join(sorted(map(str, commits)))}; one commit without changes is asked for"
+        ]
+    commit = commits.pop()
+    if _git("cat-file", "-e", f"{commit}^{{commit}}") == "":
+        return []
+    if _git("rev-parse", "--is-shallow-repository") != "false":
+        print(f"{folder}: commit {commit} not looked for, this copy has no history")
+        return []
+    return [f"{folder}: its commit {commit} does not exist here"]
+
+
+def _git(*words: str) -> str | None:
+    """What git says, None where it fails."""
+    try:
+        done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def write_figures(only_check: bool) -> int:
+    """Bring the generated files up to date, or say which are not."""
+    stale = {path: text for path, text in pages.generated(ROOT).items() if not _holds(path, text)}
+    for path, text in stale.items():
+        print(f"{path.relative_to(ROOT)}: {'is not up to date; run make readme-figures' if only_check else 'written'}")
+        if not only_check:
+            runfiles.write_whole(path, lambda file, text=text: file.write(text.encode()))
+    return int(only_check and bool(stale))
+
+
+def _holds(path: Path, text: str) -> bool:
+    return path.exists() and path.read_text() == text
+
+
+@exit_with_a_sentence
+def main() -> int:
+    command = tyro.cli(Command, description=__doc__, config=(tyro.conf.ConsolidateSubcommandArgs,))
+    if isinstance(command, Make):
+        return make(command)
+    if isinstance(command, Figures):
+        return write_figures(command.check)
+    if not command.folders:
+        raise BadInput("check: name at least one folder of a record")
+    faults = [fault for folder in command.folders for fault in check(folder)]
+    print("\n".join(faults) or f"{', '.join(map(str, command.folders))}: nothing wrong")
+    return int(bool(faults))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""A speedrun that fits so many seconds: Muon and AdamW on the same data, then a report with the most telling plots.
+
+    python -m bench.speedrun --seconds 120 --out runs/short [--json FILE]
+
+Takes the embedded shards that are there, else builds a few. The budget comes from --tokens-per-second and is at most
+the track's 2,015,232; fewer tokens rank no optimizer, they show that all of it works and how fast it is here.
+"""
+
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+import report
+import runfiles
+from bench.record_figures import BUDGET, as_written, figures_of
+from cli import BadInput, exit_with_a_sentence, make_folder
+from settings import BATCH_TOKENS, NANO, NANO_BATCH_TOKENS, default_data
+from stats import load_run
+
+ROOT = Path(__file__).resolve().parent.parent
+OPTIMIZERS = ("muon", "adamw")
+PLOTS = ("loss_curves", "optimizer_comparison", "effective_rank_over_time", "spectral_norm_by_depth")
+LEAST_UPDATES, EVENTS = 4, 6  # validations and spectra of a run
+SPENT_ELSEWHERE = {"cuda": 180.0, "cpu": 50.0}  # starts, compilation, validation and report, measured on idle machines
+FALLBACK_RATE = {"cuda": 50_000.0, "cpu": 4000.0}
+SMALL_CORPUS = 1_000_000  # tokens, where no shards are there
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Train both optimizers as long as the time allows and compare them."""
+
+    out: Path
+    """Folder for the runs and the report; what an earlier speedrun left there is replaced by name."""
+    seconds: float = 120.0
+    """What all of it may take."""
+    model: str | None = None
+    """Named size (default: 88m with CUDA, else nano)."""
+    tokens_per_second: float | None = None
+    """What this machine trains, if it is known."""
+    json: Path | None = None
+    """Write the figures here too."""
+
+
+def run(*words: object) -> None:
+    """A command of this project, its words passed on; BadInput with its last line where it fails."""
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise BadInput(f"{words[0]}: {said[-1].removeprefix('error: ')}")
+
+
+def shards_for(model: str, out: Path) -> Path:
+    """The embedded shards, or some built here from the standard library."""
+    found = ROOT / default_data(model)
+    if found.exists():
+        return found
+    built = out / "shards"
+    if not built.exists():
+        size = 4096 if model in NANO else 49_152
+        run("data.py", "embedded", "--vocab-size", size, "--max-tokens", SMALL_CORPUS, "--out", built.resolve())
+    return built
+
+
+@exit_with_a_sentence
+def main() -> int:
+    a = tyro.cli(Arguments, description=__doc__)
+    if not 0 < a.seconds < float("inf"):
+        raise BadInput(f"--seconds {a.seconds}: must be a positive number")
+    if a.tokens_per_second is not None and not 0 < a.tokens_per_second < float("inf"):
+        raise BadInput(f"--tokens-per-second {a.tokens_per_second}: must be a positive number")
+    end = time.monotonic() + a.seconds
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    model = a.model or ("88m" if kind == "cuda" else "nano")
+    make_folder(a.out, exist_ok=True)
+    data = shards_for(model, a.out).resolve()
+    batch = NANO_BATCH_TOKENS if model in NANO else BATCH_TOKENS
+    rate = a.tokens_per_second or FALLBACK_RATE[kind]
+    left = max(0.0, end - time.monotonic() - SPENT_ELSEWHERE[kind])
+    tokens = min(BUDGET, max(LEAST_UPDATES, int(rate * left / len(OPTIMIZERS) / batch)) * batch)
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    every = max(1, tokens // batch // EVENTS)
+    folders = []
+    for optimizer in OPTIMIZERS:
+        name = f"{model}-{optimizer}-{stamp}"
+        words = ("--model", model, "--optimizer", optimizer, "--tokens", tokens, "--data", data, "--no-plots")
+        words = (*words, "--eval-every", every, "--spectra-every", every)
+        run("train.py", *words, "--runs-dir", a.out.resolve(), "--name", name)
+        folders.append(a.out / name)
+    runs = [load_run(folder) for folder in folders]
+    page = report.write_report(runs, a.out / "report", only=PLOTS)
+    for verdict in report.judge(runs):
+        print("\n".join(verdict.sentences()))
+    print(f"report: {page}")
+    if a.json:
+        described = {"command": " ".join(sys.argv), "model": model, "tokens": tokens, **runfiles.provenance()}
+        described |= {"data_fingerprint": runs[0].config["data_fingerprint"]}
+        runfiles.write_json(a.json, described | {"figures": as_written(figures_of(runs))})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
