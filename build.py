@@ -79,6 +79,7 @@ def build_shards(
     make_folder(partial, exist_ok=True)
     with _locked(partial):
         record = _unfinished(partial, asked)
+        build = None
         try:
             if record is None:
                 encoder = _new_tokenizer(parts, tokenizer, vocab_size, val_fraction)
@@ -86,19 +87,15 @@ def build_shards(
                 record = {"asked": asked, "saved": None}
                 write_json(partial / RECORD, record)
             build = _Build(partial, parts, record)
-            try:
-                build.write(f"building {out}")
-                meta = build.finish()
-            finally:
-                build.close()
-        except BaseException as error:
-            kept = _kept_tokens(partial)
-            if not kept:
-                shutil.rmtree(partial, ignore_errors=True)
-            elif isinstance(error, BadInput):
-                words = f"{kept:,} tokens are kept in {partial}, from where the same command goes on"
-                raise BadInput(f"{error}; {words}") from None
+            build.write(f"building {out}")
+            meta = build.finish()
+        except BaseException:
+            if not (record and record["saved"]) and not (build and build.saved_tokens):
+                shutil.rmtree(partial, ignore_errors=True)  # nothing in it is worth going on from
             raise
+        finally:
+            if build is not None:
+                build.close()
         with writing(out):
             partial.rename(out)
         for name in (RECORD, HASHES):
@@ -123,6 +120,9 @@ def _unfinished(partial: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     """The record of an unfinished build, None where there is none; BadInput where it is of another one."""
     if not (partial / RECORD).exists():
         for path in partial.iterdir():
+            if path.suffix not in (".bin", ".tmp") and path.name != TOKENIZER:
+                raise BadInput(f"{partial}: holds {path.name}, which no build made; choose another --out")
+        for path in partial.iterdir():
             path.unlink()
         return None
     record = load_json(partial / RECORD)
@@ -134,13 +134,6 @@ def _unfinished(partial: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
         said = ", ".join(changed)
         raise BadInput(f"{partial}: an unfinished build of something else ({said}); delete it or choose another --out")
     return record
-
-
-def _kept_tokens(partial: Path) -> int:
-    """What a build called again would not have to repeat."""
-    with contextlib.suppress(BadInput, KeyError, TypeError, AttributeError):
-        return sum(writer["tokens"] for writer in load_json(partial / RECORD)["saved"]["writers"].values())
-    return 0
 
 
 def _new_tokenizer(parts: Sequence[Part], name: str | None, vocab_size: int, val_fraction: float):
@@ -277,11 +270,13 @@ class _Build:
         self.writers = {split: ShardWriter(folder, split, self.vocab_size, self.eot_id) for split in SPLITS}
         self.counts = {"train": 0, "val": 0, "duplicates": 0}
         self.seen, self.recent = SeenHashes(), set()  # all hashes of earlier batches; those since
-        self.unsaved, self.saved_hashes = [], 0
+        self.unsaved, self.saved_hashes, self.saved_tokens = [], 0, 0
         feeds = [{"begin": None, "used": 0, "tokens": 0, "documents": 0} for _ in parts]
         if record["saved"] is not None:
             try:
                 feeds = self._resume(record["saved"])
+            except BadInput:
+                raise
             except (KeyError, TypeError, ValueError, AttributeError):
                 raise BadInput(f"{folder / RECORD}: damaged; delete {folder}") from None
         self.pool = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encoding")
@@ -299,6 +294,7 @@ class _Build:
         self.saved_hashes = count
         with writing(path), path.open("ab") as file:
             file.truncate(8 * count)
+        self.saved_tokens = self.tokens
         return saved["parts"]
 
     @property
@@ -306,7 +302,16 @@ class _Build:
         return sum(writer.tokens for writer in self.writers.values())
 
     def write(self, description: str) -> None:
-        """Documents into shards until a part is used up or the tokens are enough."""
+        """Documents into shards until a part is used up or the tokens are enough; BadInput says what is kept."""
+        try:
+            self._write(description)
+        except BadInput as error:
+            if not self.saved_tokens:
+                raise
+            kept = f"{self.saved_tokens:,} tokens are kept in {self.folder}; the same command on the same input goes on"
+            raise BadInput(f"{error}; {kept}") from None
+
+    def _write(self, description: str) -> None:
         from tqdm import tqdm
 
         most, last_save = self.asked["max_tokens"], time.monotonic()
@@ -369,6 +374,7 @@ class _Build:
         saved = {"writers": writers, "counts": self.counts, "hashes": self.saved_hashes}
         saved["parts"] = [feed.state() for feed in self.feeds]
         write_json(self.folder / RECORD, {"asked": self.asked, "saved": saved})
+        self.saved_tokens = self.tokens
 
     def finish(self) -> dict[str, Any]:
         """Close the shards and describe them."""

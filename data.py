@@ -23,7 +23,7 @@ from cli import BadInput, Count, exit_with_a_sentence
 from loader import Loader
 from runfiles import CannotWrite
 from shardfiles import MAX_VOCAB_SIZE, TRAIN_PATTERN, TokenStream, digest, open_shards
-from sources import Column, Repeated, TextFiles, embedded_documents, hub_dataset, text_files
+from sources import Column, Repeated, TextFiles, embedded_documents, embedded_files, hub_dataset, stamp, text_files
 
 __all__ = ["Loader", "TokenStream", "build_shards", "open_shards"]
 
@@ -75,6 +75,9 @@ class Embedded(Build):
     def source(self) -> str:
         return f"embedded {self.scope} of Python {sys.version.split()[0]}"
 
+    def identity(self) -> str:
+        return digest(stamp(embedded_files(self.scope)))
+
 
 @dataclass(kw_only=True)
 class Text(Build):
@@ -94,8 +97,7 @@ class Text(Build):
         return "text " + " ".join(map(str, self.paths))
 
     def identity(self) -> str:
-        stats = [(str(path), path.stat()) for path in text_files(self.paths)]
-        return digest([self.text_column, self.ids_column, [[p, s.st_size, s.st_mtime_ns] for p, s in stats]])
+        return digest([self.text_column, self.ids_column, stamp(text_files(self.paths))])
 
 
 @dataclass(kw_only=True)
@@ -127,6 +129,8 @@ class Hub(Build):
                 raise BadInput(f"hf {self.names[0]}: a preset has its own --config and --shares")
             wanted = PRESETS[self.names[0]].parts
         else:
+            if len(set(zip(self.names, self.config or self.names, strict=False))) < len(self.names):
+                raise BadInput(f"hf {' '.join(self.names)}: names a dataset twice")
             for flag, given in (("--config", self.config), ("--shares", self.shares)):
                 if given and len(given) != len(self.names):
                     raise BadInput(f"{flag}: {len(given)} given for {len(self.names)} datasets")
@@ -144,7 +148,8 @@ class Hub(Build):
         return " ".join(("hf", *self.names, *self.config, self.split, *shares))
 
     def identity(self) -> str:
-        return digest([self.text_column, self.ids_column])
+        local = [path for name in self.names for path in sorted(Path(name).rglob("*")) if path.is_file()]
+        return digest([self.text_column, self.ids_column, stamp(local)])
 
 
 def column(build: Text | Hub) -> Column:
@@ -201,7 +206,9 @@ def main() -> int:
         print(f"error: {full}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command goes on where it was", file=sys.stderr)
+        print(
+            "stopped; the same command goes on from what was saved, if it was at work for long enough", file=sys.stderr
+        )
         return 130
     documents = meta["documents"]
     print(

@@ -3,6 +3,7 @@
 One pass over every byte, a few MB at a time. Unlike open_shards it goes on after a damaged file, so that all are named.
 """
 
+import contextlib
 import hashlib
 import zlib
 from collections.abc import Callable
@@ -42,7 +43,8 @@ class Found:
     highest: int = -1
     used: np.ndarray = field(default_factory=lambda: np.zeros(2**16, bool))
     starts: list[np.ndarray] = field(default_factory=list)
-    unchecked: int = 0  # shards that carry no checksum
+    shards: int = 0
+    unchecked: int = 0  # of them, those that carry no checksum
 
     def add(self, tokens: np.ndarray, eot_id: int | None) -> None:
         if len(tokens):
@@ -74,13 +76,25 @@ def check(path: Path, digests: dict[str, str], vocab_size: int, eot_id: int | No
         raise BadInput(f"{path}: its SHA-256 is not the one in {META}")
     if highest >= vocab_size:
         raise BadInput(f"{path}: token id {highest} in a vocabulary of {vocab_size:,}")
+    found.shards += 1
     found.unchecked += not header[SLOT_CRC32] and path.name not in digests
 
 
-def verify(folder: Path, pattern: str = TRAIN_PATTERN, say: Callable[[str], None] = print) -> int:
-    """Name every damaged shard of a folder; 1 if there is one, else 0. BadInput where there are no shards."""
+@dataclass
+class Examination:
+    """A whole folder: what was seen of each split, and a sentence for everything that is wrong."""
+
+    found: dict[str, Found]
+    damaged: list[str]
+    shards: Shards | None  # None where they cannot be opened
+
+
+def examine(folder: Path, pattern: str = TRAIN_PATTERN) -> Examination:
+    """Read every byte of a folder of shards. BadInput where there are none."""
     files = find_shards(folder, pattern)
-    damaged, meta = [], None
+    damaged, meta, shards = [], None, None
+    with contextlib.suppress(BadInput):  # what is wrong is found below, all of it
+        shards = open_shards(folder, pattern)
     try:
         meta = read_meta(folder / META) if (folder / META).exists() else None
         if meta and pattern == TRAIN_PATTERN:
@@ -91,45 +105,54 @@ def verify(folder: Path, pattern: str = TRAIN_PATTERN, say: Callable[[str], None
     for split in SPLITS:
         for path in files[split]:
             try:
-                vocab_size = meta["vocab_size"] if meta else 2**16
-                check(path, meta["sha256"] if meta else {}, vocab_size, None, found[split])
+                vocab_size = shards.vocab_size if shards else 2**16
+                eot_id = shards.eot_id if shards else None
+                check(path, meta["sha256"] if meta else {}, vocab_size, eot_id, found[split])
             except BadInput as wrong:
                 damaged.append(str(wrong))
         promised = meta and pattern == TRAIN_PATTERN and meta.get(f"{split}_tokens")
         if promised and not damaged and promised != found[split].tokens:
             damaged.append(f"{folder / META}: promises {promised} {split} tokens, the files hold {found[split].tokens}")
-    if not damaged:
+    if not damaged and shards is None:
         try:
             open_shards(folder, pattern)
         except BadInput as wrong:
             damaged.append(str(wrong))
-    for line in damaged:
+    return Examination(found, damaged, shards)
+
+
+def verify(folder: Path, pattern: str = TRAIN_PATTERN, say: Callable[[str], None] = print) -> int:
+    """Name everything that is damaged in a folder of shards; 1 if there is something, else 0."""
+    return _judge(folder, examine(folder, pattern), say)
+
+
+def _judge(folder: Path, seen: Examination, say: Callable[[str], None]) -> int:
+    for line in seen.damaged:
         say(f"damaged: {line}")
-    count, unchecked = sum(map(len, files.values())), sum(f.unchecked for f in found.values())
-    tokens = sum(f.tokens for f in found.values())
-    if not damaged:
-        without = f", {unchecked} of them without a checksum to compare" if unchecked else ", every checksum matches"
-        say(f"{folder}: {count} shards, {tokens:,} tokens{without}")
-    return 1 if damaged else 0
+    if seen.damaged:
+        return 1
+    unchecked, tokens = (sum(getattr(f, key) for f in seen.found.values()) for key in ("unchecked", "tokens"))
+    count = sum(f.shards for f in seen.found.values())
+    without = f", {unchecked} of them without a checksum to compare" if unchecked else ", every checksum matches"
+    say(f"{folder}: {count} shards, {tokens:,} tokens{without}")
+    return 0
 
 
 def inspect(folder: Path, pattern: str = TRAIN_PATTERN, say: Callable[[str], None] = print) -> int:
-    """Print counts, vocabulary range, document statistics and the first text, then `verify`; its exit code."""
-    shards = open_shards(folder, pattern)
-    meta = read_meta(folder / META) if (folder / META).exists() else {}
-    say(f"{folder}: {meta.get('source', 'shards without meta.json, taken for GPT-2 tokens')}")
-    eot = "unknown" if shards.eot_id is None else shards.eot_id
-    say(f"vocabulary {shards.vocab_size:,}, end-of-text {eot}, fingerprint {shards.fingerprint}")
-    for split in SPLITS:
-        found = Found()
-        for path in shards.files[split]:
-            for chunk in payload_chunks(path):
-                found.add(np.frombuffer(chunk, "<u2", len(chunk) // 2), shards.eot_id)
-        say(describe(split, shards, found))
-    text = first_text(folder, shards)
-    if text is not None:
-        say(f"first text: {text!r}")
-    return verify(folder, pattern, say)
+    """Print counts, vocabulary range, document statistics and the first text of whole shards; then as `verify`."""
+    seen = examine(folder, pattern)
+    if seen.shards is not None and not seen.damaged:
+        shards = seen.shards
+        meta = read_meta(folder / META) if (folder / META).exists() else {}
+        say(f"{folder}: {meta.get('source', 'shards without meta.json, taken for GPT-2 tokens')}")
+        eot = "unknown" if shards.eot_id is None else shards.eot_id
+        say(f"vocabulary {shards.vocab_size:,}, end-of-text {eot}, fingerprint {shards.fingerprint}")
+        for split in SPLITS:
+            say(describe(split, shards, seen.found[split]))
+        text = first_text(folder, shards)
+        if text is not None:
+            say(f"first text: {text!r}")
+    return _judge(folder, seen, say)
 
 
 def describe(split: str, shards: Shards, found: Found) -> str:

@@ -55,10 +55,10 @@ def document_starts(stream: TokenStream, eot_id: int) -> np.ndarray:
 def aligned_windows(starts: np.ndarray, tokens: int, seq_len: int) -> np.ndarray:
     """First tokens of windows that each begin at a document and do not overlap: after a window comes the first document
     that begins where it ends or later, so what is left of the one cut off is never seen."""
-    following = np.searchsorted(starts, starts + seq_len).tolist()
-    chosen, document = [], 0
+    following = np.searchsorted(starts, starts + seq_len)
+    chosen, document = np.zeros(len(starts), bool), 0
     while document < len(starts) and starts[document] + seq_len < tokens:
-        chosen.append(document)
+        chosen[document] = True
         document = following[document]
     return starts[chosen]
 

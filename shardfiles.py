@@ -6,6 +6,8 @@ A shard is 256 little-endian int32 (magic, version, token count, then our extras
 Nothing is held in memory; a damaged file is named, and every token is checked before a checkpoint vouches for it.
 """
 
+import contextlib
+import fnmatch
 import hashlib
 import json
 import os
@@ -97,7 +99,8 @@ class ShardWriter:
     def abandon(self) -> None:
         """Let go of the open file, as it is."""
         if self.file is not None:
-            self.file.close()
+            with contextlib.suppress(OSError):  # what a full disk had no room for is tried again
+                self.file.close()
 
     def save(self) -> dict[str, Any]:
         """Force to disk what was written so far; where that is, for `resume`."""
@@ -155,10 +158,13 @@ class Shards:
 
 def read_header(path: Path) -> np.ndarray:
     """The 256 integers of a shard's header; BadInput unless magic, version and file size agree."""
-    size = path.stat().st_size
-    if size < HEADER_BYTES:
-        raise BadInput(f"{path}: {size} bytes are too few for a shard's header")
-    header = np.fromfile(path, dtype="<u4", count=HEADER_INTS)
+    try:
+        size = path.stat().st_size
+        if size < HEADER_BYTES:
+            raise BadInput(f"{path}: {size} bytes are too few for a shard's header")
+        header = np.fromfile(path, dtype="<u4", count=HEADER_INTS)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
     if header[0] != MAGIC or header[1] != VERSION:
         raise BadInput(f"{path}: not a token shard (magic {header[0]}, version {header[1]})")
     held = (size - HEADER_BYTES) // 2
@@ -175,8 +181,10 @@ def find_shards(folder: Path, pattern: str = TRAIN_PATTERN) -> dict[str, list[Pa
         raise BadInput(f"--data-pattern {pattern}: must be a file name with train in it, such as fineweb_train_*.bin")
     if not folder.is_dir():
         raise BadInput(f"{folder}: no such folder of shards; build one with python data.py")
-    patterns = {split: pattern.replace("train", split) for split in SPLITS}
-    files = {split: sorted(folder.glob(patterns[split])) for split in SPLITS}
+    before, _, after = pattern.rpartition("train")
+    patterns = {split: before + split + after for split in SPLITS}
+    held = sorted(path for path in folder.iterdir() if path.is_file())
+    files = {split: [p for p in held if fnmatch.fnmatchcase(p.name, patterns[split])] for split in SPLITS}
     for split in SPLITS:
         if not files[split]:
             raise BadInput(f"{folder}: no {patterns[split].lstrip('*')} in it; build it with python data.py")
@@ -231,20 +239,20 @@ def check_names(folder: Path, named: set[str], held: set[str]) -> None:
 
 def payload_chunks(path: Path) -> Iterator[bytes]:
     """The tokens of a shard as bytes, read, not mapped: a file cut short meanwhile gives fewer, not a dead process."""
-    with path.open("rb") as file:
-        file.seek(HEADER_BYTES)
-        while chunk := file.read(CHUNK_BYTES):
-            yield chunk
+    try:
+        with path.open("rb") as file:
+            file.seek(HEADER_BYTES)
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def check_payload(path: Path, crc32: int) -> None:
     """BadInput unless the tokens of a shard have this checksum."""
     found = 0
-    try:
-        for chunk in payload_chunks(path):
-            found = zlib.crc32(chunk, found)
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    for chunk in payload_chunks(path):
+        found = zlib.crc32(chunk, found)
     if found != crc32:
         raise BadInput(f"{path}: its checksum does not match, the file is damaged; rebuild it with data.py")
 
@@ -275,7 +283,8 @@ class TokenStream:
             filled += len(part)
             shard += 1
         if out.max(initial=0) >= self.vocab_size:
-            raise BadInput(f"{self.paths[shard - 1]}: token id {out.max()} in a vocabulary of {self.vocab_size}")
+            shard = int(np.searchsorted(self.starts, start + int(out.argmax()), side="right")) - 1
+            raise BadInput(f"{self.paths[shard]}: token id {out.max()} in a vocabulary of {self.vocab_size}")
         return out
 
     def payload(self, shard: int) -> np.ndarray:

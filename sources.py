@@ -24,7 +24,7 @@ from cli import BadInput, first_line
 
 Document = str | np.ndarray
 PIECE_BYTES = 64 * 1024  # a longer .txt is cut at the next newline
-RETRIES, LONGEST_WAIT_SECONDS = 9, 60  # of a lost connection: 1 + 2 + 4 + ... s, five minutes in all
+RETRIES, LONGEST_WAIT_SECONDS = 10, 60  # of a lost connection: 1 + 2 + 4 + ... s, five minutes in all
 TRANSPORTS = {"httpx2", "httpx", "httpcore2", "httpcore", "requests", "urllib3", "aiohttp"}  # who raise their own kinds
 
 
@@ -66,7 +66,7 @@ class _Counted:
         return self.read
 
 
-def embedded_documents(scope: Literal["stdlib", "all"]) -> Iterator[str]:
+def embedded_files(scope: Literal["stdlib", "all"]) -> Iterator[Path]:
     """The Python sources of this machine: the standard library, with `all` also site-packages."""
     paths = sysconfig.get_paths()
     roots = [Path(paths["stdlib"])] + ([Path(paths["purelib"])] if scope == "all" else [])
@@ -74,10 +74,21 @@ def embedded_documents(scope: Literal["stdlib", "all"]) -> Iterator[str]:
         for path in sorted(root.rglob("*.py")):
             if root == roots[0] and "site-packages" in path.parts[len(root.parts) :]:
                 continue
-            try:
-                yield path.read_bytes().decode("utf-8")
-            except (UnicodeDecodeError, OSError):
-                continue  # test files with deliberately broken encodings
+            yield path
+
+
+def embedded_documents(scope: Literal["stdlib", "all"]) -> Iterator[str]:
+    """Those of `embedded_files` that are readable text."""
+    for path in embedded_files(scope):
+        try:
+            yield path.read_bytes().decode("utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue  # test files with deliberately broken encodings
+
+
+def stamp(files: Iterable[Path]) -> list[list[Any]]:
+    """What tells whether files have changed: path, size and time of change of each."""
+    return [[str(path), (found := path.stat()).st_size, found.st_mtime_ns] for path in files if path.exists()]
 
 
 def text_files(paths: Iterable[Path]) -> list[Path]:

@@ -231,7 +231,7 @@ class Run:
             update = self.under_way.popleft()
             numbers = update.numbers.read()
             if not numbers.finite:
-                self.step = update.step - 1
+                self.step -= 1  # `failed` takes off those still under way
                 where = f"; not finite in {', '.join(numbers.not_finite)}" if numbers.not_finite else ""
                 raise TrainingFailed(
                     f"step {update.step}: loss {numbers.loss}, gradient norm {numbers.grad_norm}" + where
@@ -280,6 +280,7 @@ class Run:
         batches = validation_batches(self.val_stream, self.s.eval_tokens, self.s.seq_len, self.validation_rows)
         mine = itertools.islice(batches, self.rank.index, None, self.rank.count)
         loss, accuracy = evaluate(self.model, mine, self.rank.count)
+        self.val_stream.wait_until_checked()
         self.last_val = {"val_loss": finite(loss), "val_accuracy": accuracy}
         if loss < self.best_val_loss:
             self.best_val_loss = loss

@@ -2,8 +2,8 @@
 
     python -m bench.data --json FILE
 
-Builder and tokenizer take turns on the same text and cores, and the builder's tokens must be the tokenizer's. The
-loader runs over a billion tokens in sparse files, shuffled, its checksums checked behind it.
+Builder and tokenizer take turns on the same text and cores, and the builder's documents must be the tokenizer's. The
+loader shuffles a billion tokens in sparse files, so from memory, timed once their checksums are through.
 """
 
 import json
@@ -93,6 +93,22 @@ def builder(folder: Path, megabytes: float, repeats: int) -> dict[str, Any]:
                 f"the builder made {built:,} tokens where the tokenizer makes {expected:,}: nothing is timed"
             )
     return {"tokens": built, "seconds": seconds}
+
+
+def documents_in(folder: Path) -> list[bytes]:
+    """The documents of a folder of shards as token ids, sorted, without their end-of-text id."""
+    shards, found = open_shards(folder), []
+    for split in shardfiles.SPLITS:
+        stream = TokenStream(shards, split)
+        tokens = stream.read(0, len(stream))
+        starts = np.flatnonzero(tokens == shards.eot_id)
+        found += [document[1:].tobytes() for document in np.split(tokens, starts[1:])]
+    return sorted(found)
+
+
+def documents_by(encoder: Any, texts: list[str]) -> list[bytes]:
+    encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
+    return sorted(np.array(encoding.ids, dtype=np.int32).tobytes() for encoding in encodings)
 
 
 def sparse_shards(folder: Path, count: int) -> None:

@@ -94,13 +94,18 @@ def busy_cores() -> float | None:
     after = _core_times()
     if before is None or after is None or after[1] <= before[1]:
         return None
-    return round((os.cpu_count() or 1) * (after[0] - before[0]) / (after[1] - before[1]), 2)
+    return round(cores() * (after[0] - before[0]) / (after[1] - before[1]), 2)
 
 
 def _core_times() -> tuple[int, int] | None:
-    """Ticks that all cores worked, and all ticks, since the system started (proc(5), /proc/stat)."""
+    """Ticks that our cores worked, and all of theirs, since the system started (proc(5), /proc/stat)."""
+    mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    names = {f"cpu{core}" for core in mine}
     try:
-        ticks = list(map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:9]))
+        lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+        ticks = [sum(column) for column in zip(*(map(int, w[1:9]) for w in lines if w and w[0] in names), strict=True)]
     except (OSError, ValueError):
+        return None
+    if len(ticks) < 8:
         return None
     return sum(ticks) - ticks[3] - ticks[4], sum(ticks)  # without idle and waiting for a disk

@@ -27,16 +27,18 @@ import report
 import runfiles
 from bench import machine
 from bench import record_figures as pages
-from bench.record_figures import BENCH, BUDGET, CORPORA, LEAST_SEEDS, RECORD
+from bench.parts import parts, rows_of
+from bench.record_figures import BENCH, BUDGET, CORPORA, LEAST_SEEDS, PLOTS, RECORD
 from cli import BadInput, Count, exit_with_a_sentence, make_folder
+from model import SIZES
 from report_figures import draw
 from report_pages import markdown_page
+from settings import BATCH_TOKENS, EVAL_TOKENS, NANO, NANO_BATCH_TOKENS, NANO_EVAL_TOKENS
 from stats import Run, group_seeds, load_run
+from suites import OPTIMIZERS
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIMIZERS = ("muon", "adamw")
 KEPT = (runfiles.CONFIG, runfiles.METRICS, runfiles.SUMMARY, runfiles.LOG)
-PLOTS = ("loss_curves", "optimizer_comparison", "effective_rank_over_time", "spectral_norm_by_depth")
 SPECTRA_DIGITS = 5
 MOST_BYTES = 4 * 2**20  # of a record's folder: every clone carries it for ever
 
@@ -99,6 +101,8 @@ def make(a: Make) -> int:
         raise BadInput(f"--seeds {' '.join(map(str, a.seeds))}: at least {LEAST_SEEDS} different ones")
     if "2m" in a.tracks and a.tokens != BUDGET:
         raise BadInput(f"--tokens {a.tokens}: the track 2m has {BUDGET:,}")
+    if a.spectra_every == 0:
+        raise BadInput("--spectra-every 0: a record holds spectra")
     commit = runfiles.provenance()["git_commit"]
     if commit is None or commit.endswith("+"):
         raise BadInput(
@@ -122,7 +126,7 @@ def make(a: Make) -> int:
         for optimizer in OPTIMIZERS
     ]
     make_folder(where, exist_ok=True)
-    described = begun(where, commit)
+    described = begun(where, commit, command_of(a, data))
     try:
         launcher.run_here(jobs, [{}])
     except launcher.Interrupted:
@@ -138,12 +142,14 @@ def make(a: Make) -> int:
     return int(bool(faults))
 
 
-def begun(where: Path, commit: str) -> dict[str, Any]:
-    """The machine as it was before the first run; BadInput where another commit began these runs."""
+def begun(where: Path, commit: str, command: str) -> dict[str, Any]:
+    """The machine as it was before the first run; BadInput where another commit or command began these runs."""
     path = where / "machine.json"
     if not path.exists():
-        runfiles.write_json(path, machine.describe())
+        runfiles.write_json(path, machine.describe() | {"command": command})
     described = runfiles.load_json(path)
+    if described.pop("command", None) != command:
+        raise BadInput(f"{where}: was begun by another command; repeat that one or remove the folder")
     if described["git_commit"] != commit:
         raise BadInput(f"{where}: was begun by commit {described['git_commit']}; check that out or remove the folder")
     return described
@@ -227,6 +233,12 @@ def check(folder: Path) -> list[str]:
 
 
 def check_bench(folder: Path, bench: dict[str, Any]) -> list[str]:
+    """A benchmark: its table once more from what its parts found, and its page from the table."""
+    known, cuda, rows = {part.name: part for part in parts(not bench["small_sizes"])}, not bench["small_sizes"], []
+    for done in bench["parts"]:
+        rows += rows_of(known[done["name"]], done, cuda)
+    if not pages.same_figures(bench["rows"], rows):
+        return [f"{folder / BENCH}: its table is not what its parts found"]
     return [*check_page(folder, pages.bench_page(bench)), *check_commit(folder, {bench["machine"]["git_commit"]})]
 
 
@@ -265,6 +277,8 @@ def check_run(run: Run) -> list[str]:
     for key, value in (("final_val_loss", run.val["val_loss"][-1]), ("best_val_loss", run.val["val_loss"].min())):
         if not pages.same_figures(run.summary.get(key), float(value)):
             faults.append(f"{run.path / runfiles.SUMMARY}: its {key} is not that of {runfiles.METRICS}")
+    if run.summary["train_seconds"] < run.val["train_seconds"][-1]:
+        faults.append(f"{run.path / runfiles.SUMMARY}: its train_seconds are fewer than {runfiles.METRICS} has")
     return faults
 
 
@@ -285,6 +299,15 @@ def check_rules(folder: Path, record: dict[str, Any], runs: Sequence[Run]) -> li
         faults.append(f"{folder}: {record['tokens']:,} tokens; the track 2m has {BUDGET:,}, and all its runs the same")
     if not record["tracks"] or not set(record["tracks"]) <= set(pages.TRACKS):
         faults.append(f"{folder}: its tracks are {record['tracks']}")
+    nano = record["model"] in NANO
+    wanted = {"batch_tokens": NANO_BATCH_TOKENS if nano else BATCH_TOKENS, "seq_len": SIZES[record["model"]].seq_len}
+    wanted["eval_tokens"] = NANO_EVAL_TOKENS if nano else EVAL_TOKENS
+    for key, value in wanted.items():
+        if record[key] != value:
+            faults.append(f"{folder}: {key} is {record[key]}, and of this model {value}")
+    model = "nano" if record["machine"]["device"] == "cpu" else "88m"
+    if record["model"] != model:
+        faults.append(f"{folder}: is of {record['model']}; here the race is {model}'s")
     devices = {run.config["device_name"] for run in runs}
     if devices != {record["machine"]["device"]}:
         faults.append(f"{folder}: its runs are of {', '.join(sorted(devices))}, not of {record['machine']['device']}")

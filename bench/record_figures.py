@@ -23,6 +23,7 @@ from stats import Run, first_reaching, t_interval, welch
 
 RECORD, BENCH, CORPORA, PRIOR = "record.json", "bench.json", "corpora.json", "prior.json"
 TRACKS = {"2m": "2M", "time-to-loss": "time to loss"}
+PLOTS = ("loss_curves", "optimizer_comparison", "effective_rank_over_time", "spectral_norm_by_depth")
 BUDGET = 2_015_232  # tokens of the track 2m, the prior work's 123 updates of 16,384
 LEAST_SEEDS = 3
 TIED = 0.05  # two entries whose losses differ with a p value of this or more are tied
@@ -189,10 +190,10 @@ def difference_sentence(record: Json) -> str:
     sentence = f"Muon's best validation loss is {abs(found['difference']):.3f} nats {words} AdamW's"
     if found["p_value"] is None:
         return sentence
-    low, high = sorted((abs(found["low"]), abs(found["high"])))
+    low, high = found["low"], found["high"]
+    if found["difference"] < 0:
+        low, high = -high, -low
     tie = "" if found["p_value"] < TIED else ": a tie"
-    if found["low"] < 0 < found["high"]:
-        low, high = (found["low"], found["high"])
     return f"{sentence} (95 % interval {low:.3f} to {high:.3f}, {p_words(found['p_value'])}{tie})"
 
 
@@ -253,22 +254,26 @@ def ranked(rivals: Sequence[tuple[str, Json, str]]) -> list[tuple[str, Json, str
         for entry in left[1:]:
             p_value = contrast(leader["figures"], optimizer, entry[1]["figures"], entry[2])[3]
             tied += [entry] if p_value >= TIED else []
-        quickest = sorted(tied, key=lambda entry: entry[1]["figures"]["optimizers"][entry[2]]["train_seconds"]["mean"])
+        quickest = sorted(tied, key=lambda entry: (not steady(_entry(entry)), _entry(entry)["train_seconds"]["mean"]))
         order += quickest
         left = [entry for entry in left if not any(entry is one for one in tied)]
     return order
 
 
-def soonest(entry: tuple[str, Json, str]) -> float:
-    """Mean seconds to AdamW's final loss; AdamW itself takes all of its time, who never gets there comes last."""
-    _, record, optimizer = entry
-    found = record["figures"]["optimizers"][optimizer]
-    mean = found["train_seconds" if optimizer == "adamw" else "seconds_to_target"]["mean"]
-    return math.inf if mean is None else mean
+def soonest(entry: tuple[str, Json, str]) -> tuple[bool, float]:
+    """Mean seconds to AdamW's final loss; AdamW itself takes all of its time, who never gets there comes last, and
+    before him those whose times do not count."""
+    found = _entry(entry)
+    mean = found["train_seconds" if entry[2] == "adamw" else "seconds_to_target"]["mean"]
+    return not steady(found) or mean is None, math.inf if mean is None else mean
+
+
+def _entry(entry: tuple[str, Json, str]) -> Json:
+    return entry[1]["figures"]["optimizers"][entry[2]]
 
 
 def _best(entry: tuple[str, Json, str]) -> Json:
-    return entry[1]["figures"]["optimizers"][entry[2]]["best_val_loss"]
+    return _entry(entry)["best_val_loss"]
 
 
 def record_tables(folder: Path) -> str:

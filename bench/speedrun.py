@@ -17,14 +17,13 @@ import tyro
 
 import report
 import runfiles
-from bench.record_figures import BUDGET, as_written, figures_of
+from bench.record_figures import BUDGET, PLOTS, as_written, figures_of
 from cli import BadInput, exit_with_a_sentence, make_folder
 from settings import BATCH_TOKENS, NANO, NANO_BATCH_TOKENS, default_data
 from stats import load_run
+from suites import OPTIMIZERS
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIMIZERS = ("muon", "adamw")
-PLOTS = ("loss_curves", "optimizer_comparison", "effective_rank_over_time", "spectral_norm_by_depth")
 LEAST_UPDATES, EVENTS = 4, 6  # validations and spectra of a run
 SPENT_ELSEWHERE = {"cuda": 180.0, "cpu": 50.0}  # starts, compilation, validation and report, measured on idle machines
 FALLBACK_RATE = {"cuda": 50_000.0, "cpu": 4000.0}
@@ -36,7 +35,7 @@ class Arguments:
     """Train both optimizers as long as the time allows and compare them."""
 
     out: Path
-    """Folder for the runs and the report; what an earlier speedrun left there is replaced by name."""
+    """Folder for the runs, with their checkpoints, and the report."""
     seconds: float = 120.0
     """What all of it may take."""
     model: str | None = None

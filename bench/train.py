@@ -320,14 +320,15 @@ def time_surroundings(place: Workplace, step_seconds: float) -> dict[str, float 
             recorder.before_update(work.sharding.bank_norms())
             work.apply()
             recorder.record(step, 0)
+            blocked_seconds = recorder.seconds_blocked  # the loop does not wait for the worker, the next line does
             recorder.flush()
             worker_seconds = time.perf_counter() - start
         recorder.close()
         builds = find_spec("tokenizers") is not None
         loader_seconds = _loader_seconds(place, Path(folder) / "shards", step_seconds) if builds else None
     return {
-        "spectra_blocked_seconds": recorder.seconds_blocked,
-        "spectra_blocked_share": recorder.seconds_blocked / (SPECTRA_EVERY * step_seconds),
+        "spectra_blocked_seconds": blocked_seconds,
+        "spectra_blocked_share": blocked_seconds / (SPECTRA_EVERY * step_seconds),
         "spectra_worker_seconds": worker_seconds,
         "loader_wait_seconds": loader_seconds,
         "loader_share": None if loader_seconds is None else loader_seconds / step_seconds,

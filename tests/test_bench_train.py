@@ -26,7 +26,8 @@ def test_prints_a_row_per_candidate_and_writes_the_same(run_main, tmp_path):
     speed = {row["candidate"]: row["tokens_per_second"] for row in record["rows"]}
     ratio = record["ratios"]["ours, adamw / baseline, adamw"]
     assert ratio == pytest.approx(speed["ours, adamw"] / speed["baseline, adamw"])
-    assert record["surroundings"]["spectra_worker_seconds"] > record["surroundings"]["spectra_blocked_seconds"] > 0
+    found = record["surroundings"]
+    assert 0 < found["spectra_blocked_seconds"] < 0.5 * found["spectra_worker_seconds"]  # the worker's time is its own
     assert record["device"] == "cpu"
 
 

@@ -112,14 +112,19 @@ def three_parts(folder):
 
 
 BUILD_AND_DIE = """
-import os, random, signal, sys, time
+import json, os, random, signal, sys, time
 from pathlib import Path
 import build, datasets, shardfiles
 from tests.test_build import small_pieces, three_parts_again
 small_pieces(build, shardfiles)
 folder, out = Path(sys.argv[1]), Path(sys.argv[2])
 rng, killed, places = random.Random(1), 0, set()
-kept_tokens = lambda: build._kept_tokens(out.with_name(out.name + ".partial"))
+
+def kept_tokens():
+    record = out.with_name(out.name + ".partial") / build.RECORD
+    saved = json.loads(record.read_text())["saved"] if record.exists() else None
+    return sum(writer["tokens"] for writer in saved["writers"].values()) if saved else 0
+
 while not out.exists():
     child = os.fork()  # nothing is imported anew, and no thread runs here yet
     if not child:
@@ -289,7 +294,7 @@ def test_a_connection_that_stays_lost_ends_after_growing_waits(monkeypatch):
 
     with pytest.raises(BadInput, match="connection lost"):
         list(sources.Rows(lambda: Dead(["a", "b"], 1), TEXT, "dead").open())
-    assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 60, 60]
     with pytest.raises(BadInput, match="cannot be reached"):
         list(sources.Rows(lambda: Dead([], 0), TEXT, "dead").open())
 
@@ -361,3 +366,87 @@ def tokenizer_of_words(folder):
     if not path.exists():
         build_shards(lambda: iter(random_documents(50)), path.parent, source="words", vocab_size=300, val_fraction=0.2)
     return path
+
+
+def test_a_folder_that_no_build_made_is_left_alone(tmp_path, run_main):
+    (tmp_path / "notes.partial").mkdir()
+    (tmp_path / "notes.partial" / "thesis.tex").write_text("years of work")
+    (tmp_path / "a.txt").write_text("some text\n" * 100)
+    code, _, err = run_main(data.main, "text", tmp_path / "a.txt", "--out", tmp_path / "notes", "--vocab-size", 300)
+    assert code == 2
+    assert "thesis.tex" in err
+    assert (tmp_path / "notes.partial" / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, run_main, monkeypatch):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in random_documents(300)))
+    real = Path.open
+
+    def full(path, *mode, **more):
+        return open("/dev/full", "r+b") if path.suffix == ".bin" else real(path, *mode, **more)
+
+    monkeypatch.setattr(Path, "open", full)
+    code, _, err = run_main(data.main, "text", tmp_path / "a.jsonl", "--out", tmp_path / "s", "--vocab-size", 300)
+    assert code == 1
+    assert "cannot be written (No space left on device)" in err
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.fixture
+def interrupted(tmp_path, monkeypatch, run_main):
+    """The command of a build that broke off after some of its documents, which are kept."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in random_documents(300)))
+    words = ("text", tmp_path / "a.jsonl", "--out", tmp_path / "s", "--vocab-size", 300)
+    monkeypatch.setattr(build, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(build, "BATCH_CHARS", 4000)
+    with monkeypatch.context() as broken:
+        fetch = build._Feed.fetch
+
+        def lost(feed):
+            if feed.documents > 100:
+                raise BadInput("the line is dead")
+            return fetch(feed)
+
+        broken.setattr(build._Feed, "fetch", lost)
+        code, _, err = run_main(data.main, *words)
+    assert code == 2
+    assert "the line is dead; " in err
+    assert "tokens are kept in" in err
+    return words
+
+
+def test_what_an_interrupted_build_has_is_kept_and_gone_on_from(interrupted, tmp_path, run_main, monkeypatch):
+    begun = []
+    monkeypatch.setattr(sources.TextFiles, "open", spy(begun))
+    assert run_main(data.main, *interrupted)[0] == 0
+    assert begun[-1]["at"] is not None, "began anew"
+    assert sorted(documents_of(tmp_path / "s")) == sorted(random_documents(300))
+
+
+def spy(begun):
+    real = sources.TextFiles.open
+
+    def opened(self, position=None):
+        begun.append(position)
+        return real(self, position)
+
+    return opened
+
+
+@pytest.mark.parametrize(
+    ("how", "words"), [("text", "something else"), ("shard", "shorter than"), ("record", "build.json")]
+)
+def test_an_interrupted_build_that_was_changed_is_refused_and_kept(interrupted, tmp_path, run_main, how, words):
+    partial = tmp_path / "s.partial"
+    if how == "text":
+        (tmp_path / "a.jsonl").write_text(json.dumps({"text": "another"}) + "\n")
+    elif how == "shard":
+        os.truncate(partial / "train_000000.bin", 1100)
+    else:
+        (partial / "build.json").write_text('{"asked"')
+    before = {path.name for path in partial.iterdir()}
+    code, _, err = run_main(data.main, *interrupted)
+    assert code == 2
+    assert words in err
+    assert {path.name for path in partial.iterdir()} == before
