@@ -299,9 +299,7 @@ def check_rules(folder: Path, record: dict[str, Any], runs: Sequence[Run]) -> li
         faults.append(f"{folder}: {record['tokens']:,} tokens; the track 2m has {BUDGET:,}, and all its runs the same")
     if not record["tracks"] or not set(record["tracks"]) <= set(pages.TRACKS):
         faults.append(f"{folder}: its tracks are {record['tracks']}")
-    nano = record["model"] in NANO
-    wanted = {"batch_tokens": NANO_BATCH_TOKENS if nano else BATCH_TOKENS, "seq_len": SIZES[record["model"]].seq_len}
-    wanted["eval_tokens"] = NANO_EVAL_TOKENS if nano else EVAL_TOKENS
+    wanted = standard(record["model"])
     for key, value in wanted.items():
         if record[key] != value:
             faults.append(f"{folder}: {key} is {record[key]}, and of this model {value}")
@@ -315,6 +313,12 @@ def check_rules(folder: Path, record: dict[str, Any], runs: Sequence[Run]) -> li
     if (corpus["name"], corpus["command"]) != (record["corpus"], record["corpus_command"]):
         faults.append(f"{folder}: calls its corpus otherwise than {CORPORA} does")
     return faults
+
+
+def standard(model: str) -> dict[str, int]:
+    """What train.py sets for a model and a record must keep."""
+    batch_tokens, eval_tokens = (NANO_BATCH_TOKENS, NANO_EVAL_TOKENS) if model in NANO else (BATCH_TOKENS, EVAL_TOKENS)
+    return {"batch_tokens": batch_tokens, "eval_tokens": eval_tokens, "seq_len": SIZES[model].seq_len}
 
 
 def check_page(folder: Path, wanted: str) -> list[str]:

@@ -29,7 +29,8 @@ WRITES = "import json; json.dump({'value': 2.5}, open('{out}', 'w'))"
 
 def run_parts(run_main, monkeypatch, tmp_path, *chosen, minutes=1.0):
     monkeypatch.setattr(bench_all, "LEAST_SECONDS", 1.0)
-    monkeypatch.setattr(bench_all, "parts", lambda cuda: list(chosen))
+    for module in (bench_all, record):
+        monkeypatch.setattr(module, "parts", lambda cuda: list(chosen))
     code, out, _ = run_main(bench_all.main, "--minutes", minutes, "--out", tmp_path / "out")
     return code, out, json.loads((tmp_path / "out" / "bench.json").read_text())
 
@@ -68,6 +69,7 @@ def test_a_part_that_fails_is_cut_or_lacks_something_stops_nothing(run_main, mon
     wrong = parts.row("kernels", 1, met=False)
     monkeypatch.setattr(bench_all, "rows_of", lambda part, done, cuda: [wrong])
     assert run_parts(run_main, monkeypatch, tmp_path, script("good", WRITES))[0] == 1
+    assert run_parts(run_main, monkeypatch, tmp_path, script("no figures", "pass"))[0] == 1
     assert bench["machine"]["device"] == "cpu" or torch.cuda.is_available()
     assert {"driver", "torch_version", "git_commit", "date", "sm_clock_mhz"} <= bench["machine"].keys()
 
@@ -80,6 +82,11 @@ def test_what_is_known_is_written_before_the_next_part_starts(run_main, monkeypa
     assert [done["state"] for done in bench["parts"]] == ["done", "done"]
     faults = record.check(tmp_path / "out")  # but for the commit, which may have changes while one works on this
     assert all("one commit without changes" in fault for fault in faults)
+    whole = (tmp_path / "out" / "bench.json").read_text()
+    assert whole.count('"ours": 2.5') == 2
+    (tmp_path / "out" / "bench.json").write_text(whole.replace('"ours": 2.5', '"ours": 9.5', 1))
+    assert "its table is not what its parts found" in record.check(tmp_path / "out")[0]
+    (tmp_path / "out" / "bench.json").write_text(whole)
     text = (tmp_path / "out" / "README.md").read_text()
     (tmp_path / "out" / "README.md").write_text(text.replace("2.50", "2.51"))
     assert "is not what its JSON gives" in record.check(tmp_path / "out")[0]
@@ -114,7 +121,7 @@ def test_ticks_of_work_are_counted_as_cores(monkeypatch):
     seen = iter([(100, 1000), (150, 1200)])
     monkeypatch.setattr(machine, "_core_times", lambda: next(seen))
     monkeypatch.setattr(machine, "SAMPLE_SECONDS", 0.0)
-    monkeypatch.setattr(machine.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(machine, "cores", lambda: 8)
     assert machine.busy_cores() == 2.0
 
 

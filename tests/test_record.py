@@ -20,6 +20,7 @@ from tests.conftest import SMALL_MODEL
 RECORDS = ROOT / "runs" / "records"
 COMMITTED = sorted(path.parent for name in ("record.json", "bench.json") for path in RECORDS.glob(f"*/{name}"))
 SEEDS = (0, 1, 2)
+STANDARD = record.standard
 
 
 def head() -> str:
@@ -51,6 +52,7 @@ def workplace(shards_folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runfiles, "_git_commit", head)
         patch.setattr(launcher, "run_here", in_this_process)
+        patch.setattr(record, "standard", lambda model: {"batch_tokens": 256, "eval_tokens": 512, "seq_len": 32})
         patch.setattr(record, "PLOTS", ("loss_curves",))  # a figure takes as long as a run
         yield root
 
@@ -102,6 +104,13 @@ def test_a_record_holds_what_counts_and_passes_its_check(made):
     found = json.loads((made / "record.json").read_text())
     assert found["command"].startswith("python -m bench.record make time-to-loss --model nano --tokens 1536 --data ")
     assert found["git_commit"] == head()
+
+
+def test_a_race_over_another_course_is_no_record(made, monkeypatch):
+    monkeypatch.setattr(record, "standard", STANDARD)
+    faults = " ".join(record.check(made))
+    for words in ("batch_tokens is 256, and of this model 8192", "eval_tokens is 512", "seq_len is 32"):
+        assert words in faults
 
 
 def test_its_figures_equal_a_calculation_from_the_lines_of_its_runs(made):
@@ -265,14 +274,17 @@ def test_a_make_that_is_stopped_or_fails_leaves_no_record(workplace, run_main, m
 
 
 def test_runs_begun_by_another_commit_are_not_gone_on_with(tmp_path):
-    (tmp_path / "machine.json").write_text(json.dumps({"git_commit": "a" * 40}))
+    (tmp_path / "machine.json").write_text(json.dumps({"git_commit": "a" * 40, "command": "make it"}))
     with pytest.raises(BadInput, match="begun by commit aaaa"):
-        record.begun(tmp_path, "b" * 40)
-    assert record.begun(tmp_path, "a" * 40)["git_commit"] == "a" * 40
+        record.begun(tmp_path, "b" * 40, "make it")
+    with pytest.raises(BadInput, match="another command"):
+        record.begun(tmp_path, "a" * 40, "make another")
+    assert record.begun(tmp_path, "a" * 40, "make it")["git_commit"] == "a" * 40
 
 
-def rival(name, losses, seconds):
-    entry = {"seeds": [0, 1, 2], "train_seconds": {"mean": seconds}}
+def rival(name, losses, seconds, unsteady=1.0):
+    entry = {"seeds": [0, 1, 2], "train_seconds": {"mean": seconds}, "slowest_over_fastest": unsteady}
+    entry["seconds_to_target"] = {"mean": seconds / 2}
     entry["best_val_loss"] = {"by_seed": losses, "mean": sum(losses) / 3}
     return name, {"figures": {"optimizers": {"muon": entry}}}, "muon"
 
@@ -283,6 +295,9 @@ def test_the_lower_loss_is_ahead_and_of_a_tie_the_quicker():
     assert [name for name, *_ in record_figures.ranked([clear, slow, quick])] == ["quick", "slow", "clear"]
     better = rival("better", [3.99, 4.192, 4.091], 900.0)  # by about 0.009 for every seed: small, but no tie
     assert [name for name, *_ in record_figures.ranked([slow, better])] == ["better", "slow"]
+    doubtful = rival("doubtful", [4.1, 4.1, 4.2], 10.0, unsteady=1.3)  # on a busy machine: its time does not count
+    assert [name for name, *_ in record_figures.ranked([doubtful, slow, quick])] == ["quick", "slow", "doubtful"]
+    assert sorted([doubtful, slow, quick], key=record_figures.soonest) == [quick, slow, doubtful]
 
 
 def test_a_figure_that_drifts_in_any_readme_is_found_and_mended(made, workplace, run_main, monkeypatch):
@@ -310,5 +325,21 @@ def test_no_figure_of_this_repository_has_drifted():
 
 
 @pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
-def test_the_committed_records_have_no_fault(folder):
+def test_the_committed_records_have_no_fault(folder, monkeypatch):
+    monkeypatch.setattr(record, "standard", STANDARD)
     assert record.check(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("difference", "low", "high", "words"),
+    [
+        (-0.3, -0.4, -0.2, "0.300 nats below AdamW's (95 % interval 0.200 to 0.400, p = 0.0100)"),
+        (-0.01, -0.05, 0.03, "0.010 nats below AdamW's (95 % interval -0.030 to 0.050, p = 0.500: a tie)"),
+        (0.01, -0.03, 0.05, "0.010 nats above AdamW's (95 % interval -0.030 to 0.050, p = 0.500: a tie)"),
+    ],
+)
+def test_an_interval_has_the_sign_of_its_sentence(difference, low, high, words):
+    found = {"difference": difference, "low": low, "high": high, "p_value": 0.01 if low * high > 0 else 0.5}
+    said = record_figures.difference_sentence({"figures": {"muon_minus_adamw": found}})
+    assert words.split(", p")[0] in said
+    assert (": a tie)" in said) == (": a tie" in words)
