@@ -38,6 +38,8 @@ class Arguments:
 
     minutes: float = 30.0
     """About how long all of it takes."""
+    updates: int | None = None
+    """Of each run, instead of as many as fit the minutes."""
     data: Path | None = None
     """Folder of token shards (default: the embedded shards that make speedrun builds)."""
     seed: int = 0
@@ -127,11 +129,15 @@ def main() -> int:
     a = tyro.cli(Arguments, description=__doc__)
     if not 0 < a.minutes < float("inf"):
         raise BadInput(f"--minutes {a.minutes}: must be a positive number")
+    if a.updates is not None and a.updates < 1:
+        raise BadInput(f"--updates {a.updates}: must be at least 1")
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        update_seconds = train_to_the_end(folder, "probe", PROBE_UPDATES, a.data) / PROBE_UPDATES
-        updates = max(PROBE_UPDATES, round(REFERENCE_SHARE * 60 * a.minutes / update_seconds))
+        updates = a.updates
+        if updates is None:
+            update_seconds = train_to_the_end(folder, "probe", PROBE_UPDATES, a.data) / PROBE_UPDATES
+            updates = max(PROBE_UPDATES, round(REFERENCE_SHARE * 60 * a.minutes / update_seconds))
         undisturbed = train_to_the_end(folder, "reference", updates, a.data)
         done = torment(folder, "tormented", updates, a.data, random.Random(a.seed), undisturbed)
         differ = differences(folder / "tormented", folder / "reference")
