@@ -35,6 +35,8 @@ speedrun: setup
 	  echo "== $$optimizer"; \
 	  $$run train.py --model $(or $(MODEL),$$model) --optimizer $$optimizer --data "$$data" \
 	    --tokens $(or $(TOKENS),$$tokens) --seed $(SEED) --name $$name-$$optimizer; \
+	  grep -q '"status": "finished"' runs/$$name-$$optimizer/summary.json || \
+	    { echo "$$name-$$optimizer was stopped, so there is nothing to compare yet" >&2; exit 1; }; \
 	done; \
 	echo "== report"; \
 	$(PY) report.py runs/$$name-muon runs/$$name-adamw --out runs/$$name

@@ -9,6 +9,7 @@ This file is the command and the front door: sources.py says where text comes fr
 shardfiles.py has the format, loader.py the batches. An interrupted build goes on with the same command.
 """
 
+import difflib
 import resource
 import sys
 from dataclasses import dataclass
@@ -137,6 +138,10 @@ class Hub(Build):
             if not all(0 < share < float("inf") for share in self.shares):
                 raise BadInput(f"--shares {' '.join(map(str, self.shares))}: must be positive numbers")
             count = len(self.names)
+            for name in self.names:  # a hub's names have an owner, but for a few old ones
+                near = () if "/" in name or Path(name).exists() else difflib.get_close_matches(name, PRESETS)
+                if near:
+                    raise BadInput(f"hf {name}: no such preset; did you mean {near[0]}?")
             wanted = tuple(zip(self.names, self.config or (None,) * count, self.shares or (1.0,) * count, strict=True))
         return [
             Part(" ".join(filter(None, (name, config))), hub_dataset(name, config, self.split, column(self)), share)

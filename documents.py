@@ -72,7 +72,8 @@ def load_tokenizer(name: str):
     try:
         tokenizer = Tokenizer.from_file(name) if Path(name).exists() else Tokenizer.from_pretrained(name)
     except Exception as error:  # the library raises bare Exception for every fault
-        raise BadInput(f"--tokenizer {name}: cannot be loaded ({first_line(error)})") from None
+        mend = "" if Path(name).exists() else "; a hub name needs a network"
+        raise BadInput(f"--tokenizer {name}: cannot be loaded ({first_line(error)}){mend}") from None
     tokenizer.no_truncation()  # hub tokenizers often carry a maximum length
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True

@@ -133,8 +133,9 @@ def _judge(folder: Path, seen: Examination, say: Callable[[str], None]) -> int:
         return 1
     unchecked, tokens = (sum(getattr(f, key) for f in seen.found.values()) for key in ("unchecked", "tokens"))
     count = sum(f.shards for f in seen.found.values())
-    without = f", {unchecked} of them without a checksum to compare" if unchecked else ", every checksum matches"
-    say(f"{folder}: {count} shards, {tokens:,} tokens{without}")
+    few = f", {'none' if unchecked == count else count - unchecked} of them with a checksum to compare"
+    without = few if unchecked else ", every checksum matches"
+    say(f"{folder}: {plural(count)}, {tokens:,} tokens{without}")
     return 0
 
 
@@ -155,10 +156,14 @@ def inspect(folder: Path, pattern: str = TRAIN_PATTERN, say: Callable[[str], Non
     return _judge(folder, seen, say)
 
 
+def plural(shards: int) -> str:
+    return f"{shards} shard{'s' * (shards != 1)}"
+
+
 def describe(split: str, shards: Shards, found: Found) -> str:
     """A split in one line."""
     used = int(found.used.sum())
-    parts = [f"{split}: {found.tokens:,} tokens in {len(shards.files[split])} shards"]
+    parts = [f"{split}: {found.tokens:,} tokens in {plural(len(shards.files[split]))}"]
     parts.append(f"ids {found.lowest} to {found.highest} ({used:,} different, {used / shards.vocab_size:.1%})")
     lengths = found.document_lengths()
     if len(lengths):

@@ -187,7 +187,8 @@ def find_shards(folder: Path, pattern: str = TRAIN_PATTERN) -> dict[str, list[Pa
     files = {split: [p for p in held if fnmatch.fnmatchcase(p.name, patterns[split])] for split in SPLITS}
     for split in SPLITS:
         if not files[split]:
-            raise BadInput(f"{folder}: no {patterns[split].lstrip('*')} in it; build it with python data.py")
+            mend = "build it with python data.py" if pattern == TRAIN_PATTERN else "is --data-pattern right?"
+            raise BadInput(f"{folder}: no {patterns[split].lstrip('*')} in it; {mend}")
     return files
 
 

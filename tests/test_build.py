@@ -450,3 +450,8 @@ def test_an_interrupted_build_that_was_changed_is_refused_and_kept(interrupted, 
     assert code == 2
     assert words in err
     assert {path.name for path in partial.iterdir()} == before
+
+
+def test_a_misspelt_preset_asks_nobody(tmp_path, run_main):
+    code, _, err = run_main(data.main, "hf", "smollm-mx", "--out", tmp_path / "s")
+    assert (code, err) == (2, "error: hf smollm-mx: no such preset; did you mean smollm-mix?\n")

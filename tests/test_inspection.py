@@ -30,7 +30,7 @@ def test_inspect_says_what_is_in_the_shards(folder, run_main):
         starts = np.flatnonzero(ids == meta["eot_id"])
         lengths = [*(starts[1:] - starts[:-1]), len(ids) - starts[-1]]
         line = next(line for line in out.splitlines() if line.startswith(f"{split}:"))
-        assert f"{len(ids):,} tokens in {len(paths)} shards" in line
+        assert f"{len(ids):,} tokens in {len(paths)} shard" in line
         assert f"ids {ids.min()} to {ids.max()} ({len(set(ids.tolist()))} different" in line
         assert f"{len(starts)} documents of {np.mean(lengths):.0f} tokens" in line
         assert f"median {np.median(lengths):.0f}" in line
@@ -50,9 +50,9 @@ def test_published_shards_are_told_by_their_pattern(tmp_path, run_main):
     (tmp_path / "other_train_000001.bin").write_bytes(b"not a shard")
     code, out, _ = run_main(data.main, "inspect", tmp_path, "--data-pattern", "fineweb_train_*.bin")
     assert code == 0
-    assert "train: 4 tokens in 1 shards; ids 7 to 50256 (3 different" in out
+    assert "train: 4 tokens in 1 shard; ids 7 to 50256 (3 different" in out
     assert "2 documents of 2 tokens" in out
-    assert "2 of them without a checksum" in out
+    assert "none of them with a checksum" in out
     assert run_main(data.main, "verify", tmp_path)[0] == 1
     for pattern, words in (
         ("fineweb_*.bin", "train in it"),
