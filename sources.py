@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -24,6 +25,7 @@ from cli import BadInput, first_line
 
 Document = str | np.ndarray
 PIECE_BYTES = 64 * 1024  # a longer .txt is cut at the next newline
+OPENING = Lock()  # `datasets` looks for files in threads of its own and takes away tqdm's lock after: one at a time
 RETRIES, LONGEST_WAIT_SECONDS = 10, 60  # of a lost connection: 1 + 2 + 4 + ... s, five minutes in all
 TRANSPORTS = {"httpx2", "httpx", "httpcore2", "httpcore", "requests", "urllib3", "aiohttp"}  # who raise their own kinds
 
@@ -270,7 +272,8 @@ class _RowReader:
                 yield document
 
     def _open(self) -> Iterator[dict[str, Any]]:
-        self.dataset = self.source.load()
+        with OPENING:
+            self.dataset = self.source.load()
         if self.known is not None:
             self.dataset.load_state_dict(self.known)
         return itertools.islice(iter(self.dataset), self.since, None)

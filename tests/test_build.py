@@ -7,6 +7,8 @@ import os
 import random
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +115,7 @@ def three_parts(folder):
 
 BUILD_AND_DIE = """
 import json, os, random, signal, sys, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import build, datasets, shardfiles
 from tests.test_build import small_pieces, three_parts_again
@@ -455,3 +458,19 @@ def test_an_interrupted_build_that_was_changed_is_refused_and_kept(interrupted, 
 def test_a_misspelt_preset_asks_nobody(tmp_path, run_main):
     code, _, err = run_main(data.main, "hf", "smollm-mx", "--out", tmp_path / "s")
     assert (code, err) == (2, "error: hf smollm-mx: no such preset; did you mean smollm-mix?\n")
+
+
+def test_datasets_are_opened_one_at_a_time():
+    """What `datasets` does when it opens several at once depends on luck (tqdm's lock vanishes)."""
+    inside = []
+
+    def load():
+        inside.append(1)
+        time.sleep(0.05)
+        assert len(inside) == 1
+        inside.pop()
+        return Flaky(["a"], 9)
+
+    readers = [sources.Rows(load, TEXT, "slow").open() for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(list, readers)) == [["a"]] * 4
