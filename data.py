@@ -130,11 +130,11 @@ class Hub(Build):
                 raise BadInput(f"hf {self.names[0]}: a preset has its own --config and --shares")
             wanted = PRESETS[self.names[0]].parts
         else:
-            if len(set(zip(self.names, self.config or self.names, strict=False))) < len(self.names):
-                raise BadInput(f"hf {' '.join(self.names)}: names a dataset twice")
             for flag, given in (("--config", self.config), ("--shares", self.shares)):
                 if given and len(given) != len(self.names):
                     raise BadInput(f"{flag}: {len(given)} given for {len(self.names)} datasets")
+            if len(set(zip(self.names, self.config or self.names, strict=True))) < len(self.names):
+                raise BadInput(f"hf {' '.join(self.names)}: names a dataset twice")
             if not all(0 < share < float("inf") for share in self.shares):
                 raise BadInput(f"--shares {' '.join(map(str, self.shares))}: must be positive numbers")
             count = len(self.names)

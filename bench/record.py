@@ -90,8 +90,8 @@ Command = (
 
 def make(a: Make) -> int:
     """Train what is missing, then write the record in one piece."""
-    from data import open_shards
     from settings import Rank, Settings, default_data, resolve
+    from shardfiles import open_shards
 
     if a.out.exists():
         raise BadInput(f"--out {a.out}: exists; a record is made anew or not at all")

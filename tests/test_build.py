@@ -474,3 +474,21 @@ def test_datasets_are_opened_one_at_a_time():
     readers = [sources.Rows(load, TEXT, "slow").open() for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(list, readers)) == [["a"]] * 4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("a/a", "b/b", "--config", "c"), "--config: 1 given for 2 datasets"),
+        (("a/a", "b/b", "--shares", "1", "2", "3"), "--shares: 3 given for 2 datasets"),
+        (("a/a", "b/b", "--shares", "1", "-2"), "must be positive"),
+        (("a/a", "a/a"), "names a dataset twice"),
+        (("smollm-mix", "--shares", "1"), "a preset has its own"),
+    ],
+)
+def test_a_mix_that_makes_no_sense_is_one_sentence(tmp_path, run_main, words, said):
+    code, _, err = run_main(data.main, "hf", *words, "--out", tmp_path / "s")
+    assert code == 2
+    assert said in err
+    assert len(err.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
