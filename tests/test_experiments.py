@@ -18,6 +18,7 @@ import settings
 from kernels import configs
 from model import KERNELS
 from settings import Rank, Settings, chosen_kernels, resolve
+from tests.processes import children_of, steps_logged
 
 ROOT = Path(experiments.__file__).parent
 SLIVER = ("run", "moe-lr-muon", "--scale", "nano", "--tokens", "8192")
@@ -29,21 +30,11 @@ def command(tmp_path, shards_folder, *more, only="* 0.0[124]", jobs=("--jobs", "
     return [sys.executable, "experiments.py", *SLIVER, "--only", only, *jobs, *where, *more]
 
 
-def steps_logged(folder):
-    """Steps of the train lines in the order of the file."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [record["step"] for record in map(json.loads, lines) if record["kind"] == "train"]
-
-
 def wait_until(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
-
-
-def children_of(pid):
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def assert_complete(tmp_path, runs=RUNS):
@@ -104,6 +95,7 @@ FAKE_TRAINING = """
 import sys
 from pathlib import Path
 sys.path.insert(0, ROOT)
+from tests.processes import children_of, steps_logged
 from tests.synthetic import write_run
 import json
 flags = dict(zip(sys.argv[1:], sys.argv[2:]))
