@@ -95,7 +95,6 @@ FAKE_TRAINING = """
 import sys
 from pathlib import Path
 sys.path.insert(0, ROOT)
-from tests.processes import children_of, steps_logged
 from tests.synthetic import write_run
 import json
 flags = dict(zip(sys.argv[1:], sys.argv[2:]))
