@@ -43,7 +43,7 @@ class Arguments:
     threads: int | None = None
     """CPU threads of each part (default: as many as there are cores without other work)."""
     out: Path | None = None
-    """Folder for bench.json, README.md and work/ (default: runs/bench-UTC time)."""
+    """Folder for bench.json, README.md and parts/ (default: runs/bench-UTC time)."""
 
 
 def free_threads(described: dict[str, Any]) -> int:
@@ -133,9 +133,9 @@ def main() -> int:
     out = a.out or Path("runs") / time.strftime("bench-%Y%m%dT%H%M%SZ", time.gmtime())
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / pages.BENCH).exists())):
         raise BadInput(f"--out {out}: holds something that is no benchmark; choose another folder")
-    work = (out / "work").resolve()
-    shutil.rmtree(work, ignore_errors=True)
-    make_folder(work, exist_ok=True)
+    folder = (out / "parts").resolve()
+    shutil.rmtree(folder, ignore_errors=True)
+    make_folder(folder, exist_ok=True)
     cuda = torch.cuda.is_available()
     described = machine.describe()
     threads = free_threads(described) if a.threads is None else a.threads
@@ -153,7 +153,7 @@ def main() -> int:
         left = deadline - time.monotonic()
         fair = left * part.share / sum(other.share for other in todo[number - 1 :])
         seconds = 0.0 if stopped else min(left, GENEROUS * fair)
-        done = measure(part, Plan(cuda, seconds, work, results), number, environment)
+        done = measure(part, Plan(cuda, seconds, folder, results), number, environment)
         stopped = stopped or done["state"] == "stopped"
         if done["result"] is not None:
             results[part.name] = done["result"]
@@ -163,7 +163,7 @@ def main() -> int:
         print(f"{part.name}: {done['state']}, {done['seconds']:.0f} s", flush=True)
     print()
     show(bench["rows"])
-    print(f"\n{out / pages.BENCH}, {out / 'README.md'}; what each part said: {out / 'work'}")
+    print(f"\n{out / pages.BENCH}, {out / 'README.md'}; what each part said: {out / 'parts'}")
     return int(stopped or bench["rows"][0]["met"] is False or bench["parts"][0]["result"] is None)  # kernels come first
 
 
