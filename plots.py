@@ -3,7 +3,7 @@
     figure = loss_curves([load_run(Path("runs/a")), load_run(Path("runs/b"))]); save(figure, Path("plots"), "curves")
 
 One look for all: an optimizer keeps its colour (Okabe-Ito, safe for colour-blind readers), settings of one optimizer
-differ by line style, seeds are pooled into a mean and a band; plots_spectra.py draws the weights in the same look.
+differ by line style, seeds are pooled into a mean and a band. plots_spectra.py and plots_layer.py keep to it.
 """
 
 from collections.abc import Callable, Sequence

@@ -3,7 +3,7 @@
     figure = metric_heatmap(runs, "effective_rank"); plots.save(figure, Path("plots"), "effective_rank_heatmap")
 
 Rows are runs or groups, columns the projections; scales are shared where runs are compared; the level at
-initialisation, or of chance, is drawn in.
+initialisation, or of chance, is drawn in. Figures of one layer are in plots_layer.py.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.cm import ScalarMappable
-from matplotlib.collections import LineCollection
-from matplotlib.colors import CenteredNorm, LinearSegmentedColormap, Normalize
+from matplotlib.colors import CenteredNorm, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -72,7 +71,7 @@ def relative_rank(run: Run, proj: str) -> tuple[np.ndarray, np.ndarray]:
     return steps, values / run.full_rank(proj)
 
 
-def _panels(projections: Sequence[str], sharex: bool = True) -> tuple[Figure, list[tuple[str, plt.Axes]]]:
+def projection_panels(projections: Sequence[str], sharex: bool = True) -> tuple[Figure, list[tuple[str, plt.Axes]]]:
     """A 2 x 3 figure with a panel for each projection."""
     figure, axes = plt.subplots(2, 3, figsize=(WIDTH, 5.8), sharex=sharex)
     panels = list(zip(projections, axes.flat, strict=False))
@@ -83,7 +82,8 @@ def _panels(projections: Sequence[str], sharex: bool = True) -> tuple[Figure, li
     return figure, panels
 
 
-def _initial_handle(words: str = "at initialisation") -> Line2D:
+def initial_handle(words: str = "at initialisation") -> Line2D:
+    """The legend's entry of the dotted grey line."""
     return Line2D([], [], color=REFERENCE_COLOR, linestyle=":", label=words)
 
 
@@ -92,7 +92,7 @@ def _layer_ticks(ax: plt.Axes, layers: int, most: int = 8, axis: str = "x") -> N
     (ax.set_xticks if axis == "x" else ax.set_yticks)(ticks)
 
 
-def _log_axis(ax: plt.Axes) -> None:
+def log_axis(ax: plt.Axes) -> None:
     """Plain numbers on a log axis, 1-2-5 where it spans less than two decades."""
     ax.set_yscale("log")
     narrow = np.ptp(np.log10(ax.get_ylim())) < 2
@@ -104,7 +104,7 @@ def _log_axis(ax: plt.Axes) -> None:
 def spectral_norm_by_depth(runs: Sequence[Run]) -> Figure:
     """Largest singular value of each projection by layer, at initialisation and at the last event."""
     groups = group_seeds(runs)
-    figure, panels = _panels(runs[0].projections())
+    figure, panels = projection_panels(runs[0].projections())
     for name, ax in panels:
         for group, look in zip(groups, looks(groups), strict=True):
             _, values = group_grid(group, name, "spectral_norm")
@@ -118,7 +118,7 @@ def spectral_norm_by_depth(runs: Sequence[Run]) -> Figure:
     for ax in figure.axes[::3]:
         ax.set_ylabel("spectral norm")
     figure.suptitle("Spectral norm against depth, at the last event")
-    legend_below(figure, [*group_handles(groups), _initial_handle()])
+    legend_below(figure, [*group_handles(groups), initial_handle()])
     return figure
 
 
@@ -160,7 +160,7 @@ def metric_over_time(runs: Sequence[Run], key: str) -> Figure:
     Dotted grey: the value at initialisation, where the metric has one.
     """
     groups = group_seeds(runs)
-    figure, panels = _panels(runs[0].projections())
+    figure, panels = projection_panels(runs[0].projections())
     for name, ax in panels:
         for group, look in zip(groups, looks(groups), strict=True):
             _mean_and_band(ax, *group_grid(group, name, key), look)
@@ -173,7 +173,7 @@ def metric_over_time(runs: Sequence[Run], key: str) -> Figure:
     for ax in figure.axes[::3]:
         ax.set_ylabel(key.replace("_", " "))
     figure.suptitle(f"{METRIC_TITLES[key]}\nmean over layers, band from the lowest to the highest layer")
-    legend_below(figure, [*group_handles(groups), _initial_handle()])
+    legend_below(figure, [*group_handles(groups), initial_handle()])
     return figure
 
 
@@ -224,11 +224,11 @@ def alignment_with_chance(runs: Sequence[Run], side: str = "left") -> Figure:
     axes[0, 0].set_ylim(bottom=0)
     axes[0, 0].set_ylabel("alignment")
     if rows > 1:
-        _log_axis(axes[1, 0])
+        log_axis(axes[1, 0])
         axes[1, 0].set_ylabel("gap s₅ − s₆ of the update,\nin r.m.s. singular values")
     figure.suptitle(f"{METRIC_TITLES[key]}\nmean over layers, band from the lowest to the highest layer")
     band = Patch(facecolor=REFERENCE_COLOR, alpha=0.16, label="95 % of random pairs of subspaces")
-    legend_below(figure, [*group_handles(groups), _initial_handle("chance, their mean"), band])
+    legend_below(figure, [*group_handles(groups), initial_handle("chance, their mean"), band])
     return figure
 
 
@@ -385,127 +385,4 @@ def pair_grid(a: Run, b: Run, key: str) -> Figure:
         f"{METRIC_TITLES[key]}\ntwo runs on one scale per projection; "
         f"they differ by at most {100 * reach:.1f} % of a projection's mean"
     )
-    return figure
-
-
-def _largest_to_smallest(values: np.ndarray) -> tuple[float, float]:
-    """Limits of a log axis: a value under a thousandth of the largest would only stretch it."""
-    positive = values[values > 0]
-    if not len(positive):
-        return 0.1, 1.0
-    return float(max(positive.min(), positive.max() / 1e3) / 1.15), float(positive.max() * 1.15)
-
-
-def middle_layer(run: Run) -> int:
-    return run.layers // 2
-
-
-def singular_value_fan(runs: Sequence[Run], layer: int | None = None) -> Figure:
-    """Every singular value of one layer (default: the middle one) against updates: a fan, largest dark, smallest light.
-
-    A row per run, one log scale down each column; values under a thousandth of the largest fall off the panel.
-    """
-    layer = middle_layer(runs[0]) if layer is None else layer
-    names = runs[0].projections()
-    size = (12, 1.5 + 2.1 * len(runs))
-    figure, axes = plt.subplots(len(runs), len(names), figsize=size, sharex="row", sharey="col", squeeze=False)
-    for column, name in enumerate(names):
-        spectra = [run.singular_values(name, layer) for run in runs]
-        limits = _largest_to_smallest(np.concatenate([values.ravel() for _, values in spectra]))
-        for row, (steps, values) in enumerate(spectra):
-            ax = axes[row, column]
-            lines = [np.column_stack([steps, trace]) for trace in np.maximum(values, 1e-12).T]
-            order = np.linspace(0, 1, len(lines))
-            ax.add_collection(LineCollection(lines, array=order, cmap=ORDER_COLORS, linewidth=0.6, rasterized=True))
-            ax.set_xlim(steps.min(), max(steps.max(), steps.min() + 1))
-            ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
-        axes[0, column].set_ylim(*limits)
-        _log_axis(axes[0, column])
-        axes[0, column].set_ylim(*limits)
-        axes[0, column].set_title(PROJECTION_TITLES[name])
-        axes[-1, column].set_xlabel("updates")
-    for row, label in enumerate(run_labels(runs)):
-        axes[row, 0].set_ylabel(f"{label}\nsingular value")
-    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), ORDER_COLORS), ax=axes, aspect=30, pad=0.01)
-    bar.set_ticks([0, 1], labels=["largest", "smallest"])
-    bar.ax.invert_yaxis()
-    figure.suptitle(f"All singular values of layer {layer} while it trains, one log scale down each column")
-    return figure
-
-
-def singular_value_spectrum(runs: Sequence[Run], layer: int | None = None) -> Figure:
-    """All singular values of one layer (default: the middle one) by index, at initialisation and at the last event."""
-    layer = middle_layer(runs[0]) if layer is None else layer
-    groups = group_seeds(runs)
-    figure, panels = _panels(runs[0].projections(), sharex=False)
-    for name, ax in panels:
-        drawn = []
-        for group, look in zip(groups, looks(groups), strict=True):
-            spectra = [run.singular_values(name, layer)[1] for run in group.pool()]
-            spectra = [values for values in spectra if len(values)]
-            if not spectra:
-                continue
-            last, first = (np.mean([values[i] for values in spectra], axis=0) for i in (-1, 0))
-            index = np.arange(1, len(last) + 1)
-            ax.plot(index, first, color=REFERENCE_COLOR, linestyle=":", linewidth=1.2)
-            ax.plot(index, last, **look.line())
-            drawn += [first, last]
-        ax.set_ylim(*_largest_to_smallest(np.concatenate(drawn)) if drawn else (0.1, 1))
-        limits = ax.get_ylim()
-        _log_axis(ax)
-        ax.set_ylim(limits)
-    for ax in figure.axes[3:]:
-        ax.set_xlabel("index of the singular value")
-    for ax in figure.axes[::3]:
-        ax.set_ylabel("singular value")
-    figure.suptitle(f"Singular values of layer {layer}, at the last event")
-    legend_below(figure, [*group_handles(groups), _initial_handle()])
-    return figure
-
-
-MRI_PANELS = (
-    ("spectral_norm", "spectral norm"),
-    ("spectral_entropy", "spectral entropy"),
-    ("effective_rank", "effective rank\n/ smaller side"),
-    ("stable_rank", "stable rank"),
-    ("left_alignment", "alignment − chance\n(output directions)"),
-    ("update_norm", "update norm\n/ weight norm"),
-)
-
-
-def layer_mri(runs: Sequence[Run], layer: int | None = None) -> Figure:
-    """One layer (default: the middle one) over training: six metrics, a line per projection, a row per run."""
-    layer = middle_layer(runs[0]) if layer is None else layer
-    names = runs[0].projections()
-    columns = len(MRI_PANELS)
-    size = (13, 1.7 + 2.1 * len(runs))
-    figure, axes = plt.subplots(len(runs), columns, figsize=size, sharex="row", sharey="col", squeeze=False)
-    for row, run in enumerate(runs):
-        for column, (key, words) in enumerate(MRI_PANELS):
-            ax = axes[row, column]
-            for name in names:
-                steps, values = run.grid(name, key)
-                if layer >= len(values):
-                    continue
-                line = values[layer]
-                if key == "effective_rank":
-                    line = line / run.full_rank(name)
-                elif key == "left_alignment":
-                    line = line - run.grid(name, "left_alignment_chance")[1][layer]
-                elif key == "update_norm":
-                    line = line / run.grid(name, "weight_norm")[1][layer]
-                ax.plot(steps, line, linewidth=1.5, label=PROJECTION_TITLES[name], **PROJECTION_LOOKS[name])
-            if key == "left_alignment":
-                ax.axhline(0, color=REFERENCE_COLOR, linestyle=":", linewidth=1.2)
-            if key == "update_norm" and any(np.nanmax(line.get_ydata(), initial=0) > 0 for line in ax.lines):
-                _log_axis(ax)
-            axes[0, column].set_title(words, fontsize=9)
-            ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
-    for ax in axes[-1]:
-        ax.set_xlabel("updates")
-    for row, label in enumerate(run_labels(runs)):
-        axes[row, 0].set_ylabel(label)
-    figure.suptitle(f"MRI of layer {layer}: its six projections while it trains")
-    handles = [Line2D([], [], linewidth=1.8, label=PROJECTION_TITLES[n], **PROJECTION_LOOKS[n]) for n in names]
-    figure.legend(handles=handles, loc="outside lower center", ncols=6)
     return figure

@@ -13,6 +13,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 import plots
+import plots_layer
 import plots_spectra
 from cli import make_folder
 from report_pages import Picture
@@ -245,21 +246,21 @@ def spectra_drawings(runs: Sequence[Run]) -> list[Drawing]:
             "Singular values while training",
             "Every singular value of the middle layer is a line. A fan that opens upwards grows a few strong "
             "directions; lines that dive have lost directions.",
-            lambda: plots_spectra.singular_value_fan(pair),
+            lambda: plots_layer.singular_value_fan(pair),
         ),
         _drawing(
             "singular_value_spectrum",
             "Singular values at the end",
             "Every singular value of the middle layer, largest first, against the initial ones. A flat line is an "
             "orthogonal matrix.",
-            lambda: plots_spectra.singular_value_spectrum(pooled),
+            lambda: plots_layer.singular_value_spectrum(pooled),
         ),
         _drawing(
             "layer_mri",
             "MRI of one layer",
             "The middle layer's six projections through training. Alignment is shown as its distance from chance; the "
             "update norm as a share of the weight norm, the relative change of one update.",
-            lambda: plots_spectra.layer_mri(pair),
+            lambda: plots_layer.layer_mri(pair),
         ),
     ]
     return drawings

@@ -4,6 +4,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import plots
+import plots_layer
 import plots_spectra
 from stats import chance_spread, group_seeds, load_run
 from tests.synthetic import write_run
@@ -43,9 +44,9 @@ FIGURES = {
     "quick_scan": plots_spectra.quick_scan,
     "rank_grid": plots_spectra.rank_grid,
     "pair_grid": lambda runs: plots_spectra.pair_grid(runs[0], runs[1], "effective_rank"),
-    "singular_value_fan": lambda runs: plots_spectra.singular_value_fan(runs[::2]),
-    "singular_value_spectrum": plots_spectra.singular_value_spectrum,
-    "layer_mri": lambda runs: plots_spectra.layer_mri(runs[::2]),
+    "singular_value_fan": lambda runs: plots_layer.singular_value_fan(runs[::2]),
+    "singular_value_spectrum": plots_layer.singular_value_spectrum,
+    "layer_mri": lambda runs: plots_layer.layer_mri(runs[::2]),
 }
 
 
@@ -136,7 +137,7 @@ def test_the_pair_grid_ends_with_the_difference(runs):
 
 
 def test_the_fan_holds_every_singular_value_of_the_layer(runs):
-    ax = plots_spectra.singular_value_fan([runs[0]], layer=1).axes[0]
+    ax = plots_layer.singular_value_fan([runs[0]], layer=1).axes[0]
     segments = ax.collections[0].get_segments()
     assert len(segments) == 8
     steps, values = runs[0].singular_values("q", 1)
