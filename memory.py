@@ -3,9 +3,10 @@
     count = MemoryCount(model, "muon", sequences=8, seq_len=2048); count.largest_micro_batch(); count.describe(8)
 
 A count, not a measurement: tensors that the backward pass reads, weights, gradients and optimizer state; fragments of
-the allocator and cuBLAS's workspaces are the SLACK.
+the allocator and cuBLAS's workspaces are the SLACK. Only available_bytes and peak_bytes ask the device.
 """
 
+import resource
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +89,13 @@ class MemoryCount:
 def available_bytes(device: torch.device) -> int:
     """What this process may have of the device: what is free, and what it holds already."""
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that this process has held so far: the allocator's on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def choose_micro_batch(count: MemoryCount, asked: int | str, device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""A run's folder runs/<name>/: the names of its files, and writing them whole or not at all.
+"""The names of a run's files in runs/<name>/, and writing them whole or not at all.
 
 Training writes through this file and reports read by its names; importing it does not import torch.
 """

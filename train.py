@@ -12,13 +12,11 @@ import gc
 import itertools
 import math
 import os
-import resource
 import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,16 +25,17 @@ import torch.distributed as dist
 import tyro
 
 import runfiles
-from cli import BadInput, exit_with_a_sentence, first_line, make_folder
+from cli import BadInput, exit_with_a_sentence, first_line
 from clock import Point, Stopwatch, Times, point, seconds_between
 from devices import Speed
+from failures import TrainingFailed, reason_of
 from kernels.configs import capability
-from live import TensorBoard
-from loader import Loader, LoaderDied, validation_batches
-from memory import MemoryCount, available_bytes, choose_micro_batch
-from metrics import JsonlWriter, cut_jsonl, finite
+from loader import Loader, validation_batches
+from memory import MemoryCount, available_bytes, choose_micro_batch, peak_bytes
+from metrics import finite
 from model import ModelConfig, Transformer
 from optim import build_optimizers, load_whole_state, lr_factor, parameter_layout, set_lr, whole_state
+from runfolder import RunFolder
 from settings import NOT_IN_HASH, Rank, Settings, chosen_kernels, identity, join_ranks, resolve
 from shardfiles import Shards, TokenStream
 from sharding import Sharding
@@ -45,10 +44,6 @@ from step import Deferred, Numbers, TrainingStep, evaluate, prepare_torch
 
 WARMUP_UPDATES = 4  # untimed: state is made in the first, Muon's step is captured by the third
 VALIDATION_TOKENS = {"cuda": 8192, "cpu": 1024}  # per forward pass: its logits are whole, and in fp32
-
-
-class TrainingFailed(RuntimeError):
-    """The run cannot go on; the message is the reason that summary.json records."""
 
 
 class Update(NamedTuple):
@@ -67,9 +62,10 @@ class Run:
 
     def __init__(self, s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> None:
         self.s, self.rank, self.shards = s, rank, shards
-        self.folder = s.runs_dir / s.name
-        self.out = runfiles.Output(speaks=rank.index == 0)
         self.device = torch.device(s.device, rank.local) if s.device == "cuda" else torch.device("cpu")
+        live = s.log == "tensorboard"
+        self.folder = RunFolder(s.runs_dir / s.name, rank, self.device, resume=s.resume, tensorboard=live)
+        self.out = self.folder.out
         self.updates = math.ceil(s.tokens / s.batch_tokens)
         if s.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -127,7 +123,7 @@ class Run:
         self.under_way: deque[Update] = deque()
         self.last_stop: Point = 0.0
         self.began, self.earlier_wall_seconds, self.earlier_spectra_seconds = time.perf_counter(), 0.0, 0.0
-        self.metrics = self.spectra = self.live = None  # opened by rank 0
+        self.spectra: SpectraRecorder | None = None  # rank 0 has one
         self.loaded: dict[str, Any] | None = None  # the checkpoint that this run goes on from
         self.config = self.describe()
         self.last_val: dict[str, float | None] = {"val_loss": None, "val_accuracy": None}
@@ -286,8 +282,9 @@ class Run:
             self.best_val_loss = loss
             if self.step and self.rank.index == 0:
                 best = {"model": self.model.state_dict(), "step": self.step, "config": self.config} | self.last_val
-                runfiles.save_checkpoint(self.folder, best, runfiles.BEST)
-        self.write({"kind": "val", **self.progress(), **self.last_val, "train_seconds": finite(self.watch.total)})
+                self.folder.save_best(best)
+        seconds = finite(self.watch.total)
+        self.folder.write({"kind": "val", **self.progress(), **self.last_val, "train_seconds": seconds})
         self.out.line(
             {
                 "step": f"{self.step}/{self.updates}",
@@ -305,7 +302,7 @@ class Run:
         record = {"train_loss": numbers.loss, "grad_norm": numbers.grad_norm, **rates, "step_ms": 1e3 * seconds}
         record["tokens_per_second"] = tokens_per_second
         place = {"step": update.step, "tokens": update.step * self.s.batch_tokens}
-        self.write(
+        self.folder.write(
             {
                 "kind": "train",
                 **place,
@@ -319,7 +316,7 @@ class Run:
         if self.is_event(update.step, self.s.log_every):
             for layer, counts in enumerate(numbers.expert_counts or ()):
                 shares = {"layer": layer, "utilization": [finite(count / sum(counts)) for count in counts]}
-                self.write({"kind": "experts", "step": update.step, **shares})
+                self.folder.write({"kind": "experts", "step": update.step, **shares})
             self.out.line(  # on a terminal the bar shows them
                 {
                     "step": f"{update.step}/{self.updates}",
@@ -336,23 +333,10 @@ class Run:
     def progress(self) -> dict[str, int]:
         return {"step": self.step, "tokens": self.step * self.s.batch_tokens}
 
-    def write(self, record: dict[str, Any]) -> None:
-        for writer in (self.metrics, self.live):
-            if writer is not None:
-                writer.write(record)
-
     def open_folder(self) -> bool:
-        """Create the run's folder, or load its last checkpoint; False if the run is finished already."""
-        damaged: list[Path] = []
-        if self.may_go_on():
-            self.loaded, damaged = runfiles.load_checkpoint(self.folder, self.out.say)
-        self.agree_on_the_start()
-        if self.rank.index == 0:
-            runfiles.set_aside(damaged)
-        if self.s.resume and self.loaded is None:
-            self.out.say(f"{self.folder}: no checkpoint to resume from, starting at the beginning")
+        """Go on from the folder's last checkpoint, or begin; False if the run is finished already."""
+        self.loaded = self.folder.last_checkpoint(self.config)
         if self.loaded is not None:
-            runfiles.check_same_run(self.s.name, self.loaded["config"], self.config, NOT_IN_HASH)
             self.step = self.loaded["step"]
             self.watch.total = self.loaded["clock"]["train_seconds"]
             self.earlier_wall_seconds = self.loaded["clock"]["wall_seconds"]
@@ -362,55 +346,14 @@ class Run:
             self.last_val = {key: losses[key] for key in self.last_val}
             if self.step >= self.updates:
                 self.out.say(f"{self.folder}: finished already, at step {self.step}; nothing to do")
-                if not (self.folder / runfiles.SUMMARY).exists():  # killed between the last checkpoint and the end
+                if not self.folder.has_summary():  # killed between the last checkpoint and the end
                     self.summarize("finished", None)
                 return False
-        if self.rank.count > 1:
-            dist.barrier()  # every rank has looked before rank 0 creates
-        if self.rank.index == 0:
-            make_folder(self.folder, exist_ok=self.s.resume)
-            with runfiles.writing(self.folder / runfiles.SUMMARY):
-                (self.folder / runfiles.SUMMARY).unlink(missing_ok=True)  # of the part before
-            last_step = -1 if self.loaded is None else self.step
-            for name in (runfiles.METRICS, runfiles.SPECTRA):
-                cut_jsonl(self.folder / name, last_step)
-            runfiles.write_json(self.folder / runfiles.CONFIG, self.config)
-            with runfiles.writing(self.folder / runfiles.LOG):
-                self.out.log = (self.folder / runfiles.LOG).open("a", encoding="utf-8")
-            self.metrics = JsonlWriter(self.folder / runfiles.METRICS)
-            if self.s.log == "tensorboard":
-                self.live = TensorBoard(self.folder, last_step)
-            if self.s.spectra_every:
-                listener = self.live and self.live.write_spectra
-                self.spectra = SpectraRecorder(self.model, self.folder / runfiles.SPECTRA, listener)
+        self.folder.open(self.config, -1 if self.loaded is None else self.step)
+        if self.rank.index == 0 and self.s.spectra_every:
+            listener = self.folder.live and self.folder.live.write_spectra
+            self.spectra = SpectraRecorder(self.model, self.folder.path / runfiles.SPECTRA, listener)
         return True
-
-    def may_go_on(self) -> bool:
-        """Whether the run's folder exists; BadInput where its name is taken or it is something else."""
-        named, first = f"--name {self.s.name}: {self.folder}", self.folder / runfiles.CONFIG
-        try:
-            if self.folder.is_symlink():
-                raise BadInput(f"{named} is a link; runs stay in --runs-dir")
-            if not self.folder.exists():
-                return False
-            if not self.s.resume:
-                raise BadInput(f"{named} exists; choose another name, or add --resume")
-            inside = set(self.folder.iterdir())
-        except OSError as error:
-            raise BadInput(f"{named} cannot be read ({error.strerror})") from None
-        if first not in inside and inside - {runfiles.temporary(first)}:  # a run killed at once leaves no more
-            raise BadInput(f"{named} is no run's folder; choose another name")
-        return True
-
-    def agree_on_the_start(self) -> None:
-        """BadInput on every rank unless all read the same checkpoint, or none."""
-        if self.rank.count == 1:
-            return
-        step = float(-1 if self.loaded is None else self.loaded["step"])
-        ends = torch.tensor((step, -step), device=self.device)
-        dist.all_reduce(ends, op=dist.ReduceOp.MAX)
-        if ends[0] != -ends[1]:
-            raise BadInput(f"{self.folder}: ranks read different checkpoints in it; --runs-dir must be shared by all")
 
     def describe(self) -> dict[str, Any]:
         """config.json: every resolved setting under its flag's name, and where the run comes from."""
@@ -438,8 +381,6 @@ class Run:
         states = whole_state(self.optimizers, self.layout, self.sharding)
         if self.rank.index != 0:
             return
-        if self.metrics is not None:
-            self.metrics.sync()
         cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         contents = {
             "model": self.model.state_dict(),
@@ -455,7 +396,7 @@ class Run:
             },
             "losses": {"best_val_loss": self.best_val_loss, "train_loss": self.last_train_loss, **self.last_val},
         }
-        runfiles.save_checkpoint(self.folder, contents)
+        self.folder.save(contents)
 
     def load(self, contents: dict[str, Any]) -> None:
         """Take up a checkpoint, after which the run goes on as if it had never stopped."""
@@ -471,9 +412,13 @@ class Run:
 
     def close(self) -> None:
         """Stop the threads; what they still hold is written first."""
-        for part in (self.loader, self.spectra, self.live):
+        for part in (self.loader, self.spectra, self.folder):
             if part is not None:
                 part.close()
+
+    def misfit(self) -> str:
+        """What to say when the device ran out of memory."""
+        return self.memory.misfit(self.s.micro_batch, available_bytes(self.device))
 
     def spectra_seconds_blocked(self) -> float:
         return self.earlier_spectra_seconds + (self.spectra.seconds_blocked if self.spectra else 0.0)
@@ -487,10 +432,6 @@ class Run:
             return
         tokens, seconds = self.step * self.s.batch_tokens, self.watch.seconds()
         speed = tokens / seconds if tokens and seconds else None
-        if self.device.type == "cuda":
-            peak_memory_bytes = torch.cuda.max_memory_allocated(self.device)
-        else:
-            peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         summary = {
             "status": status,
             "reason": reason,
@@ -505,10 +446,10 @@ class Run:
             "spectra_seconds_blocked": self.spectra_seconds_blocked(),
             "tokens_per_second": speed,
             "mfu": self.speed.mfu(speed),
-            "peak_memory_bytes": peak_memory_bytes,
+            "peak_memory_bytes": peak_bytes(self.device),
             **{key: self.config[key] for key in ("params", "data_fingerprint", "config_hash")},
         }
-        runfiles.write_json(self.folder / runfiles.SUMMARY, summary)
+        self.folder.summarize(summary)
 
 
 @exit_with_a_sentence
@@ -542,7 +483,7 @@ def run_training(run: Run) -> int:
         with contextlib.suppress(runfiles.CannotWrite):
             run.close()
     if status == "finished" and run.s.plots and run.rank.index == 0:
-        draw_plots(run.folder)
+        run.folder.draw_plots()
     which = "final" if status == "finished" else "last"  # a stopped run does not validate again
     run.out.say(f"{run.folder}: {status} after {run.step} updates, {which} validation loss {run.last_val['val_loss']}")
     return 0
@@ -551,7 +492,7 @@ def run_training(run: Run) -> int:
 def failed(run: Run, error: BaseException, opened: bool) -> int:
     """Write and say why a run ended, as far as that can be written; raises a bug, and bad input, again."""
     run.step -= len(run.under_way)  # updates whose numbers nobody has read
-    reason = reason_of(error, run)
+    reason = reason_of(error, step=run.step, ranks=run.rank.count, misfit=run.misfit)
     with contextlib.suppress(runfiles.CannotWrite):
         run.close()  # what the worker still holds is written before the summary says that it is over
     if opened:
@@ -564,29 +505,6 @@ def failed(run: Run, error: BaseException, opened: bool) -> int:
     if run.rank.index and not isinstance(error, TrainingFailed):  # that one all ranks know
         print(f"rank {run.rank.index}: failed: {reason}", file=sys.stderr, flush=True)
     return 1
-
-
-def reason_of(error: BaseException, run: Run) -> str | None:
-    """Why a run ended, where that is a state of the world and no bug; None for a bug."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return run.memory.misfit(run.s.micro_batch, available_bytes(run.device))
-    if isinstance(error, TrainingFailed | WorkerFailed | LoaderDied | BadInput | runfiles.CannotWrite):
-        return str(error)
-    lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-    if lost and run.rank.count > 1:
-        return f"another rank was lost after step {run.step}: {first_line(error)}"
-    return None
-
-
-def draw_plots(folder: Path) -> None:
-    """runs/<name>/plots/*.png, where Matplotlib is installed: a training box may do without."""
-    try:
-        from report import draw
-        from stats import load_run
-    except ModuleNotFoundError as missing:
-        print(f"no plots: {missing.name} is not installed; python report.py draws them elsewhere")
-        return
-    draw([load_run(folder)], folder / "plots")
 
 
 if __name__ == "__main__":

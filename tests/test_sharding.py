@@ -211,7 +211,8 @@ def test_ranks_share_out_the_validation_and_each_batch_is_read_once(shards_folde
         run = types.SimpleNamespace(
             **{"val_stream": stream, "s": types.SimpleNamespace(eval_tokens=640, seq_len=32), "validation_rows": 4},
             **{"rank": settings.Rank(index, world_size), "model": None, "best_val_loss": 0.0, "step": 1, "updates": 2},
-            **{"write": nothing, "progress": dict, "watch": types.SimpleNamespace(total=0.0)},
+            **{"progress": dict, "watch": types.SimpleNamespace(total=0.0)},
+            folder=types.SimpleNamespace(write=nothing, save_best=nothing),
             out=types.SimpleNamespace(line=nothing),
         )
         train.Run.validate(run)
