@@ -26,7 +26,7 @@ class BadInput(ValueError):
 
 
 def exit_with_a_sentence(main: Callable[[], int | None]) -> Callable[[], int]:
-    """Turn a `BadInput` raised by `main` into its sentence on stderr and exit code 2."""
+    """Turn a `BadInput` raised by `main` into its sentence on stderr and exit code 2, Ctrl-C into a word and 130."""
 
     @functools.wraps(main)
     def command() -> int:
@@ -35,6 +35,9 @@ def exit_with_a_sentence(main: Callable[[], int | None]) -> Callable[[], int]:
         except BadInput as refusal:
             print(f"error: {refusal}", file=sys.stderr, flush=True)
             return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            return 130
 
     return command
 

@@ -1,6 +1,8 @@
 """A rank that dies, spoils a gradient or sees another folder ends the others with a sentence; the run goes on after."""
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import textwrap
@@ -97,6 +99,20 @@ def test_torchrun_restarts_from_the_newest_checkpoint(shards_folder, tmp_path):
     assert "resuming at step" in said
     assert summary(tmp_path / "run")["status"] == "finished"
     assert steps_logged(tmp_path / "run") == list(range(1, UPDATES + 1))
+
+
+def test_the_loop_of_the_readme_goes_on_after_a_kill_and_ends_at_bad_input(shards_folder, tmp_path):
+    (body,) = re.findall("^until python train.py .*; do (.*); done$", (REPOSITORY / "README.md").read_text(), re.M)
+    words = shlex.join(command(shards_folder, tmp_path, "run", *LONG, "--resume"))
+    loop = f"until {words}{{}}; do {body.replace('sleep 10', 'sleep 0.1')}; done"
+    process = start(["bash", "-c", loop.format("")])
+    kill_in_training(process, tmp_path / "run", rank=None)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert said.count("resuming at step") == 1
+    assert steps_logged(tmp_path / "run") == list(range(1, UPDATES + 1))
+    said, _ = start(["bash", "-c", loop.format(" --seed 7")]).communicate(timeout=60)
+    assert said.count("seed was 0, is 7") == 1
 
 
 def test_a_gradient_that_one_rank_spoils_for_another_stops_both(shards_folder, tmp_path, monkeypatch):

@@ -421,6 +421,15 @@ def test_resume_without_a_checkpoint_starts_afresh(train_small):
     assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
 
 
+def test_ctrl_c_before_the_training_is_a_word_and_leaves_nothing(run_main, monkeypatch, tmp_path):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "resolve", interrupted)
+    assert run_main(train.main, "--runs-dir", tmp_path / "runs") == (130, "", "interrupted\n")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_two_ranks_train_like_one(train_small, shards_folder, tmp_path):
     """With AdamW; tests/test_sharding.py does it with Muon."""
     arguments = ("--optimizer", "adamw", "--tokens", str(20 * 256))
