@@ -27,7 +27,7 @@ from cli import BadInput, exit_with_a_sentence
 
 TRAIN = Path(runfiles.__file__).parent / "train.py"
 BATCH_TOKENS, PROBE_UPDATES = 2048, 20
-REFERENCE_SHARE = 0.36  # of the minutes for the run that is left alone; to be killed takes 1.75 times as long
+REFERENCE_SHARE = 0.33  # of the minutes for the run that is left alone; to be killed takes twice as long
 KILL_AFTER_SECONDS = (5.0, 20.0)
 CUT_SHARE = 0.25  # of the kills after which the newest checkpoint is cut
 
