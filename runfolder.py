@@ -67,7 +67,7 @@ class RunFolder:
         return True
 
     def agree_on_checkpoint(self, contents: dict[str, Any] | None) -> None:
-        """BadInput on every rank unless all read the same checkpoint, or none."""
+        """BadInput on every rank unless all read the same checkpoint, or none; until all have looked none goes on."""
         if self.rank.count == 1:
             return
         step = float(-1 if contents is None else contents["step"])
@@ -78,8 +78,6 @@ class RunFolder:
 
     def open(self, config: dict[str, Any], last_step: int) -> None:
         """Make the folder, or cut its files back to `last_step`, -1 at the beginning; then lines can be written."""
-        if self.rank.count > 1:
-            dist.barrier()  # every rank has looked before rank 0 creates
         if self.rank.index != 0:
             return
         make_folder(self.path, exist_ok=self.resume)

@@ -242,10 +242,12 @@ def test_iteration_gives_the_pure_batches_and_resumes_anywhere(split_shards):
         state = loader.state_dict()
         assert state == {"epoch": (i + 1) * 8 // loader.windows, "position": (i + 1) * 8 % loader.windows}
         if i % 5 == 0:
-            other = Loader(TokenStream(split_shards, "train"), 8, 64, seed=0)
+            again = []
+            other = Loader(TokenStream(split_shards, "train"), 8, 64, seed=0, say=again.append)
             other.load_state_dict(state)
             np.testing.assert_array_equal(next(other).numpy(), loader.batch(i + 1))
             other.close()
+            assert len(again) == ((i + 1) * 8 <= loader.windows < (i + 2) * 8)  # not said before it was stopped
     loader.close()
     assert len(said) == 1
     assert "going round again" in said[0]

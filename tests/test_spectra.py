@@ -187,7 +187,8 @@ def test_a_live_view_that_fails_does_not_end_the_run(tmp_path, capsys):
     assert "live view of the spectra ends here: OSError: disk full" in capsys.readouterr().err
 
 
-def test_tensorboard_gets_scalars_and_means_over_layers(monkeypatch, tmp_path):
+def tensorboard_stand_in(monkeypatch):
+    """What is written to it."""
     written = []
 
     class Writer:
@@ -197,9 +198,31 @@ def test_tensorboard_gets_scalars_and_means_over_layers(monkeypatch, tmp_path):
         def add_scalar(self, name, value, step):
             written.append((name, value, step))
 
+        def close(self):
+            written.append("closed")
+
     module = types.ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setattr(settings, "find_spec", lambda name: module)
+    return written
+
+
+def test_tensorboard_sees_a_run_to_its_end(train_small, monkeypatch):
+    written = tensorboard_stand_in(monkeypatch)
+    code, folder, _, _ = train_small("run", "--tokens", 4 * 256, "--log", "tensorboard")
+    assert code == 0
+    begin, *shown, end = written[: written.index("closed") + 1]
+    assert (begin, end) == (("purge", 0), "closed")
+    logged = [line for line in lines_of(folder / "metrics.jsonl") if line["kind"] == "train"]
+    assert [value for name, value, _ in shown if name == "train/train_loss"] == [line["train_loss"] for line in logged]
+    assert [step for name, _, step in shown if name == "val/val_loss"] == [0, 1, 2, 3, 4]
+    assert {step for name, _, step in shown if name == "spectra/effective_rank/q"} >= {0, 4}
+    assert set(written[written.index("closed") :]) == {"closed"}
+
+
+def test_tensorboard_gets_scalars_and_means_over_layers(monkeypatch, tmp_path):
+    written = tensorboard_stand_in(monkeypatch)
     board = live.TensorBoard(tmp_path, last_step=6)
     board.write({"kind": "val", "step": 7, "tokens": 70, "val_loss": 2.5, "val_accuracy": None})
     norms = [{"step": 7, "proj": "q", **dict.fromkeys(live.SPECTRA_SHOWN), "spectral_norm": v} for v in (1.0, 3.0)]

@@ -286,6 +286,23 @@ def test_dropout_depends_on_seed_step_and_rank_alone(train_small, monkeypatch):
     assert not set(seeds[train.WARMUP_UPDATES :]) & set(drawn)
 
 
+def test_the_summary_of_the_part_before_is_gone_while_the_run_goes_on(train_small, monkeypatch):
+    """Or it would speak for a run that was killed later."""
+    seen, take_back = [], stop_at(monkeypatch, 3)
+    train_small("run", "--tokens", 10 * 256)
+    take_back()
+    update = train.Run.update
+
+    def watched(run, event):
+        seen.append((run.folder.path / "summary.json").exists())
+        return update(run, event)
+
+    monkeypatch.setattr(train.Run, "update", watched)
+    _, folder, _, _ = train_small("run", "--tokens", 10 * 256, "--resume")
+    assert seen == [False] * 7
+    assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
+
+
 def test_the_best_weights_are_kept_also_over_a_resume(train_small, monkeypatch):
     evaluated = iter((9.0, 5.0, 3.0, 4.0, 6.0))
     monkeypatch.setattr(train, "evaluate", lambda *_: (next(evaluated), 0.5))
