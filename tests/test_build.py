@@ -427,6 +427,23 @@ def test_what_an_interrupted_build_has_is_kept_and_gone_on_from(interrupted, tmp
     assert sorted(documents_of(tmp_path / "s")) == sorted(random_documents(300))
 
 
+def test_hashes_of_documents_that_were_not_kept_are_forgotten(interrupted, tmp_path, run_main, monkeypatch):
+    """A kill between the hashes and the record leaves them; the next start would take them for those that it counts."""
+    hashes, sizes, save = tmp_path / "s.partial" / build.HASHES, [], build._Build._save
+    with hashes.open("ab") as file:
+        file.write(bytes(40))
+
+    def saved(self):
+        save(self)
+        sizes.append((hashes.stat().st_size, 8 * self.saved_hashes))
+
+    monkeypatch.setattr(build._Build, "_save", saved)
+    monkeypatch.setattr(build, "SAVE_SECONDS", 0.0)
+    assert run_main(data.main, *interrupted)[0] == 0
+    assert sizes
+    assert all(held == counted for held, counted in sizes)
+
+
 def spy(begun):
     real = sources.TextFiles.open
 
