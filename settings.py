@@ -22,7 +22,7 @@ import runfiles
 from cli import BadInput, Count
 from kernels.newton_schulz import COEFFICIENTS, METHODS
 from loader import Packing
-from model import FLEX_MIN_HEAD_WIDTH, KERNELS, SIZES, ModelConfig
+from model import FLEX_MIN_HEAD_WIDTH, KERNELS, SIZES, ModelConfig, Transformer
 from optim import LR_SCALES, SCHEDULES
 from shardfiles import TRAIN_PATTERN, Shards, open_shards
 
@@ -256,6 +256,26 @@ def identity(s: Settings, shards: Shards) -> dict[str, Any]:
     """Every resolved setting under its flag's name, and which data they meet; `NOT_IN_HASH` decides nothing."""
     flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(s).items()}
     return flags | {"data_fingerprint": shards.fingerprint, "vocab_size": shards.vocab_size}
+
+
+def describe(
+    s: Settings, shards: Shards, model: Transformer, updates: int, ranks: int, device_name: str
+) -> dict[str, Any]:
+    """config.json: every resolved setting under its flag's name, and where the run comes from."""
+    said = identity(s, shards)
+    return {
+        **said,
+        "steps": updates,
+        "params": model.parameter_count(),
+        "active_params": model.active_parameter_count(),
+        "matmul_params": model.matmul_parameter_count(),
+        "active_matmul_params": model.active_matmul_parameter_count(),
+        "flops_per_token": model.flops_per_token(s.seq_len),
+        "world_size": ranks,
+        "device_name": device_name,
+        "config_hash": runfiles.config_hash(said, NOT_IN_HASH),
+        **runfiles.provenance(),
+    }
 
 
 def chosen_kernels(flag: str, capability: tuple[int, int]) -> frozenset[str]:

@@ -36,7 +36,7 @@ from metrics import finite
 from model import ModelConfig, Transformer
 from optim import build_optimizers, load_whole_state, lr_factor, parameter_layout, set_lr, whole_state
 from runfolder import RunFolder
-from settings import NOT_IN_HASH, Rank, Settings, chosen_kernels, identity, join_ranks, resolve
+from settings import Rank, Settings, chosen_kernels, describe, join_ranks, resolve
 from shardfiles import Shards, TokenStream
 from sharding import Sharding
 from spectra import SpectraRecorder, WorkerFailed
@@ -125,7 +125,7 @@ class Run:
         self.began, self.earlier_wall_seconds, self.earlier_spectra_seconds = time.perf_counter(), 0.0, 0.0
         self.spectra: SpectraRecorder | None = None  # rank 0 has one
         self.loaded: dict[str, Any] | None = None  # the checkpoint that this run goes on from
-        self.config = self.describe()
+        self.config = describe(s, shards, self.model, self.updates, rank.count, self.device_name())
         self.last_val: dict[str, float | None] = {"val_loss": None, "val_accuracy": None}
         self.best_val_loss, self.last_train_loss = math.inf, None
         work = (self.model, self.optimizers, s.batch_tokens, s.seq_len)
@@ -354,23 +354,6 @@ class Run:
             listener = self.folder.live and self.folder.live.write_spectra
             self.spectra = SpectraRecorder(self.model, self.folder.path / runfiles.SPECTRA, listener)
         return True
-
-    def describe(self) -> dict[str, Any]:
-        """config.json: every resolved setting under its flag's name, and where the run comes from."""
-        said = identity(self.s, self.shards)
-        return {
-            **said,
-            "steps": self.updates,
-            "params": self.model.parameter_count(),
-            "active_params": self.model.active_parameter_count(),
-            "matmul_params": self.model.matmul_parameter_count(),
-            "active_matmul_params": self.model.active_matmul_parameter_count(),
-            "flops_per_token": self.model.flops_per_token(self.s.seq_len),
-            "world_size": self.rank.count,
-            "device_name": self.device_name(),
-            "config_hash": runfiles.config_hash(said, NOT_IN_HASH),
-            **runfiles.provenance(),
-        }
 
     def device_name(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
