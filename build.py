@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from cli import BadInput, make_folder
 from documents import (
     EOT_NAMES,
     TRAIN_CHARS,
@@ -33,7 +32,8 @@ from documents import (
     train_tokenizer,
     training_sample,
 )
-from runfiles import load_json, write_json, write_whole, writing
+from engine.cli import BadInput, make_folder
+from engine.files import load_json, write_json, write_whole, writing
 from shardfiles import MAX_VOCAB_SIZE, META, SPLITS, TOKENIZER, ShardWriter, digest
 from sources import Document, Repeated, Source
 

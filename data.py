@@ -20,9 +20,8 @@ import tyro
 
 import inspection
 from build import Part, build_shards
-from cli import BadInput, Count, exit_with_a_sentence
+from engine.cli import BadInput, CannotWrite, Count, exit_with_a_sentence
 from loader import Loader
-from runfiles import CannotWrite
 from shardfiles import MAX_VOCAB_SIZE, TRAIN_PATTERN, TokenStream, digest, open_shards
 from sources import Column, Repeated, TextFiles, embedded_documents, embedded_files, hub_dataset, stamp, text_files
 

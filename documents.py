@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import BadInput, first_line
+from engine.cli import BadInput, first_line
 from sources import Document
 
 MAX_TOKENIZER_BYTES = 2**27  # the largest published ones have 30 MB

@@ -20,15 +20,15 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-import runfiles
-from cli import BadInput, Count, exit_with_a_sentence, make_folder
+from engine.cli import BadInput, Count, exit_with_a_sentence, make_folder
+from engine.identity import MEASUREMENT, NOT_LEARNED, config_hash
+from engine.ranks import Rank
 from launcher import OVER, Interrupted, Job, Later, free_slots, is_held, run_here, submit
 from results import Results
-from settings import NOT_IN_HASH, Rank, Settings, identity, resolve
+from settings import Settings, identity, resolve
 from suites import SCALES, SUITES, Condition, Fields, Suite, with_needs
 
 EVERYTHING = "everything"
-MEASURES = {"eval_every", "eval_tokens", "spectra_every"}  # change no weight, but what there is to report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +128,7 @@ class Planner:
         resolved, _, shards = resolve(Settings(**given), Rank())
         # What "auto" precision becomes is the machine's affair: a login node without a GPU plans the same runs.
         said = identity(resolved, shards) | {"precision": given.get("precision", "auto")}
-        key = runfiles.config_hash(said, (NOT_IN_HASH | {"seed"}) - MEASURES)
+        key = config_hash(said, (NOT_LEARNED | {"seed"}) - set(MEASUREMENT))
         defaults = {f.name: f.default for f in dataclasses.fields(Settings)}
         flags = [word for name, value in given.items() if value != defaults[name] for word in _flag(name, value)]
         return Job(

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from cli import BadInput
 from documents import load_tokenizer
+from engine.cli import BadInput
 from shardfiles import (
     HEADER_BYTES,
     META,

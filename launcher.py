@@ -22,15 +22,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-import runfiles
-from cli import BadInput
+from engine import files
+from engine.cli import BadInput
 
 MOST_DEATHS = 3  # of a run's process without a word, after which it is not started again
 BAD_INPUT = 2  # the exit code that no second try mends
 OVER = ("finished", "failed")
 DEATH = "-- ended without a summary, exit code "
 POLL_SECONDS = 0.5
-TRAIN = Path(__file__).resolve().parent / "train.py"
+TRAIN = files.ROOT / "train.py"
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class Job:
         return [sys.executable, str(TRAIN), *self.flags, *where, "--resume", "--no-plots"]
 
     def summary(self) -> dict[str, Any]:
-        path = self.folder / runfiles.SUMMARY
-        return runfiles.load_json(path) if path.exists() else {}
+        path = self.folder / files.SUMMARY
+        return files.load_json(path) if path.exists() else {}
 
     def state(self) -> str:
         """finished, failed (and not to be tried again unasked), started (to be resumed) or waiting."""
@@ -92,7 +92,7 @@ class Job:
 
     def updates_done(self) -> int:
         """As far as metrics.jsonl tells; reads only its end."""
-        path = self.folder / runfiles.METRICS
+        path = self.folder / files.METRICS
         if not path.exists():
             return 0
         with path.open("rb") as file:
@@ -105,7 +105,7 @@ class Job:
 
     def forget(self) -> None:
         """Let a failed run be tried again."""
-        (self.folder / runfiles.SUMMARY).unlink(missing_ok=True)
+        (self.folder / files.SUMMARY).unlink(missing_ok=True)
         self.log.unlink(missing_ok=True)
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from cli import BadInput
+from engine.cli import BadInput, RunFailed
 from shardfiles import TokenStream
 
 Packing = Literal["stream", "bos-aligned"]
@@ -63,7 +63,7 @@ def aligned_windows(starts: np.ndarray, tokens: int, seq_len: int) -> np.ndarray
     return starts[chosen]
 
 
-class LoaderDied(RuntimeError):
+class LoaderDied(RunFailed):
     """No batch will come any more."""
 
 
@@ -132,7 +132,7 @@ class Loader:
                 break
             except Empty:
                 if not self._thread.is_alive():
-                    raise LoaderDied("the data thread died without a word") from None
+                    raise LoaderDied("the data thread stopped unexpectedly") from None
         if isinstance(item, BaseException):
             raise item
         self.consumed += self.batch_size

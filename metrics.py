@@ -6,19 +6,15 @@ Float64 throughout, by the symmetric eigenproblem of the smaller Gram matrix: `p
 and its time beside those of an SVD. A value that is undefined is None (JSON null), never 0.0 or NaN.
 """
 
-import contextlib
 import functools
-import json
 import math
-import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-import runfiles
-from lapack import eigh_leading
+from engine.eigh import eigh_leading
+from engine.files import finite
 
 SUBSPACE_RANK = 5  # of the singular subspaces whose alignment is measured
 UPDATE_KEYS = (
@@ -32,41 +28,6 @@ UPDATE_KEYS = (
 # Eigenvalues of a Gram matrix below this times its larger side, as a share of the largest, are rounding: singular
 # values below 7e-7 of the largest read as 0 at 2048 x 512. Weights in fp32 have no more digits.
 ROUNDING = torch.finfo(torch.float64).eps
-
-
-class JsonlWriter:
-    """Appends one JSON object per line; a killed run leaves whole lines but perhaps for the last."""
-
-    def __init__(self, path: Path) -> None:
-        with runfiles.writing(path):
-            self.file = path.open("a", encoding="utf-8")
-
-    def write(self, *records: dict[str, Any]) -> None:
-        with runfiles.writing(self.file.name):
-            self.file.write("".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
-            self.file.flush()
-
-    def sync(self) -> None:
-        """What was written survives a power cut."""
-        with runfiles.writing(self.file.name):
-            os.fsync(self.file.fileno())
-
-
-def cut_jsonl(path: Path, last_step: int) -> None:
-    """Drop the lines after `last_step`, and a torn last line, so that a resumed run can append."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # damaged
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line)
-    runfiles.write_whole(path, lambda file: file.write("".join(line + "\n" for line in kept)), mode="w")
-
-
-def finite(value: float) -> float | None:
-    """The value to 7 digits, None where it is not a number."""
-    return float(f"{value:.7g}") if math.isfinite(value) else None
 
 
 def entropy_nats(singular_values: Tensor) -> float:

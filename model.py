@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
 
-from cli import BadInput
+from engine.cli import BadInput
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.grouped_matmul import Routing, grouped_matmul
 from kernels.relu2_mlp import relu2_mlp

@@ -20,8 +20,8 @@ import tyro
 
 import plots
 import report_compare
-import runfiles
-from cli import BadInput, exit_with_a_sentence
+from engine import files
+from engine.cli import BadInput, exit_with_a_sentence
 from report_figures import curve_drawings, draw, watched
 from report_pages import Code, Page, Part, Picture, Table, Verse, html_page, markdown_page
 from report_questions import answers
@@ -223,7 +223,7 @@ def write_report(
         ("report.md", markdown_page(page)),
         ("report.html", html_page(page, out / "plots", refresh_seconds)),
     ):
-        runfiles.write_whole(out / name, lambda file, text=text: file.write(text.encode()))
+        files.write_whole(out / name, lambda file, text=text: file.write(text.encode()))
     return out / "report.html"
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tyro
 
-from cli import BadInput
+from engine.cli import BadInput
 from plots import group_labels, setting
 from report_verdict import chance_sentence, cost_sentence, lead_sentence, memory
 from stats import Group, Run, compare, find_runs, group_seeds, load_run, t_interval

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 import plots
 import plots_layer
 import plots_spectra
-from cli import make_folder
+from engine.cli import make_folder
 from report_pages import Picture
 from report_verdict import arenas, judge
 from stats import Group, Run, group_seeds, representative

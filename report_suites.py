@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 import plots
 import plots_spectra
 import plots_suites
-import runfiles
 from claims import CONFIRMED, NOT_CONFIRMED, Claim, Finding, judge_all
-from cli import BadInput, make_folder
+from engine import files
+from engine.cli import BadInput, make_folder
 from inference import Contrast, p_words, summarize
 from plots import optimizer_name
 from report_pages import Page, Part, Picture, Table, Verse, html_page, markdown_page
@@ -364,5 +364,5 @@ def write_suite_report(
             drawn[r.name].append(picture)
     page = build_page(results, known, later, scale, drawn)
     for name, text in (("report.html", html_page(page, folder)), ("report.md", markdown_page(page))):
-        runfiles.write_whole(out / name, lambda file, text=text: file.write(text), mode="w")
+        files.write_whole(out / name, lambda file, text=text: file.write(text), mode="w")
     return out / "report.html"

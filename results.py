@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-import runfiles
+from engine import files
+from engine.identity import NOT_COMPARED
 from inference import Contrast, Reached, family, finite, median_time
-from stats import NOT_LEARNED, Run, Tolerance, first_reaching, learning_rate_tolerance, load_run
+from stats import Run, Tolerance, first_reaching, learning_rate_tolerance, load_run
 from suites import OPTIMIZERS, Condition, Suite
 
 TOLERANCES = (0.01, 0.05)  # shares of the best loss by which a good rate may miss it
@@ -74,7 +75,7 @@ class Results:
         """`planned` has the state of each run by its folder, as launcher.Job.state says it."""
         outcomes = []
         for condition, states in planned:
-            runs = tuple(_load(folder) for folder in states if (folder / runfiles.CONFIG).exists())
+            runs = tuple(_load(folder) for folder in states if (folder / files.CONFIG).exists())
             failed = sum(state == "failed" for state in states.values())
             outcomes.append(Outcome(condition, len(states), failed, runs))
         return cls(suite, tuple(outcomes))
@@ -188,7 +189,7 @@ class Results:
 def _shared_settings(outcome: Outcome) -> dict[str, tuple[Any, ...]]:
     """The values of each setting over an outcome's runs, of settings that mean the same to both optimizers."""
     settings = [run.settings() for run in outcome.finished()]
-    keys = dict.fromkeys(key for one in settings for key in one if key not in NOT_SHARED | NOT_LEARNED)
+    keys = dict.fromkeys(key for one in settings for key in one if key not in NOT_SHARED | NOT_COMPARED)
     return {key: tuple(dict.fromkeys(one.get(key) for one in settings)) for key in keys}
 
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import runfiles
-from cli import BadInput
+from engine import files
+from engine.cli import BadInput
 
 MOST_LAYERS = 10_000  # more are damage, and would be allocated
 LARGEST = 2**53  # whole numbers beyond are no counts, and floats do not hold them
@@ -32,7 +32,7 @@ def is_count(value: Any) -> bool:
 
 def config(path: Path) -> dict[str, Any]:
     """A run's settings: flat, and with the few that every report needs."""
-    read = runfiles.load_json(path)
+    read = files.load_json(path)
     missing = {"optimizer", "seed", "model", "steps"} - read.keys()
     if missing:
         raise BadInput(f"{path}: lacks {', '.join(sorted(missing))}")
@@ -53,7 +53,7 @@ def summary(path: Path) -> dict[str, Any]:
     """How a run ended; empty where there is no such file."""
     if not path.exists():
         return {}
-    read = runfiles.load_json(path)
+    read = files.load_json(path)
     for key, value in read.items():
         words = key in ("status", "reason", "data_fingerprint", "config_hash")
         right = isinstance(value, str) if words else is_number(value)
@@ -64,7 +64,7 @@ def summary(path: Path) -> dict[str, Any]:
 
 def metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
-    lines = runfiles.read_jsonl(path)
+    lines = files.read_jsonl(path)
     for number, line in enumerate(lines, start=1):
         kind = line.get("kind")
         if not isinstance(kind, str):
@@ -81,7 +81,7 @@ def metrics(path: Path) -> list[dict[str, Any]]:
 
 def spectra(path: Path) -> list[dict[str, Any]]:
     """The lines of manifold_stats.jsonl; all matrices of one projection are of one size."""
-    lines = runfiles.read_jsonl(path)
+    lines = files.read_jsonl(path)
     sizes: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         where = f"{path}: line {number}"

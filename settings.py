@@ -7,23 +7,23 @@
 
 import dataclasses
 import math
-import os
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 
-import runfiles
-from cli import BadInput, Count
+from engine import files
+from engine.cli import BadInput, Count
+from engine.identity import config_hash, provenance
+from engine.ranks import Rank
 from kernels.newton_schulz import COEFFICIENTS, METHODS
+from kernels.optimizer import LR_SCALES
 from loader import Packing
 from model import FLEX_MIN_HEAD_WIDTH, KERNELS, SIZES, ModelConfig, Transformer
-from optim import LR_SCALES, SCHEDULES
+from optim import SCHEDULES
 from shardfiles import TRAIN_PATTERN, Shards, open_shards
 
 NANO = ("nano", "moe-nano")  # for a first look on a CPU
@@ -35,7 +35,6 @@ DEFAULT_LR = {"muon": (0.024, 0.006), "adamw": (0.002, 0.006)}
 KERNELS_THAT_PAY: frozenset[str] = frozenset()  # of model.KERNELS: those with an end-to-end win in runs/records
 BATCH_TOKENS, EVAL_TOKENS = 16_384, 131_072
 NANO_BATCH_TOKENS, NANO_EVAL_TOKENS = 8192, 16_384
-RANK_TIMEOUT = timedelta(minutes=10)  # that a rank waits for another before it gives up; compilation fits into it
 EVENTS_PER_RUN = 20  # validation and spectra, unless their flags say otherwise
 LARGE_SPECTRA_PER_RUN = 4  # above nano: an event of the 88M model is 5 to 8 s of work for two CPU cores
 
@@ -152,41 +151,6 @@ class Settings:
     """Draw the run's plots when it is finished."""
 
 
-# Settings that do not change what is learned; two runs that differ only here have the same config_hash.
-NOT_IN_HASH = {
-    *("data", "data_pattern", "micro_batch", "eval_every", "eval_tokens", "spectra_every", "checkpoint_every"),
-    *("log_every", "log", "resume", "compile", "kernels", "device", "deterministic", "runs_dir", "name", "plots"),
-}
-
-
-@dataclass(frozen=True)
-class Rank:
-    """This process among its peers, as torchrun numbers them."""
-
-    index: int = 0
-    count: int = 1
-    local: int = 0
-    """Its number on this machine, which is also its GPU's."""
-
-
-def join_ranks(device: str) -> Rank:
-    """This process's place among those torchrun started; a process of its own otherwise."""
-    env = os.environ
-    rank = Rank(int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0)))
-    cuda = device != "cpu" and torch.cuda.is_available()
-    if cuda:
-        if rank.local >= torch.cuda.device_count():
-            raise BadInput(f"--nproc_per_node: more ranks than the {torch.cuda.device_count()} GPUs of this machine")
-        torch.cuda.set_device(rank.local)
-    if rank.count > 1:
-        # After a restart by torchrun the store still holds the addresses of the processes before.
-        store, *_ = next(dist.rendezvous("env://", timeout=RANK_TIMEOUT))
-        store = dist.PrefixStore(f"start-{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        who = {"store": store, "rank": rank.index, "world_size": rank.count}
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=RANK_TIMEOUT, **who)
-    return rank
-
-
 def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]:
     """Every setting checked and filled in, the model's shape, and the opened shards; BadInput names the flag."""
     for flag, choices in (
@@ -253,7 +217,7 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
 
 
 def identity(s: Settings, shards: Shards) -> dict[str, Any]:
-    """Every resolved setting under its flag's name, and which data they meet; `NOT_IN_HASH` decides nothing."""
+    """Every resolved setting under its flag's name, then the data: what config_hash is made of."""
     flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(s).items()}
     return flags | {"data_fingerprint": shards.fingerprint, "vocab_size": shards.vocab_size}
 
@@ -273,8 +237,8 @@ def describe(
         "flops_per_token": model.flops_per_token(s.seq_len),
         "world_size": ranks,
         "device_name": device_name,
-        "config_hash": runfiles.config_hash(said, NOT_IN_HASH),
-        **runfiles.provenance(),
+        "config_hash": config_hash(said),
+        **provenance(),
     }
 
 
@@ -315,4 +279,4 @@ def check_ranges(s: Settings) -> None:
         check(flag, 0 <= getattr(s, flag) < 1, "at least 0 and below 1")
     for flag in ("warmup", "min_lr"):
         check(flag, 0 <= getattr(s, flag) <= 1, "between 0 and 1")
-    check("name", runfiles.is_safe_name(s.name), "letters, digits, '.', '_' and '-', not starting with a dot")
+    check("name", files.is_safe_name(s.name), "letters, digits, '.', '_' and '-', not starting with a dot")

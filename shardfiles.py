@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from cli import BadInput
-from runfiles import load_json, writing
+from engine.cli import BadInput
+from engine.files import load_json, writing
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = HEADER_INTS * 4

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from cli import BadInput, first_line
+from engine.cli import BadInput, first_line
 
 Document = str | np.ndarray
 PIECE_BYTES = 64 * 1024  # a longer .txt is cut at the next newline

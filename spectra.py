@@ -21,14 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metrics import JsonlWriter, Spectrum, decompose, projection_record
+from engine.cli import RunFailed
+from engine.files import JsonlWriter
+from metrics import Spectrum, decompose, projection_record
 from model import Transformer
 
 QUEUE_EVENTS = 2  # of the 88M model one holds 0.5 GB
 DECOMPOSED_BYTES = 2**28  # of float64 matrices at once in the worker
 
 
-class WorkerFailed(RuntimeError):
+class WorkerFailed(RunFailed):
     """The worker died; the message is its reason."""
 
 
@@ -114,7 +116,7 @@ class SpectraRecorder:
         if self.failure is not None:
             raise WorkerFailed(f"spectra: {type(self.failure).__name__}: {self.failure}") from self.failure
         if self.events.unfinished_tasks and not self.worker.is_alive():
-            raise WorkerFailed("spectra: the worker died without a word")
+            raise WorkerFailed("spectra: the worker stopped unexpectedly")
 
     def flush(self) -> None:
         """Wait until every event so far is on disk."""

@@ -18,17 +18,12 @@ import numpy as np
 from scipy import stats as scipy_stats
 
 import runcheck
-import runfiles
-from cli import BadInput
+from engine import files
+from engine.cli import BadInput
+from engine.identity import NOT_COMPARED
 
 PROJECTIONS = ("q", "k", "v", "o", "up", "down")  # the six that every dense model logs, in the order they are shown
 CONFIDENCE = 0.95
-
-# Runs that differ only here are repetitions of one experiment; any other setting, also one not known here, counts.
-NOT_LEARNED = {
-    *("seed", "name", "runs_dir", "data", "device", "compile", "kernels", "micro_batch", "resume", "log"),
-    *("log_every", "checkpoint_every", "eval_every", "spectra_every", "plots", "deterministic"),
-}
 
 
 @dataclass(frozen=True)
@@ -106,7 +101,7 @@ class Run:
 
     def experiment(self) -> dict[str, Any]:
         """What decides the result apart from the seed: runs that agree in it are repetitions."""
-        kept = {key: value for key, value in self.settings().items() if key not in NOT_LEARNED}
+        kept = {key: value for key, value in self.settings().items() if key not in NOT_COMPARED}
         return kept | {key: self.config.get(key) for key in ("data_fingerprint", "steps")}
 
     def projections(self) -> list[str]:
@@ -154,8 +149,8 @@ def load_run(path: Path) -> Run:
     """Read a run's folder, finished or not; BadInput names the folder or file that cannot be read."""
     if not path.is_dir():
         raise BadInput(f"{path}: no such run folder")
-    config, summary = runcheck.config(path / runfiles.CONFIG), runcheck.summary(path / runfiles.SUMMARY)
-    metrics, spectra = runcheck.metrics(path / runfiles.METRICS), runcheck.spectra(path / runfiles.SPECTRA)
+    config, summary = runcheck.config(path / files.CONFIG), runcheck.summary(path / files.SUMMARY)
+    metrics, spectra = runcheck.metrics(path / files.METRICS), runcheck.spectra(path / files.SPECTRA)
     for line in spectra:
         line["singular_values"] = np.array(line["singular_values"], dtype=np.float32)  # an eighth of a list's memory
     return Run(
@@ -171,9 +166,9 @@ def load_run(path: Path) -> Run:
 
 def find_runs(path: Path) -> list[Path]:
     """The folder itself, or, where it is no run but holds runs, these in the order of their names."""
-    if (path / runfiles.CONFIG).exists() or not path.is_dir():
+    if (path / files.CONFIG).exists() or not path.is_dir():
         return [path]
-    return sorted(folder.parent for folder in path.glob(f"*/{runfiles.CONFIG}")) or [path]
+    return sorted(folder.parent for folder in path.glob(f"*/{files.CONFIG}")) or [path]
 
 
 def _whole_events(spectra: list[dict[str, Any]]) -> list[dict[str, Any]]:

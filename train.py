@@ -17,6 +17,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,23 +25,21 @@ import torch
 import torch.distributed as dist
 import tyro
 
-import runfiles
-from cli import BadInput, exit_with_a_sentence, first_line
-from clock import Point, Stopwatch, Times, point, seconds_between
-from devices import Speed
-from failures import TrainingFailed, reason_of
+from engine import files
+from engine.cli import BadInput, CannotWrite, RunFailed, TrainingFailed, exit_with_a_sentence, first_line
+from engine.files import finite
+from engine.memory import MemoryCount, available_bytes, choose_micro_batch, peak_bytes
+from engine.ranks import Rank, Sharding, join_ranks
+from engine.run_folder import RunFolder
+from engine.speed import Point, Speed, Stopwatch, Times, point, seconds_between
+from engine.step import Deferred, Numbers, TrainingStep, evaluate, prepare_torch
 from kernels.configs import capability
 from loader import Loader, validation_batches
-from memory import MemoryCount, available_bytes, choose_micro_batch, peak_bytes
-from metrics import finite
 from model import ModelConfig, Transformer
-from optim import build_optimizers, load_whole_state, lr_factor, parameter_layout, set_lr, whole_state
-from runfolder import RunFolder
-from settings import Rank, Settings, chosen_kernels, describe, join_ranks, resolve
+from optim import build_optimizers, load_whole_state, lr_factor, parameter_layout, set_lr, step_cost, whole_state
+from settings import Settings, chosen_kernels, describe, resolve
 from shardfiles import Shards, TokenStream
-from sharding import Sharding
 from spectra import SpectraRecorder, WorkerFailed
-from step import Deferred, Numbers, TrainingStep, evaluate, prepare_torch
 
 WARMUP_UPDATES = 4  # untimed: state is made in the first, Muon's step is captured by the third
 VALIDATION_TOKENS = {"cuda": 8192, "cpu": 1024}  # per forward pass: its logits are whole, and in fp32
@@ -128,7 +127,7 @@ class Run:
         self.config = describe(s, shards, self.model, self.updates, rank.count, self.device_name())
         self.last_val: dict[str, float | None] = {"val_loss": None, "val_accuracy": None}
         self.best_val_loss, self.last_train_loss = math.inf, None
-        work = (self.model, self.optimizers, s.batch_tokens, s.seq_len)
+        work = (self.model, step_cost(self.optimizers), s.batch_tokens, s.seq_len)
         self.speed = Speed(*work, self.device_name(), rank.count)
 
     def train(self) -> str:
@@ -352,7 +351,7 @@ class Run:
         self.folder.open(self.config, -1 if self.loaded is None else self.step)
         if self.rank.index == 0 and self.s.spectra_every:
             listener = self.folder.live and self.folder.live.write_spectra
-            self.spectra = SpectraRecorder(self.model, self.folder.path / runfiles.SPECTRA, listener)
+            self.spectra = SpectraRecorder(self.model, self.folder.path / files.SPECTRA, listener)
         return True
 
     def device_name(self) -> str:
@@ -463,27 +462,50 @@ def run_training(run: Run) -> int:
         return failed(run, error, opened)
     finally:
         gc.unfreeze()
-        with contextlib.suppress(runfiles.CannotWrite):
+        with contextlib.suppress(CannotWrite):
             run.close()
     if status == "finished" and run.s.plots and run.rank.index == 0:
-        run.folder.draw_plots()
+        draw_plots(run.folder.path)
     which = "final" if status == "finished" else "last"  # a stopped run does not validate again
     run.out.say(f"{run.folder}: {status} after {run.step} updates, {which} validation loss {run.last_val['val_loss']}")
     return 0
+
+
+def draw_plots(folder: Path) -> None:
+    """Draw the run's plots where Matplotlib is installed; a training box may do without."""
+    try:
+        from report import draw
+        from stats import load_run
+    except ModuleNotFoundError as missing:
+        print(f"no plots: {missing.name} is not installed; python report.py draws them elsewhere")
+        return
+    draw([load_run(folder)], folder / "plots")
+
+
+def reason_of(error: BaseException, *, step: int, ranks: int, misfit: Callable[[], str]) -> str | None:
+    """The sentence for an expected failure, None for a bug; `misfit` says what memory would hold."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return misfit()
+    if isinstance(error, RunFailed | BadInput):
+        return str(error)
+    lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    if lost and ranks > 1:
+        return f"another rank was lost after step {step}: {first_line(error)}"
+    return None
 
 
 def failed(run: Run, error: BaseException, opened: bool) -> int:
     """Write and say why a run ended, as far as that can be written; raises a bug, and bad input, again."""
     run.step -= len(run.under_way)  # updates whose numbers nobody has read
     reason = reason_of(error, step=run.step, ranks=run.rank.count, misfit=run.misfit)
-    with contextlib.suppress(runfiles.CannotWrite):
+    with contextlib.suppress(CannotWrite):
         run.close()  # what the worker still holds is written before the summary says that it is over
     if opened:
-        with contextlib.suppress(runfiles.CannotWrite):
+        with contextlib.suppress(CannotWrite):
             run.summarize("failed", reason or f"{type(error).__name__}: {error}")
     if reason is None or isinstance(error, BadInput):
         raise error
-    with contextlib.suppress(runfiles.CannotWrite):
+    with contextlib.suppress(CannotWrite):
         run.out.say(f"failed: {reason}")
     if run.rank.index and not isinstance(error, TrainingFailed):  # that one all ranks know
         print(f"rank {run.rank.index}: failed: {reason}", file=sys.stderr, flush=True)

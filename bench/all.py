@@ -22,13 +22,13 @@ from typing import Any
 import torch
 import tyro
 
-import runfiles
 from bench import machine
 from bench import record_figures as pages
 from bench.parts import Part, Plan, parts, rows_of
-from cli import BadInput, exit_with_a_sentence, make_folder
+from engine import files
+from engine.cli import BadInput, exit_with_a_sentence, make_folder
+from engine.files import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 GENEROUS = 1.5  # times its share of what is left that a part may take: the later ones are worth less
 END_SECONDS = 5.0  # between asking a part to end and ending it
 LEAST_SECONDS = 5.0  # no part is started with less
@@ -82,7 +82,7 @@ def measure(part: Part, plan: Plan, number: int, environment: dict[str, str]) ->
     done["seconds"] = time.monotonic() - began
     if result.exists():
         try:
-            done["result"] = runfiles.load_json(result)
+            done["result"] = files.load_json(result)
         except BadInput as fault:
             done["state"] = f"failed: {fault}"
     elif done["state"] == "done":
@@ -109,9 +109,9 @@ def last_line(path: Path, code: int) -> str:
 
 
 def write(out: Path, bench: dict[str, Any]) -> None:
-    runfiles.write_json(out / pages.BENCH, bench)
+    files.write_json(out / pages.BENCH, bench)
     text = pages.bench_page(pages.as_written(bench))
-    runfiles.write_whole(out / "README.md", lambda file: file.write(text.encode()))
+    files.write_whole(out / "README.md", lambda file: file.write(text.encode()))
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cli import BadInput
+from engine.cli import BadInput
 from kernels.newton_schulz import coefficient_schedule
 from model import INIT_STD, ROPE_BASE, ModelConfig, Transformer
 

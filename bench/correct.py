@@ -17,9 +17,9 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-import runfiles
 from bench import machine
-from cli import exit_with_a_sentence, first_line
+from engine import files
+from engine.cli import exit_with_a_sentence, first_line
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.grouped_matmul import grouped_matmul
 from kernels.matmul_add import matmul_add
@@ -200,7 +200,7 @@ def main() -> int:
     wrong = [row for row in rows if not row["right"]]
     print(f"{len(rows) - len(wrong)} of {len(rows)} right")
     if a.json:
-        runfiles.write_json(a.json, {"machine": machine.describe(), "right": len(rows) - len(wrong), "cases": rows})
+        files.write_json(a.json, {"machine": machine.describe(), "right": len(rows) - len(wrong), "cases": rows})
     return int(bool(wrong))
 
 

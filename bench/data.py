@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import tyro
 
-import runfiles
 import shardfiles
 from build import Part, batches, build_shards
-from cli import BadInput, exit_with_a_sentence
 from documents import load_tokenizer
+from engine import files, identity
+from engine.cli import BadInput, exit_with_a_sentence
 from loader import Loader
 from shardfiles import TokenStream, open_shards
 from sources import TextFiles, embedded_documents
@@ -198,9 +198,9 @@ def main() -> None:
         met = value >= goal if relation == ">=" else value <= goal
         print(f"{what:28} {value:>14{form}}  goal {relation} {goal:{form}}: {'met' if met else 'NOT met'}")
     if a.json:
-        described = {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), **runfiles.provenance()}
+        described = {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), **identity.provenance()}
         goals = {f"{name}_goal": goal for name, goal in GOALS.items()}
-        runfiles.write_json(a.json, described | figures | goals | {"rates": rates})
+        files.write_json(a.json, described | figures | goals | {"rates": rates})
 
 
 if __name__ == "__main__":

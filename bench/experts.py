@@ -17,9 +17,9 @@ import torch
 import tyro
 from torch import Tensor
 
-import runfiles
-from cli import BadInput, exit_with_a_sentence
-from clock import point, seconds_between
+from engine import files, identity
+from engine.cli import BadInput, exit_with_a_sentence
+from engine.speed import point, seconds_between
 from kernels.grouped_matmul import Routing, grouped_matmul
 from model import ACTIVATIONS, SIZES
 
@@ -93,8 +93,8 @@ def main() -> int:
     print(f"grouped {median['grouped']:10.1f} us   loop {median['loop']:10.1f} us")
     print(f"ratio   {median['loop'] / median['grouped']:10.2f}x")
     if a.json:
-        described = {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), **runfiles.provenance()}
-        runfiles.write_json(a.json, described | {"model": name, "tokens": tokens, "median_us": median})
+        described = {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), **identity.provenance()}
+        files.write_json(a.json, described | {"model": name, "tokens": tokens, "median_us": median})
     return 0
 
 

@@ -26,18 +26,18 @@ import numpy as np
 import torch
 import tyro
 
-import runfiles
 from build import build_shards
-from cli import BadInput, exit_with_a_sentence
-from metrics import cut_jsonl
+from engine import checkpoint, files
+from engine.cli import BadInput, exit_with_a_sentence
+from engine.files import cut_jsonl
+from engine.ranks import Rank, Sharding
 from model import Transformer
 from optim import build_optimizers, load_whole_state, parameter_layout, whole_state
 from report import run_row, summary_table
 from report_questions import answers
 from report_verdict import judge
-from settings import Rank, Settings, resolve
+from settings import Settings, resolve
 from shardfiles import HEADER_BYTES, SLOT_CRC32, TokenStream, open_shards
-from sharding import Sharding
 from stats import load_run
 
 SECONDS_PER_CASE = 20
@@ -166,7 +166,7 @@ def read_run(folder: Path, whole: Path) -> None:
     for verdict in judge([run]):
         verdict.sentences()
     answers([run])
-    for name in (runfiles.METRICS, runfiles.SPECTRA):
+    for name in (files.METRICS, files.SPECTRA):
         cut_jsonl(folder / name, 3)
         for line in (folder / name).read_text().splitlines() if (folder / name).exists() else ():
             if json.loads(line)["step"] > 3:
@@ -198,14 +198,14 @@ class Checkpoints:
             "losses": {"best_val_loss": 5.0, "train_loss": 5.0, "val_loss": 5.0, "val_accuracy": 0.1},
         }
         for _ in range(2):
-            runfiles.save_checkpoint(folder, contents)
+            checkpoint.save_checkpoint(folder, contents)
 
     def read(self, folder: Path, whole: Path) -> None:
-        contents, damaged = runfiles.load_checkpoint(folder, lambda line: None)
-        runfiles.set_aside(damaged)
+        contents, damaged = checkpoint.load_checkpoint(folder, lambda line: None)
+        checkpoint.set_aside(damaged)
         if contents is None:
             return
-        original = torch.load(whole / runfiles.CHECKPOINT, weights_only=True)
+        original = torch.load(whole / files.CHECKPOINT, weights_only=True)
         if contents["step"] != original["step"] or contents["config"] != original["config"]:
             raise Accepted("another step or config")
         kept = contents["clock"] | contents["losses"]

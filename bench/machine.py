@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import runfiles
+from engine import identity
 
 SAMPLE_SECONDS = 0.5
 QUERY = {
@@ -35,7 +35,7 @@ def describe() -> dict[str, Any]:
     described |= gpu_state() if cuda else dict.fromkeys(QUERY)
     described |= {"cuda_version": torch.version.cuda, "cpu": cpu_name(), "cpu_mhz": cpu_mhz(), "cores": cores()}
     described |= {"system": f"{platform.system()} {platform.machine()}", "busy_cores": busy_cores()}
-    return described | {"date": time.strftime("%Y-%m-%d", time.gmtime())} | runfiles.provenance()
+    return described | {"date": time.strftime("%Y-%m-%d", time.gmtime())} | identity.provenance()
 
 
 def label(described: dict[str, Any]) -> str:

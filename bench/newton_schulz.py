@@ -21,10 +21,10 @@ import torch
 import tyro
 from torch import Tensor
 
-import runfiles
 from bench import others
 from bench.baseline import StackedMuon, reference
-from cli import BadInput, exit_with_a_sentence
+from engine import files, identity
+from engine.cli import BadInput, exit_with_a_sentence
 from kernels import configs
 from kernels.muon import normalize_reference
 from kernels.newton_schulz import NORM_MARGIN, RESTARTS, coefficient_schedule, half_product_cost, iterate, method_of
@@ -349,8 +349,8 @@ def main() -> int:
         rows += _show(bench_step("nano" if small else "88m", device, repeats, device_flops))
     if arguments.json:
         described = {"device": torch.cuda.get_device_name() if cuda else "cpu", "date": time.strftime("%Y-%m-%d")}
-        described |= {"command": " ".join(sys.argv), **runfiles.provenance(), "rows": rows}
-        runfiles.write_json(arguments.json, described)
+        described |= {"command": " ".join(sys.argv), **identity.provenance(), "rows": rows}
+        files.write_json(arguments.json, described)
     return 0
 
 

@@ -24,12 +24,13 @@ import tyro
 
 import launcher
 import report
-import runfiles
 from bench import machine
 from bench import record_figures as pages
 from bench.parts import parts, rows_of
 from bench.record_figures import BENCH, BUDGET, CORPORA, LEAST_SEEDS, PLOTS, RECORD
-from cli import BadInput, Count, exit_with_a_sentence, make_folder
+from engine import files, identity
+from engine.cli import BadInput, Count, exit_with_a_sentence, make_folder
+from engine.files import ROOT
 from model import SIZES
 from report_figures import draw
 from report_pages import markdown_page
@@ -37,8 +38,7 @@ from settings import BATCH_TOKENS, EVAL_TOKENS, NANO, NANO_BATCH_TOKENS, NANO_EV
 from stats import Run, group_seeds, load_run
 from suites import OPTIMIZERS
 
-ROOT = Path(__file__).resolve().parent.parent
-KEPT = (runfiles.CONFIG, runfiles.METRICS, runfiles.SUMMARY, runfiles.LOG)
+KEPT = (files.CONFIG, files.METRICS, files.SUMMARY, files.LOG)
 SPECTRA_DIGITS = 5
 MOST_BYTES = 4 * 2**20  # of a record's folder: every clone carries it for ever
 
@@ -90,12 +90,13 @@ Command = (
 
 def make(a: Make) -> int:
     """Train what is missing, then write the record in one piece."""
-    from settings import Rank, Settings, default_data, resolve
+    from engine.ranks import Rank
+    from settings import Settings, default_data, resolve
     from shardfiles import open_shards
 
     if a.out.exists():
         raise BadInput(f"--out {a.out}: exists; a record is made anew or not at all")
-    if not runfiles.is_safe_name(a.out.name):
+    if not files.is_safe_name(a.out.name):
         raise BadInput(f"--out {a.out}: its name must be letters, digits, '.', '_' and '-'")
     if len(set(a.seeds)) < max(LEAST_SEEDS, len(a.seeds)):
         raise BadInput(f"--seeds {' '.join(map(str, a.seeds))}: at least {LEAST_SEEDS} different ones")
@@ -103,7 +104,7 @@ def make(a: Make) -> int:
         raise BadInput(f"--tokens {a.tokens}: the track 2m has {BUDGET:,}")
     if a.spectra_every == 0:
         raise BadInput("--spectra-every 0: a record holds spectra")
-    commit = runfiles.provenance()["git_commit"]
+    commit = identity.provenance()["git_commit"]
     if commit is None or commit.endswith("+"):
         raise BadInput(
             "the source tree has uncommitted changes or no commit: a record must be repeatable, commit first"
@@ -146,8 +147,8 @@ def begun(where: Path, commit: str, command: str) -> dict[str, Any]:
     """The machine as it was before the first run; BadInput where another commit or command began these runs."""
     path = where / "machine.json"
     if not path.exists():
-        runfiles.write_json(path, machine.describe() | {"command": command})
-    described = runfiles.load_json(path)
+        files.write_json(path, machine.describe() | {"command": command})
+    described = files.load_json(path)
     if described.pop("command", None) != command:
         raise BadInput(f"{where}: was begun by another command; repeat that one or remove the folder")
     if described["git_commit"] != commit:
@@ -164,7 +165,7 @@ def command_of(a: Make, data: Path) -> str:
 
 def corpus_of(folder: Path, fingerprint: str) -> dict[str, Any]:
     """What the records' list says of this corpus; BadInput where it is not in it."""
-    corpora = runfiles.load_json(folder / CORPORA)
+    corpora = files.load_json(folder / CORPORA)
     if fingerprint not in corpora:
         raise BadInput(
             f"{folder / CORPORA}: knows no corpus with fingerprint {fingerprint}; add its name and the command that "
@@ -190,8 +191,8 @@ def write_record(
         (part / folder.name).mkdir()
         for name in KEPT:
             shutil.copyfile(folder / name, part / folder.name / name)
-        if (folder / runfiles.SPECTRA).exists():
-            pack(folder / runfiles.SPECTRA, part / folder.name / (runfiles.SPECTRA + runfiles.PACKED))
+        if (folder / files.SPECTRA).exists():
+            pack(folder / files.SPECTRA, part / folder.name / (files.SPECTRA + files.PACKED))
     runs = [load_run(part / folder.name) for folder in folders]
     page = report.build_page(runs, draw(runs, part / "plots", only=PLOTS))
     (part / "report.md").write_text(markdown_page(page))
@@ -201,14 +202,14 @@ def write_record(
     record |= {"tokens": runs[0].budget, "data_fingerprint": config["data_fingerprint"]}
     record |= {"corpus": corpus["name"], "corpus_command": corpus["command"]}
     record |= {"runs": [folder.name for folder in folders], "figures": pages.figures_of(runs)}
-    runfiles.write_json(part / RECORD, record)
+    files.write_json(part / RECORD, record)
     (part / "README.md").write_text(pages.record_page(pages.as_written(record)))
     part.rename(out)
 
 
 def pack(source: Path, target: Path) -> None:
     """Spectra with five digits, compressed, the same bytes whenever it is done: a quarter of the file."""
-    lines = [json.dumps(_rounded(line), allow_nan=False) for line in runfiles.read_jsonl(source)]
+    lines = [json.dumps(_rounded(line), allow_nan=False) for line in files.read_jsonl(source)]
     target.write_bytes(gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
 
 
@@ -224,8 +225,8 @@ def check(folder: Path) -> list[str]:
     """Everything that is wrong with a record or a benchmark, in sentences."""
     try:
         if (folder / BENCH).exists():
-            return check_bench(folder, runfiles.load_json(folder / BENCH))
-        return check_record(folder, runfiles.load_json(folder / RECORD))
+            return check_bench(folder, files.load_json(folder / BENCH))
+        return check_record(folder, files.load_json(folder / RECORD))
     except BadInput as fault:
         return [str(fault)]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -244,7 +245,7 @@ def check_bench(folder: Path, bench: dict[str, Any]) -> list[str]:
 
 def check_record(folder: Path, record: dict[str, Any]) -> list[str]:
     faults = [f"{folder / name}: is missing" for name in ("report.md", "README.md") if not (folder / name).exists()]
-    wanted = [folder / name / file for name in record["runs"] for file in (*KEPT, runfiles.SPECTRA + runfiles.PACKED)]
+    wanted = [folder / name / file for name in record["runs"] for file in (*KEPT, files.SPECTRA + files.PACKED)]
     faults += [f"{path}: is missing" for path in wanted if not path.exists()]
     if faults:
         return faults
@@ -270,15 +271,15 @@ def check_run(run: Run) -> list[str]:
         return [f"{run.path}: is no finished run"]
     steps, faults = int(run.config["steps"]), []
     if list(run.train["step"]) != list(range(1, steps + 1)) or int(run.val["step"][-1]) != steps:
-        faults.append(f"{run.path / runfiles.METRICS}: has not every update from 1 to {steps}")
+        faults.append(f"{run.path / files.METRICS}: has not every update from 1 to {steps}")
     for columns, key in ((run.train, "train_loss"), (run.val, "val_loss"), (run.val, "val_accuracy")):
         if not all(map(math.isfinite, columns[key])):
-            faults.append(f"{run.path / runfiles.METRICS}: has a {key} that is not finite")
+            faults.append(f"{run.path / files.METRICS}: has a {key} that is not finite")
     for key, value in (("final_val_loss", run.val["val_loss"][-1]), ("best_val_loss", run.val["val_loss"].min())):
         if not pages.same_figures(run.summary.get(key), float(value)):
-            faults.append(f"{run.path / runfiles.SUMMARY}: its {key} is not that of {runfiles.METRICS}")
+            faults.append(f"{run.path / files.SUMMARY}: its {key} is not that of {files.METRICS}")
     if run.summary["train_seconds"] < run.val["train_seconds"][-1]:
-        faults.append(f"{run.path / runfiles.SUMMARY}: its train_seconds are fewer than {runfiles.METRICS} has")
+        faults.append(f"{run.path / files.SUMMARY}: its train_seconds are fewer than {files.METRICS} has")
     return faults
 
 
@@ -356,7 +357,7 @@ def write_figures(only_check: bool) -> int:
     for path, text in stale.items():
         print(f"{path.relative_to(ROOT)}: {'is not up to date; run make readme-figures' if only_check else 'written'}")
         if not only_check:
-            runfiles.write_whole(path, lambda file, text=text: file.write(text.encode()))
+            files.write_whole(path, lambda file, text=text: file.write(text.encode()))
     return int(only_check and bool(stale))
 
 

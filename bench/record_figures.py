@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-import runfiles
 from bench import machine
-from cli import BadInput
+from engine import files
+from engine.cli import BadInput
 from inference import p_words, paired
 from stats import Run, first_reaching, t_interval, welch
 
@@ -116,7 +116,7 @@ def same_figures(a: Any, b: Any) -> bool:
 
 def read_all(folder: Path, name: str) -> list[tuple[str, Json]]:
     """Folder name and contents of every record (or benchmark) below `folder`, GPUs and large models first."""
-    found = [(path.parent.name, runfiles.load_json(path)) for path in sorted(folder.glob(f"*/{name}"))]
+    found = [(path.parent.name, files.load_json(path)) for path in sorted(folder.glob(f"*/{name}"))]
     return sorted(found, key=lambda item: (item[1]["machine"]["device"] == "cpu", -item[1].get("params", 0)))
 
 
@@ -309,7 +309,7 @@ def record_tables(folder: Path) -> str:
 
 
 def prior_art(folder: Path) -> list[str]:
-    prior = runfiles.load_json(folder / PRIOR)
+    prior = files.load_json(folder / PRIOR)
     rows = [
         [row["device"], row["model"], row["optimizer"], f"{row['tokens']:,}", row["loss"], row["time"], row["corpus"]]
         for row in prior["rows"]

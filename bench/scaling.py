@@ -21,13 +21,12 @@ import torch
 import torch.distributed as dist
 import tyro
 
-import devices
-import runfiles
-from cli import BadInput, Count, exit_with_a_sentence
+from engine import files, identity, speed
+from engine.cli import BadInput, Count, exit_with_a_sentence
+from engine.ranks import Sharding, unit_cost
+from engine.step import TrainingStep
 from model import SIZES, Transformer
-from optim import build_optimizers
-from sharding import Sharding, unit_cost
-from step import TrainingStep
+from optim import build_optimizers, step_cost
 
 # Bytes/s that one GPU can send: PCIe 4 x16 between 4090s (no peer to peer: through the host), NVLink 4, and one of 8
 # GPUs' part of 8 x 400 Gb/s between nodes. Data sheets.
@@ -87,9 +86,9 @@ def project(a: Arguments, row: dict[str, float]) -> dict[str, float]:
     with torch.device("meta"):
         model = Transformer(SIZES[a.model], a.vocab_size)
     optimizers = build_optimizers(model, a.optimizer, lr=1.0, adamw_lr=1.0, sharding=Sharding(model, 0, ranks))
-    work = (model, optimizers, a.batch_tokens, SIZES[a.model].seq_len)
+    work = (model, step_cost(optimizers), a.batch_tokens, SIZES[a.model].seq_len)
     found = {
-        f"light on {name.split()[-1]}": devices.light_seconds(*work, devices.DEVICES[name], ranks)
+        f"light on {name.split()[-1]}": speed.light_seconds(*work, speed.DEVICES[name], ranks)
         for name in ("NVIDIA GeForce RTX 4090", "NVIDIA H200")
     }
     return found | {link: row["bytes_sent"] / speed + row["messages"] * LAUNCH_SECONDS for link, speed in LINKS.items()}
@@ -178,8 +177,8 @@ def main() -> int:
                 f"{r['newton_schulz_imbalance']:10.2f}{times}{lights}"
             )
     if a.json:
-        described = {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), **runfiles.provenance()}
-        runfiles.write_json(a.json, described | {"model": a.model, "rows": rows})
+        described = {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), **identity.provenance()}
+        files.write_json(a.json, described | {"model": a.model, "rows": rows})
     return 0
 
 

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 import tyro
 
-import runfiles
-from cli import BadInput, exit_with_a_sentence
+from engine import files, identity
+from engine.cli import BadInput, exit_with_a_sentence
 
-TRAIN = Path(runfiles.__file__).parent / "train.py"
+TRAIN = files.ROOT / "train.py"
 BATCH_TOKENS, PROBE_UPDATES = 2048, 20
 REFERENCE_SHARE = 0.33  # of the minutes for the run that is left alone; to be killed takes twice as long
 KILL_AFTER_SECONDS = (5.0, 20.0)
@@ -64,7 +64,7 @@ def train_to_the_end(folder: Path, name: str, updates: int, data: Path | None) -
 
 
 def updates_logged(run: Path) -> list[dict[str, Any]]:
-    path = run / runfiles.METRICS
+    path = run / files.METRICS
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if '"train"' in line and line.endswith("}")]
 
@@ -91,8 +91,8 @@ def torment(
             process.send_signal(signal.SIGKILL)
             process.wait()
             done["kills"] += 1
-            newest = run / runfiles.CHECKPOINT
-            if (run / runfiles.PREVIOUS_CHECKPOINT).exists() and newest.exists() and rng.random() < CUT_SHARE:
+            newest = run / files.CHECKPOINT
+            if (run / files.PREVIOUS_CHECKPOINT).exists() and newest.exists() and rng.random() < CUT_SHARE:
                 os.truncate(newest, newest.stat().st_size // 2)
                 done["cut_checkpoints"] += 1
         elif process.returncode:
@@ -106,13 +106,13 @@ def torment(
 def differences(one: Path, other: Path) -> list[str]:
     """What differs between two runs, times left out."""
     found = []
-    ours, theirs = (torch.load(run / runfiles.CHECKPOINT, weights_only=True) for run in (one, other))
+    ours, theirs = (torch.load(run / files.CHECKPOINT, weights_only=True) for run in (one, other))
     found += [f"weight {name}" for name, w in ours["model"].items() if not torch.equal(w, theirs["model"][name])]
     for number, (a, b) in enumerate(zip(ours["optimizer"], theirs["optimizer"], strict=True)):
         for key, state in a["state"].items():
             equal = all(torch.equal(value, b["state"][key][part]) for part, value in state.items())
             found += [] if equal else [f"state {key} of optimizer {number}"]
-    for name in (runfiles.METRICS, runfiles.SPECTRA):
+    for name in (files.METRICS, files.SPECTRA):
         lines = [list(map(_timeless, (run / name).read_text().splitlines())) for run in (one, other)]
         if lines[0] != lines[1]:
             found.append(f"{name} ({len(lines[0])} and {len(lines[1])} lines)")
@@ -149,8 +149,8 @@ def main() -> int:
     for difference in differ:
         print(f"differs: {difference}")
     if a.json:
-        described = {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), **runfiles.provenance()}
-        runfiles.write_json(a.json, described | done | {"updates": updates, "minutes": minutes, "differ": differ})
+        described = {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), **identity.provenance()}
+        files.write_json(a.json, described | done | {"updates": updates, "minutes": minutes, "differ": differ})
     return 1 if differ else 0
 
 

@@ -18,12 +18,12 @@ import torch
 import tyro
 from torch import Tensor
 
-import runfiles
-from cli import BadInput, exit_with_a_sentence
+from engine import files, identity
+from engine.cli import BadInput, exit_with_a_sentence
+from engine.ranks import Sharding
 from kernels.newton_schulz import orthogonalize
 from metrics import SUBSPACE_RANK
 from model import SIZES, Transformer
-from sharding import Sharding
 from spectra import SpectraRecorder, decompose_bank
 
 SINGULAR_VALUE_TOLERANCE, ANGLE_TOLERANCE = 1e-5, 1e-4
@@ -83,7 +83,7 @@ def main() -> int:
     subspaces = sum(check(bank.detach()[:2]) for bank in weights + updates + leading)
     seconds: dict[str, list[float]] = {"eigenproblems": [], "svd": [], "whole event": []}
     with tempfile.TemporaryDirectory() as folder:
-        recorder = SpectraRecorder(model, Path(folder) / runfiles.SPECTRA)
+        recorder = SpectraRecorder(model, Path(folder) / files.SPECTRA)
         sharding = Sharding(model)
         for W in weights:
             W.grad = torch.randn_like(W)
@@ -113,8 +113,8 @@ def main() -> int:
         print(f"{name:14} {median:7.2f} s   {min(seconds[name]):.2f} to {max(seconds[name]):.2f}")
     print(f"ratio          {speedup:7.2f}x")
     if a.json:
-        described = {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), **runfiles.provenance()}
-        runfiles.write_json(a.json, described | {"model": a.model, "seconds": seconds, "speedup": speedup})
+        described = {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), **identity.provenance()}
+        files.write_json(a.json, described | {"model": a.model, "seconds": seconds, "speedup": speedup})
     return 0
 
 

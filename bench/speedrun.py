@@ -16,14 +16,14 @@ import torch
 import tyro
 
 import report
-import runfiles
 from bench.record_figures import BUDGET, PLOTS, as_written, figures_of
-from cli import BadInput, exit_with_a_sentence, make_folder
+from engine import files, identity
+from engine.cli import BadInput, exit_with_a_sentence, make_folder
+from engine.files import ROOT
 from settings import BATCH_TOKENS, NANO, NANO_BATCH_TOKENS, default_data
 from stats import load_run
 from suites import OPTIMIZERS
 
-ROOT = Path(__file__).resolve().parent.parent
 LEAST_UPDATES, EVENTS = 4, 6  # validations and spectra of a run
 SPENT_ELSEWHERE = {"cuda": 180.0, "cpu": 50.0}  # starts, compilation, validation and report, measured on idle machines
 FALLBACK_RATE = {"cuda": 50_000.0, "cpu": 4000.0}
@@ -97,9 +97,9 @@ def main() -> int:
         print("\n".join(verdict.sentences()))
     print(f"report: {page}")
     if a.json:
-        described = {"command": " ".join(sys.argv), "model": model, "tokens": tokens, **runfiles.provenance()}
+        described = {"command": " ".join(sys.argv), "model": model, "tokens": tokens, **identity.provenance()}
         described |= {"data_fingerprint": runs[0].config["data_fingerprint"]}
-        runfiles.write_json(a.json, described | {"figures": as_written(figures_of(runs))})
+        files.write_json(a.json, described | {"figures": as_written(figures_of(runs))})
     return 0
 
 

@@ -25,20 +25,19 @@ import torch
 import tyro
 from torch import Tensor
 
-import devices
-import runfiles
 from bench import baseline
 from build import build_shards
-from cli import BadInput, Count, exit_with_a_sentence
-from clock import Times, point, seconds_between
+from engine import files, identity, speed
+from engine.cli import BadInput, Count, exit_with_a_sentence
+from engine.memory import GIB, MemoryCount, available_bytes, choose_micro_batch
+from engine.speed import Times, point, seconds_between
+from engine.step import TrainingStep, prepare_torch
 from loader import Loader
-from memory import GIB, MemoryCount, available_bytes, choose_micro_batch
 from model import KERNELS, SIZES, Transformer
 from optim import build_optimizers, step_cost
 from settings import BATCH_TOKENS, DEFAULT_LR, NANO_BATCH_TOKENS, NANO_LR
 from shardfiles import TokenStream, open_shards
 from spectra import SpectraRecorder
-from step import TrainingStep, prepare_torch
 
 WARMUP_STEPS = 3
 PROFILED_STEPS = 2
@@ -122,7 +121,7 @@ class Workplace:
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.compiled = a.compile == "on" or (a.compile == "auto" and self.cuda)
         self.rates = NANO_LR if nano else DEFAULT_LR
-        self.gpu = devices.find(self.device_name())
+        self.gpu = speed.find(self.device_name())
         self.micro_batch = 1 if a.predict else self._micro_batch(a.micro_batch)
 
     def _micro_batch(self, asked: Literal["auto"] | int) -> int:
@@ -288,7 +287,7 @@ def row_of(c: Candidate, place: Workplace) -> dict[str, Any]:
         seq_len, lr = place.config.seq_len, place.rates[c.optimizer][0]
         row |= {"mfu": rate * model.flops_per_token(seq_len), "mfu_causal": rate * model.flops_per_token(seq_len, True)}
         optimizers = build_optimizers(model, c.optimizer, lr=lr, adamw_lr=lr)
-        least = devices.light_seconds(model, optimizers, place.batch_tokens, seq_len, place.gpu)
+        least = speed.light_seconds(model, step_cost(optimizers), place.batch_tokens, seq_len, place.gpu)
         row |= {"light_ms": 1e3 * least, "light_share": least / seconds}
     return row
 
@@ -313,7 +312,7 @@ def time_surroundings(place: Workplace, step_seconds: float) -> dict[str, float 
     optimizers = build_optimizers(model, "muon", lr=place.rates["muon"][0], adamw_lr=place.rates["muon"][1])
     work = TrainingStep(model, optimizers, micro_batch=place.micro_batch)
     with tempfile.TemporaryDirectory() as folder:
-        recorder = SpectraRecorder(model, Path(folder) / runfiles.SPECTRA)
+        recorder = SpectraRecorder(model, Path(folder) / files.SPECTRA)
         for step in range(2):  # the first one simulates levels of chance, once per run
             work.gradients(place.random_rows(step))
             recorder.seconds_blocked, start = 0.0, time.perf_counter()
@@ -386,8 +385,8 @@ def predict(place: Workplace) -> None:
         work = place.batch_tokens * model.flops_per_token(place.config.seq_len, causal=True)
         flops, moved = step_cost(optimizers)
         print(f"{optimizer}: {work / 1e12:.2f} TFLOP, optimizer {flops / 1e12:.2f} TFLOP and {moved / 1e9:.2f} GB")
-        for name, gpu in devices.DEVICES.items():
-            seconds = devices.light_seconds(model, optimizers, place.batch_tokens, place.config.seq_len, gpu)
+        for name, gpu in speed.DEVICES.items():
+            seconds = speed.light_seconds(model, step_cost(optimizers), place.batch_tokens, place.config.seq_len, gpu)
             print(f"  {name:26} {1e3 * seconds:7.1f} ms {place.batch_tokens / seconds:11,.0f} tokens/s at most")
 
 
@@ -426,8 +425,8 @@ def main() -> int:
         described = {"device": place.device_name(), "date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv)}
         settings = {"model": a.model, "batch_tokens": place.batch_tokens, "seq_len": place.config.seq_len}
         settings |= {"micro_batch": place.micro_batch, "vocab_size": place.vocab_size, "compiled": place.compiled}
-        described |= settings | runfiles.provenance() | {"rows": rows, "ratios": compared, "surroundings": surroundings}
-        runfiles.write_json(a.json, described)
+        described |= settings | identity.provenance() | {"rows": rows, "ratios": compared, "surroundings": surroundings}
+        files.write_json(a.json, described)
     return 0
 
 

@@ -27,6 +27,8 @@ except ModuleNotFoundError:  # outside Linux: the kernels are defined but never 
 
     triton = tl = _NoTriton()
 
+# Namespace of our custom operators: this folder may be imported as the project's `kernels` and as `muon_kernels`.
+OPS = "muon_speedrun" if __package__ == "kernels" else __package__
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run as Python on CPU tensors: for tests
 ALIGNMENT = 16  # elements; rows of such a length load 16 bytes at a time
 SMALL_SIDE = 512  # below it, a row's *_small tiles

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import configs
-from kernels.configs import tl, triton
+from . import configs
+from .configs import OPS, tl, triton
 
 BLOCK_V = 4096  # columns at a time
 SOFTMAX_WARPS = 16  # 3 rows of 98 KB per SM: 37 MB on a 4090, so that the second reading of a row finds it in L2
@@ -71,7 +71,7 @@ def launch_softmax_gradient(logits: Tensor, targets: Tensor) -> Tensor:
     return losses
 
 
-@torch.library.custom_op("muon_speedrun::linear_cross_entropy", mutates_args=())
+@torch.library.custom_op(f"{OPS}::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy_op(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows, V = x.shape[0], weight.shape[0]
     chunk = max(MIN_CHUNK_ROWS, LOGIT_BYTES // (V * x.element_size()))

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import configs
-from kernels.configs import tl, triton
-from kernels.matmul_add import accumulate
+from . import configs
+from .configs import OPS, tl, triton
+from .matmul_add import accumulate
 
 ANY_LENGTH = 2**20  # stands for a number of rows that only the device knows, where tiles are chosen
 TORCH_GROUPED_MAJORS = (9, 10)  # compute capabilities where PyTorch's own kernel is no loop
@@ -218,7 +218,7 @@ def _is_aligned(matrix: Tensor) -> bool:
     return adjacent and matrix.data_ptr() % unit == 0 and all(s * item % unit == 0 for s in apart)
 
 
-@torch.library.custom_op("muon_speedrun::grouped_matmul", mutates_args=())
+@torch.library.custom_op(f"{OPS}::grouped_matmul", mutates_args=())
 def _grouped_matmul_op(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         if torch_takes(x, weights):
@@ -233,7 +233,7 @@ def _(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     return x.new_empty(len(x), weights.shape[2])
 
 
-@torch.library.custom_op("muon_speedrun::grouped_outer", mutates_args=())
+@torch.library.custom_op(f"{OPS}::grouped_outer", mutates_args=())
 def _grouped_outer_op(x: Tensor, dy: Tensor, offsets: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         if torch_takes(x.mT, dy):

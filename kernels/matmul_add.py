@@ -8,8 +8,8 @@ k n + m n items (2 m n with C), so compute-bound on a 4090 (164 FLOP per byte) f
 import torch
 from torch import Tensor
 
-from kernels import configs
-from kernels.configs import tl, triton
+from . import configs
+from .configs import tl, triton
 
 
 def matmul_add_reference(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float) -> Tensor:

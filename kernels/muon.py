@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import configs
-from kernels.configs import tl, triton
+from . import configs
+from .configs import tl, triton
 
 BLOCK_ELEMENTS = 4096
 PARTIALS_AT_ONCE = 256

@@ -18,10 +18,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kernels import configs
-from kernels.matmul_add import matmul_add
-from kernels.muon import launch_normalize, normalize_reference
-from kernels.symmetric import product
+from . import configs
+from .configs import OPS
+from .matmul_add import matmul_add
+from .muon import launch_normalize, normalize_reference
+from .symmetric import product
 
 # Odd quintic polynomials a x + b x³ + c x⁵, one row per iteration; the last row repeats when more steps are asked for.
 # quintic: Jordan et al. 2024, slope at zero maximised, singular values end in [0.68, 1.14].
@@ -133,7 +134,7 @@ def iterate(X: Tensor, schedule: list[tuple[float, float, float]], method: str) 
     return torch.cat([run(part, schedule) for part in X.tensor_split(chunks)]) if chunks > 1 else run(X, schedule)
 
 
-@torch.library.custom_op("muon_speedrun::orthogonalize", mutates_args=())
+@torch.library.custom_op(f"{OPS}::orthogonalize", mutates_args=())
 def _orthogonalize_op(G: Tensor, steps: int, coefficients: str, method: str) -> Tensor:
     schedule, margin = coefficient_schedule(coefficients, steps), NORM_MARGIN[coefficients]
     with torch.autocast(G.device.type, enabled=False):

@@ -23,9 +23,9 @@ same dtype costs. Only fp16 has an edge: below relu(x upᵀ) = 2^-7 h is subnorm
 import torch
 from torch import Tensor
 
-from kernels import configs
-from kernels.configs import tl, triton
-from kernels.matmul_add import accumulate
+from . import configs
+from .configs import OPS, tl, triton
+from .matmul_add import accumulate
 
 
 def relu2_reference(A: Tensor, B: Tensor, h: Tensor | None) -> Tensor:
@@ -127,7 +127,7 @@ def _empty_activation(A: Tensor, B: Tensor) -> Tensor:
     return configs.empty_matrices(A, 1, m, n)[0] if configs.runs_triton(A) else A.new_empty(m, n)
 
 
-@torch.library.custom_op("muon_speedrun::relu2_mlp", mutates_args=())
+@torch.library.custom_op(f"{OPS}::relu2_mlp", mutates_args=())
 def _relu2_mlp_op(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):
         h = _relu2(x, up, None)
@@ -139,7 +139,7 @@ def _(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), _empty_activation(x, up)
 
 
-@torch.library.custom_op("muon_speedrun::relu2_dpre", mutates_args=())
+@torch.library.custom_op(f"{OPS}::relu2_dpre", mutates_args=())
 def _relu2_dpre_op(dy: Tensor, down: Tensor, h: Tensor) -> Tensor:
     with torch.autocast(dy.device.type, enabled=False):
         return _relu2(dy, down, h)

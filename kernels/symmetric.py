@@ -12,9 +12,9 @@ Bound: a tile of b rows yields b / 2 FLOP per byte of L2 traffic.
 import torch
 from torch import Tensor
 
-from kernels import configs
-from kernels.configs import tl, triton
-from kernels.matmul_add import accumulate, matmul_add_reference
+from . import configs
+from .configs import OPS, tl, triton
+from .matmul_add import accumulate, matmul_add_reference
 
 
 def symmetric_matmul_reference(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float) -> Tensor:
@@ -181,7 +181,7 @@ def product(
     return matmul_add_reference(A, B, addends, alpha, 1.0).to(A.dtype)
 
 
-@torch.library.custom_op("muon_speedrun::symmetric_matmul", mutates_args=())
+@torch.library.custom_op(f"{OPS}::symmetric_matmul", mutates_args=())
 def _symmetric_matmul_op(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float) -> Tensor:
     if configs.runs_triton(A):
         return launch_symmetric_matmul(A, B, C, alpha, beta)

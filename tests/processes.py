@@ -6,10 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import train
+from engine.files import ROOT as REPOSITORY
 from tests.conftest import SMALL_MODEL
 
-REPOSITORY = Path(train.__file__).parent
 TEN = ("--tokens", str(10 * 256), "--spectra-every", "5", "--eval-every", "5")
 
 

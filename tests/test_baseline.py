@@ -9,10 +9,10 @@ import torch
 import optim
 from bench import baseline
 from bench.baseline import Baseline, StackedMuon, build, copy_weights, train_step
-from cli import BadInput
+from engine.cli import BadInput
+from engine.step import TrainingStep
 from kernels.newton_schulz import NORM_MARGIN, coefficient_schedule
 from model import SIZES, ModelConfig, Transformer
-from step import TrainingStep
 
 VOCAB, STEPS, ROWS, MICRO_BATCH = 64, 30, 8, 4
 NANO = replace(SIZES["nano"], seq_len=32)

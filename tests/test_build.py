@@ -18,12 +18,11 @@ import data
 import shardfiles
 import sources
 from build import Part, build_shards
-from cli import BadInput
+from engine.cli import BadInput
+from engine.files import ROOT
 from shardfiles import open_shards
 from sources import Repeated, TextFiles
 from tests.conftest import random_documents
-
-ROOT = Path(build.__file__).parent
 
 
 def shard_bytes(folder):

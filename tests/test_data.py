@@ -17,7 +17,7 @@ import documents
 import shardfiles
 import sources
 from build import build_shards
-from cli import BadInput
+from engine.cli import BadInput
 from loader import Loader, shuffle_index, validation_batches
 from shardfiles import TokenStream, open_shards
 from tests.conftest import random_documents

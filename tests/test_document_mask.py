@@ -12,11 +12,12 @@ import torch.nn.attention.flex_attention as flex
 
 import model as model_file
 import shardfiles
-from cli import BadInput
+from engine.cli import BadInput
+from engine.ranks import Rank
+from engine.step import TrainingStep
 from model import FLEX_MIN_HEAD_WIDTH, SIZES, ModelConfig, Transformer
-from settings import Rank, Settings, resolve
+from settings import Settings, resolve
 from shardfiles import open_shards
-from step import TrainingStep
 from tests.test_train import lines
 
 START = 3

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,12 +14,13 @@ import torch
 import experiments
 import launcher
 import settings
+from engine.files import ROOT
+from engine.ranks import Rank
 from kernels import configs
 from model import KERNELS
-from settings import Rank, Settings, chosen_kernels, resolve
+from settings import Settings, chosen_kernels, resolve
 from tests.processes import children_of, steps_logged
 
-ROOT = Path(experiments.__file__).parent
 SLIVER = ("run", "moe-lr-muon", "--scale", "nano", "--tokens", "8192")
 RUNS, UPDATES = 3, 4  # the rates 0.01, 0.02 and 0.04
 

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import runcheck
-import runfiles
 from bench import fuzz, soak
-from cli import BadInput
+from engine import files
+from engine.cli import BadInput
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=()))
 VALUES = st.recursive(
@@ -178,14 +178,14 @@ def test_a_projection_of_two_sizes_is_refused(copy_of):
 def test_any_bytes_in_place_of_the_newest_checkpoint_leave_the_one_before(whole, copy_of, draw):
     """Cut, with a piece of it replaced, or whole as an archive with another pickle in it."""
     folder, reader = copy_of("checkpoint"), fuzz.Checkpoints(whole / "shards")
-    path = folder / runfiles.CHECKPOINT
+    path = folder / files.CHECKPOINT
     good = path.read_bytes()
     start, end = sorted(draw.draw(st.tuples(*[st.integers(0, len(good))] * 2)))
     piece = draw.draw(st.binary(max_size=40))
     kinds = {"replaced": good[:start] + piece + good[end:], "cut": good[:end], "tail": good[start:], "other": piece}
     path.write_bytes(kinds[draw.draw(st.sampled_from(sorted(kinds)))])
     if draw.draw(st.booleans()):
-        with zipfile.ZipFile(whole / "checkpoint" / runfiles.CHECKPOINT) as old, zipfile.ZipFile(path, "w") as new:
+        with zipfile.ZipFile(whole / "checkpoint" / files.CHECKPOINT) as old, zipfile.ZipFile(path, "w") as new:
             for entry in old.namelist():
                 new.writestr(entry, piece if entry.endswith("data.pkl") else old.read(entry))
     damaged = path.read_bytes() != good
@@ -197,10 +197,10 @@ def test_any_bytes_in_place_of_the_newest_checkpoint_leave_the_one_before(whole,
 @given(st.data())
 def test_a_checkpoint_of_any_contents_is_refused_or_read(whole, copy_of, draw):
     folder, reader = copy_of("checkpoint"), fuzz.Checkpoints(whole / "shards")
-    contents = torch.load(folder / runfiles.CHECKPOINT, weights_only=True)
+    contents = torch.load(folder / files.CHECKPOINT, weights_only=True)
     parts = st.sampled_from([key for key in contents if key not in ("model", "step", "config")])
     contents |= draw.draw(st.dictionaries(parts, VALUES | st.lists(VALUES, max_size=2), min_size=1, max_size=2))
-    for name in (runfiles.CHECKPOINT, runfiles.PREVIOUS_CHECKPOINT):
+    for name in (files.CHECKPOINT, files.PREVIOUS_CHECKPOINT):
         torch.save(contents, folder / name)
     is_read(reader.read, folder, whole / "checkpoint")
 

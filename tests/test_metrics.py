@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-import lapack
-from metrics import chance_alignment, cut_jsonl, decompose, projection_record
+from engine import eigh
+from engine.files import cut_jsonl
+from metrics import chance_alignment, decompose, projection_record
 from model import SIZES, Transformer
 
 UPDATE_KEYS = ("left_alignment", "right_alignment", "update_norm", "update_effective_rank")
@@ -108,12 +109,12 @@ def test_a_matrix_that_is_not_finite_or_does_not_converge_spoils_no_other(monkey
     W = torch.randn(5, 8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     exact = torch.linalg.svdvals(W)
     W[1, 2, 3] = torch.nan
-    leading = lapack._leading
+    leading = eigh._leading
 
     def stubborn(gram, k):
         return None if np.array_equal(gram, np.eye(6)) else leading(gram, k)
 
-    monkeypatch.setattr(lapack, "_leading", stubborn)
+    monkeypatch.setattr(eigh, "_leading", stubborn)
     W[3] = torch.eye(8, 6, dtype=torch.float64)
     found = decompose(W).singular_values
     assert found[[1, 3]].isnan().all()
@@ -231,7 +232,7 @@ def test_leading_eigenvectors_are_those_of_numpy(n, threads):
     before, k = torch.get_num_threads(), min(5, n)
     torch.set_num_threads(threads)
     try:
-        values, vectors = lapack.eigh_leading(torch.from_numpy(np.tril(gram)), k)
+        values, vectors = eigh.eigh_leading(torch.from_numpy(np.tril(gram)), k)
     finally:
         torch.set_num_threads(before)
     exact_values, exact_vectors = np.linalg.eigh(gram)
@@ -242,9 +243,9 @@ def test_leading_eigenvectors_are_those_of_numpy(n, threads):
 
 def test_eigenvalues_leave_the_interpreter_to_other_threads():
     """SciPy's wrappers would hold it for all of a reduction, and a training loop would stand still."""
-    lapack.eigh_leading(torch.eye(2, dtype=torch.float64)[None], 1)  # finds the libraries
+    eigh.eigh_leading(torch.eye(2, dtype=torch.float64)[None], 1)  # finds the libraries
     gram = torch.rand(1, 1000, 1000, dtype=torch.float64)
-    worker = threading.Thread(target=lapack.eigh_leading, args=(gram + gram.mT, 5))
+    worker = threading.Thread(target=eigh.eigh_leading, args=(gram + gram.mT, 5))
     ticks = [time.perf_counter()]
     worker.start()
     while worker.is_alive():

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cli import BadInput
+from engine.cli import BadInput
 from model import SIZES, ModelConfig, Transformer, rotary_table, rotate
 
 PUBLISHED_COUNTS = {

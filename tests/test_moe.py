@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import train
-from cli import BadInput
+from engine.cli import BadInput
+from kernels.optimizer import scales_of
 from model import SIZES, ModelConfig, Transformer
-from optim import Muon, build_optimizers, scales_of, step_cost
+from optim import Muon, build_optimizers, step_cost
 from tests.test_train import lines, losses, without_time
 
 SMALL = ModelConfig(32, 2, 4, 4, 48, seq_len=24, ffn="silu", experts=4)

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels.newton_schulz import coefficient_schedule, orthogonalize
+from kernels.optimizer import update_scale
 from model import SIZES, Bank, ModelConfig, Transformer
-from optim import SCHEDULES, Muon, build_optimizers, lr_factor, set_lr, update_scale
+from optim import SCHEDULES, Muon, build_optimizers, lr_factor, set_lr
 
 SMALL = ModelConfig(32, 2, 4, 2, 64, seq_len=16)
 

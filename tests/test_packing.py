@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import shardfiles
-from cli import BadInput
+from engine.cli import BadInput
 from loader import Loader, aligned_windows, document_starts
 from shardfiles import TokenStream, open_shards
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import launcher
-import runfiles
 import train
 from bench import record, record_figures
 from bench.record import ROOT
-from cli import BadInput
+from engine import files
+from engine.cli import BadInput
 from stats import load_run
 from tests.conftest import SMALL_MODEL
 
@@ -50,7 +50,7 @@ def workplace(shards_folder, tmp_path_factory):
     for name in ("README.md", "runs/records/README.md", "runs/records/prior.json"):
         shutil.copy(ROOT / name, root / name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runfiles, "_git_commit", head)
+        patch.setattr("engine.identity._git_commit", head)
         patch.setattr(launcher, "run_here", in_this_process)
         patch.setattr(record, "standard", lambda model: {"batch_tokens": 256, "eval_tokens": 512, "seq_len": 32})
         patch.setattr(record, "PLOTS", ("loss_curves",))  # a figure takes as long as a run
@@ -144,7 +144,7 @@ def test_packed_spectra_are_the_runs_to_five_digits(workplace, made):
     damaged = workplace / "damaged.jsonl.gz"
     damaged.write_bytes((made / "nano-muon-0" / "manifold_stats.jsonl.gz").read_bytes()[:300])
     with pytest.raises(BadInput, match="not readable"):
-        runfiles.read_jsonl(workplace / "damaged.jsonl")
+        files.read_jsonl(workplace / "damaged.jsonl")
 
 
 def without(name):
@@ -252,7 +252,7 @@ def test_make_refuses_a_record_that_is_there_a_changed_tree_and_an_unknown_corpu
     assert "exists" in run_main(record.main, *words, "--out", made)[2]
     (tmp_path / "corpora.json").write_text("{}")
     assert "knows no corpus" in run_main(record.main, *words, "--out", tmp_path / "new")[2]
-    monkeypatch.setattr(runfiles, "_git_commit", lambda: head() + "+")
+    monkeypatch.setattr("engine.identity._git_commit", lambda: head() + "+")
     assert "commit first" in run_main(record.main, *words, "--out", made.parent / "new")[2]
 
 

@@ -7,23 +7,20 @@ import shutil
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
 
 import loader
-import settings
 import shardfiles
-import sharding
 import train
 from bench import scaling
+from engine.ranks import Rank, Sharding, deal, unit_view
 from model import SIZES, ModelConfig, Transformer
 from optim import build_optimizers, load_whole_state, parameter_layout, whole_state
-from sharding import Sharding, deal, unit_view
 from tests.conftest import SMALL_MODEL
+from tests.processes import REPOSITORY
 
-REPOSITORY = Path(sharding.__file__).parent
 TWELVE = (
     *SMALL_MODEL,
     "--batch-tokens",
@@ -131,7 +128,7 @@ def shares_of(model, world_size):
 
 @pytest.mark.parametrize("world_size", [2, 3, 5, 9])
 def test_every_unit_has_one_owner(world_size, monkeypatch):
-    monkeypatch.setattr(sharding, "KEPT_WHOLE", 100)
+    monkeypatch.setattr("engine.ranks.KEPT_WHOLE", 100)
     model = Transformer(ModelConfig(32, 2, 4, 2, 48, seq_len=16), vocab_size=40)
     ranks = shares_of(model, world_size)
     for number, share in enumerate(ranks[0].shares):
@@ -170,7 +167,7 @@ def test_the_busiest_rank_has_as_little_newton_schulz_as_dealing_allows(size, ra
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_bytes_and_messages_are_those_that_are_handed_to_the_network(world_size, monkeypatch):
-    monkeypatch.setattr(sharding, "KEPT_WHOLE", 100)
+    monkeypatch.setattr("engine.ranks.KEPT_WHOLE", 100)
     model = Transformer(ModelConfig(32, 2, 4, 2, 48, seq_len=16), vocab_size=41)
     ours, sent = Sharding(model, 0, world_size), []
 
@@ -183,7 +180,7 @@ def test_bytes_and_messages_are_those_that_are_handed_to_the_network(world_size,
         reduce_scatter_tensor=lambda mine, whole, **_: send(whole, 1),
         all_gather_into_tensor=lambda whole, mine, **_: send(whole, 1),
     )
-    monkeypatch.setattr(sharding, "dist", network)
+    monkeypatch.setattr("engine.ranks.dist", network)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     ours.reduce_gradients()
@@ -210,7 +207,7 @@ def test_ranks_share_out_the_validation_and_each_batch_is_read_once(shards_folde
     for index in range(world_size):
         run = types.SimpleNamespace(
             **{"val_stream": stream, "s": types.SimpleNamespace(eval_tokens=640, seq_len=32), "validation_rows": 4},
-            **{"rank": settings.Rank(index, world_size), "model": None, "best_val_loss": 0.0, "step": 1, "updates": 2},
+            **{"rank": Rank(index, world_size), "model": None, "best_val_loss": 0.0, "step": 1, "updates": 2},
             **{"progress": dict, "watch": types.SimpleNamespace(total=0.0)},
             folder=types.SimpleNamespace(write=nothing, save_best=nothing),
             out=types.SimpleNamespace(line=nothing),
@@ -223,7 +220,7 @@ def test_ranks_share_out_the_validation_and_each_batch_is_read_once(shards_folde
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_what_is_sent_is_padded_and_back(world_size, monkeypatch):
-    monkeypatch.setattr(sharding, "KEPT_WHOLE", 0)
+    monkeypatch.setattr("engine.ranks.KEPT_WHOLE", 0)
     model = Transformer(ModelConfig(32, 2, 4, 2, 48, seq_len=16), vocab_size=41)
     for share in Sharding(model, 0, world_size).shares:
         whole = torch.randn_like(share.parameter)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import sources
-from cli import BadInput
+from engine.cli import BadInput
 from sources import TEXT
 from tests.conftest import random_documents
 from tests.hub import Hub

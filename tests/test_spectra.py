@@ -11,15 +11,15 @@ import types
 import pytest
 import torch
 
-import live
 import metrics
 import settings
 import spectra
 import train
+from engine import run_folder
+from engine.ranks import Sharding
 from metrics import decompose, projection_record
 from model import ModelConfig, Transformer
 from optim import build_optimizers
-from sharding import Sharding
 from spectra import QUEUE_EVENTS, SpectraRecorder, WorkerFailed
 
 CONFIG = ModelConfig(32, 2, 4, 2, 48, seq_len=16)
@@ -223,9 +223,11 @@ def test_tensorboard_sees_a_run_to_its_end(train_small, monkeypatch):
 
 def test_tensorboard_gets_scalars_and_means_over_layers(monkeypatch, tmp_path):
     written = tensorboard_stand_in(monkeypatch)
-    board = live.TensorBoard(tmp_path, last_step=6)
+    board = run_folder.TensorBoard(tmp_path, last_step=6)
     board.write({"kind": "val", "step": 7, "tokens": 70, "val_loss": 2.5, "val_accuracy": None})
-    norms = [{"step": 7, "proj": "q", **dict.fromkeys(live.SPECTRA_SHOWN), "spectral_norm": v} for v in (1.0, 3.0)]
+    norms = [
+        {"step": 7, "proj": "q", **dict.fromkeys(run_folder.SPECTRA_SHOWN), "spectral_norm": v} for v in (1.0, 3.0)
+    ]
     board.write_spectra(norms)
     assert written == [("purge", 7), ("val/val_loss", 2.5, 7), ("spectra/spectral_norm/q", 2.0, 7)]
 

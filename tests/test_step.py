@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 
-import devices
 import model as model_file
 import train
-from clock import Times
-from memory import MemoryCount
+from engine import speed
+from engine.memory import MemoryCount
+from engine.speed import Times
+from engine.step import TrainingStep
 from model import KERNELS, SIZES, ModelConfig, Transformer
-from optim import build_optimizers
-from step import TrainingStep
+from optim import build_optimizers, step_cost
 
 CONFIG = ModelConfig(32, 2, 2, 1, 64, seq_len=16, ffn="relu2", qk_norm=True)
 
@@ -175,16 +175,16 @@ def test_running_out_of_memory_names_a_micro_batch_that_fits(train_small, monkey
 
 def test_the_speed_of_light_equals_a_count_by_hand():
     step = build()
-    gpu = devices.Device(bf16_flops=1e9, bytes_per_second=1e9)
+    gpu = speed.Device(bf16_flops=1e9, bytes_per_second=1e9)
     in_banks = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 2 * 64 * 32)
     others = 50 * 32 + 2 * 2 * 32 + 32 + 2 * 2 * 16
     per_token = 6 * (in_banks + 50 * 32) + 12 * 2 * 32 * 16 // 2
     square, wide, tall = 20 * 32**3, 26 * 16**3, 26 * 32**3  # half products: 20 m³ standard at 1, 26 m³ Gram at 2
     flops = 64 * per_token + 4 * (square + wide + tall)
     moved = 24 * in_banks + 28 * others
-    found = devices.light_seconds(step.model, step.optimizers, 64, 16, gpu)
+    found = speed.light_seconds(step.model, step_cost(step.optimizers), 64, 16, gpu)
     assert found == pytest.approx((flops + moved) / 1e9)
-    assert devices.find("Voodoo 2") is None
+    assert speed.find("Voodoo 2") is None
 
 
 def test_every_step_line_splits_the_step(train_small):

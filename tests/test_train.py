@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +11,10 @@ import torch
 
 import build
 import train
-from step import TrainingStep
+from engine.files import ROOT as REPOSITORY
+from engine.step import TrainingStep
 from tests.conftest import SMALL_MODEL, random_documents
 from tests.test_data import damage
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def lines(folder, name="metrics.jsonl", kind=None):

@@ -10,20 +10,19 @@ learn of it a step later. train.py runs this class and `evaluate`, bench/train.p
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from clock import Times
-from model import Transformer
-from sharding import Sharding
+from engine.files import ROOT
+from engine.ranks import Sharding
+from engine.speed import Times
 
-COMPILE_CACHE = Path(__file__).resolve().parent / ".cache" / "inductor"
+COMPILE_CACHE = ROOT / ".cache" / "inductor"
 
 
 def prepare_torch() -> None:
@@ -78,7 +77,7 @@ class TrainingStep:
 
     def __init__(
         self,
-        model: Transformer,
+        model: nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
         *,
         micro_batch: int,
@@ -146,7 +145,7 @@ class TrainingStep:
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, batches: Iterable[np.ndarray], world_size: int = 1) -> tuple[float, float]:
+def evaluate(model: nn.Module, batches: Iterable[np.ndarray], world_size: int = 1) -> tuple[float, float]:
     """Mean loss in nats and next-token accuracy over this rank's `batches` of token rows and all other ranks'."""
     model.eval()
     device = model.embedding.device

@@ -10,10 +10,10 @@ import resource
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from cli import BadInput
+from engine.cli import BadInput
 from kernels.cross_entropy import LOGIT_BYTES, MIN_CHUNK_ROWS
-from model import Transformer
 
 SLACK = 0.1  # of the device's free memory that is left alone
 GIB = 2**30
@@ -24,7 +24,7 @@ CPU_MICRO_BATCH_TOKENS = 1024  # what fits a CPU's L2 cache (bench/LOG.md)
 class MemoryCount:
     """One update of `sequences` sequences per rank of `seq_len` tokens, in micro-batches yet to be chosen."""
 
-    model: Transformer
+    model: nn.Module
     optimizer: str
     sequences: int
     seq_len: int

@@ -1,19 +1,86 @@
-"""What the GPUs that people train on can do at best, and what a training step needs of them.
+"""Time on the device, and what the device could do at best: moments in its queue, phases of a step, the speed of light.
 
-    device = find(torch.cuda.get_device_name()); seconds = light_seconds(model, optimizers, tokens, seq_len, device)
+    times = Times(device); ...; times.mark("forward"); times.milliseconds()
+    seconds = light_seconds(model, step_cost(optimizers), tokens, seq_len, find(torch.cuda.get_device_name()))
 
-Vendor data sheets; a device that is not in the table has no MFU and no speed of light, rather than a wrong one.
+Reading a moment waits until the device has passed it; taking one does not. Peaks are from vendor data sheets; a device
+that is not in the table has no MFU and no speed of light, rather than a wrong one.
 """
 
-from collections.abc import Sequence
+import time
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from clock import Times
-from memory import GIB
-from model import Transformer
-from optim import step_cost
+from engine.memory import GIB
+
+Point = torch.cuda.Event | float  # a moment on the device's timeline, or on the host's without a GPU
+
+
+def point(device: torch.device) -> Point:
+    """This moment in the device's queue."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start: Point, stop: Point) -> float:
+    """Waits until the device has passed `stop`."""
+    if isinstance(stop, float):
+        return stop - start
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3
+
+
+class Times:
+    """How long each phase of a step took; marks are events in the device's queue, read when the step is over."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.start()
+
+    def start(self) -> None:
+        """Forget what was marked; the first phase begins now."""
+        self.names: list[str] = []
+        self.points = [point(self.device)]
+
+    def mark(self, phase: str) -> None:
+        """What lies between the mark before and this one was `phase`."""
+        self.names.append(phase)
+        self.points.append(point(self.device))
+
+    def milliseconds(self) -> dict[str, float]:
+        """Sum of each phase; waits for the last mark."""
+        totals = dict.fromkeys(self.names, 0.0)
+        seconds_between(self.points[0], self.points[-1])
+        for phase, start, stop in zip(self.names, self.points[:-1], self.points[1:], strict=True):
+            totals[phase] += 1e3 * seconds_between(start, stop)
+        return totals
+
+
+class Stopwatch:
+    """Adds up the seconds between start and stop; the device's queue is drained at both ends."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.total, self.started = device, 0.0, None
+
+    def start(self) -> None:
+        self._drain()
+        self.started = time.perf_counter()
+
+    def stop(self) -> None:
+        self._drain()
+        self.total, self.started = self.seconds(), None
+
+    def seconds(self) -> float:
+        return self.total + (time.perf_counter() - self.started if self.started is not None else 0.0)
+
+    def _drain(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 @dataclass(frozen=True)
@@ -42,8 +109,8 @@ def find(name: str) -> Device | None:
 
 
 def light_seconds(
-    model: Transformer,
-    optimizers: Sequence[torch.optim.Optimizer],
+    model: nn.Module,
+    step_cost: tuple[float, float],
     tokens: int,
     seq_len: int,
     device: Device,
@@ -55,7 +122,7 @@ def light_seconds(
     every gradient, weight and moment once; nothing elementwise, which a perfect program would hide behind the matmuls.
     Of several ranks each has its share of the tokens, and `optimizers` hold its share of the parameters.
     """
-    update_flops, update_bytes = step_cost(optimizers)
+    update_flops, update_bytes = step_cost
     flops = tokens / ranks * model.flops_per_token(seq_len, causal=True) + update_flops
     return flops / device.bf16_flops + update_bytes / device.bytes_per_second
 
@@ -65,8 +132,8 @@ class Speed:
 
     def __init__(
         self,
-        model: Transformer,
-        optimizers: Sequence[torch.optim.Optimizer],
+        model: nn.Module,
+        step_cost: tuple[float, float],
         batch_tokens: int,
         seq_len: int,
         name: str,
@@ -74,7 +141,7 @@ class Speed:
     ) -> None:
         self.model, self.batch_tokens, self.seq_len, self.ranks = model, batch_tokens, seq_len, ranks
         self.device = find(name)
-        work = (model, optimizers, batch_tokens, seq_len)
+        work = (model, step_cost, batch_tokens, seq_len)
         self.light_seconds = None if self.device is None else light_seconds(*work, self.device, ranks)
 
     def mfu(self, tokens_per_second: float | None, causal: bool = False) -> float | None:

@@ -9,19 +9,50 @@ which overlaps with the next bank's orthogonalisation. A rank's optimizer holds 
 holds all of it in the form that a single rank writes, so that any number of ranks resumes from it.
 """
 
+import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from model import Transformer
+from engine.cli import BadInput
 
+RANK_TIMEOUT = timedelta(minutes=10)  # how long a rank waits for another; compilation must fit
 KEPT_WHOLE = 2**14  # elements: a parameter with at most so many costs less to update everywhere than to send in parts
 warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process among its peers, as torchrun numbers them."""
+
+    index: int = 0
+    count: int = 1
+    local: int = 0
+    """Its number on this machine, which is also its GPU's."""
+
+
+def join_ranks(device: str) -> Rank:
+    """This process's place among those torchrun started; a process of its own otherwise."""
+    env = os.environ
+    rank = Rank(int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0)))
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if cuda:
+        if rank.local >= torch.cuda.device_count():
+            raise BadInput(f"--nproc_per_node: more ranks than the {torch.cuda.device_count()} GPUs of this machine")
+        torch.cuda.set_device(rank.local)
+    if rank.count > 1:
+        # After a restart by torchrun the store still holds the addresses of the processes before.
+        store, *_ = next(dist.rendezvous("env://", timeout=RANK_TIMEOUT))
+        store = dist.PrefixStore(f"start-{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        who = {"store": store, "rank": rank.index, "world_size": rank.count}
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=RANK_TIMEOUT, **who)
+    return rank
 
 
 def unit_view(p: Tensor) -> Tensor:
@@ -94,7 +125,7 @@ class Share:
 class Sharding:
     """The shares of a model's parameters, and what is sent between ranks; with one rank, nothing."""
 
-    def __init__(self, model: Transformer, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, model: nn.Module, rank: int = 0, world_size: int = 1) -> None:
         self.rank, self.world_size = rank, world_size
         self.device = model.embedding.device
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

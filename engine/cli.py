@@ -1,0 +1,89 @@
+"""What every command shares: how it reads a count, how it refuses bad input, and what an expected failure is.
+
+Raise `BadInput` for anything the user can fix (a flag, a file) and wrap a command's `main` in `exit_with_a_sentence`:
+one sentence on stderr, exit code 2. `RunFailed` is an expected failure of a run (a full disk, a lost rank): exit code 1
+and one sentence in summary.json. A bug keeps its traceback.
+"""
+
+import functools
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+MOST_LETTERS = 1000  # of a sentence, which may quote a file
+# The type of token counts: flags accept 2e6 as well as 2000000.
+Count = Annotated[
+    int,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="COUNT",
+        instance_from_str=lambda words: parse_count(words[0]),
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+
+
+class BadInput(ValueError):
+    """A flag or file of the user's cannot be used; the message is one sentence that names it.
+
+    Newlines and terminal commands that the sentence quotes from a file are shown escaped.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in sentence[:MOST_LETTERS])
+        super().__init__(shown + "…" * (len(sentence) > MOST_LETTERS))
+
+
+class RunFailed(RuntimeError):
+    """An expected failure of a run; the message is the sentence that summary.json records as the reason."""
+
+
+class TrainingFailed(RunFailed):
+    """The loss or a gradient is not finite. Every rank raises it."""
+
+
+class CannotWrite(RunFailed):
+    """A file cannot be written (full disk, read-only folder); the message names it."""
+
+
+def exit_with_a_sentence(main: Callable[[], int | None]) -> Callable[[], int]:
+    """Wrap a command: `BadInput` becomes its sentence on stderr and exit code 2, Ctrl-C exit code 130."""
+
+    @functools.wraps(main)
+    def command() -> int:
+        try:
+            return main() or 0
+        except BadInput as refusal:
+            print(f"error: {refusal}", file=sys.stderr, flush=True)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            return 130
+
+    return command
+
+
+def make_folder(path: Path, exist_ok: bool = False) -> None:
+    """Create a folder and its parents; BadInput if that fails."""
+    try:
+        path.mkdir(parents=True, exist_ok=exist_ok)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be created ({error.strerror})") from None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error message."""
+    return (str(error).splitlines() or [repr(error)])[0]
+
+
+def parse_count(text: str) -> int:
+    """'2000000', '2_000_000' or '2e6' -> 2000000; ValueError for anything else."""
+    number = float(text.replace("_", ""))
+    if not math.isfinite(number) or number != int(number):
+        raise ValueError(f"{text} is not a whole number")
+    return int(number)

@@ -1,0 +1,171 @@
+"""The names of a run's files in runs/<name>/, writing them whole or not at all, and JSON in and out of them.
+
+Training writes through this file and reports read through it; importing it does not import torch.
+"""
+
+import contextlib
+import gzip
+import json
+import math
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from engine.cli import BadInput, CannotWrite, first_line
+
+pass
+
+ROOT = Path(__file__).resolve().parent.parent  # of the source tree
+CONFIG, SUMMARY, LOG = "config.json", "summary.json", "log.txt"
+METRICS, SPECTRA = "metrics.jsonl", "manifold_stats.jsonl"
+PACKED = ".gz"  # how a record keeps spectra
+CHECKPOINT, PREVIOUS_CHECKPOINT, BEST = "checkpoint.pt", "checkpoint.prev.pt", "best.pt"
+
+
+@contextlib.contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Turn what the system says while `path` is written into CannotWrite."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where the disk is full
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise CannotWrite(f"{path}: cannot be written ({reason})") from error
+
+
+def is_safe_name(name: str) -> bool:
+    """A single path component that cannot leave the runs folder or hide in it."""
+    return re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}", name) is not None
+
+
+def write_whole(path: Path, write: Callable[[Any], None], mode: str = "wb") -> None:
+    """Call `write(file)` on a temporary file beside `path`, force it to disk and rename it into place; CannotWrite
+    leaves what was there."""
+    unfinished = written(path, write, mode)
+    with writing(path):
+        os.replace(unfinished, path)
+        sync_folder(path.parent)
+
+
+def temporary(path: Path) -> Path:
+    """What `path` is called until it is whole; a kill may leave it behind, and the next write takes it over."""
+    return path.with_name(path.name + ".tmp")
+
+
+def written(path: Path, write: Callable[[Any], None], mode: str) -> Path:
+    """A complete temporary file beside `path`, or none."""
+    unfinished = temporary(path)
+    try:
+        with writing(path), open(unfinished, mode) as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except CannotWrite:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise
+    return unfinished
+
+
+def sync_folder(folder: Path) -> None:
+    """A rename survives a power cut only when its folder is on disk too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    write_whole(path, lambda file: file.write(json.dumps(value, indent=2, allow_nan=False) + "\n"), mode="w")
+
+
+def _parsed(text: str) -> Any:
+    """A JSON value; ValueError for what Python's reader takes beyond JSON, and for half a letter, which nothing can
+    write out again."""
+    value = json.loads(text, parse_constant=_no_number)
+    if "\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no number")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file or of its .gz, none if both are missing; a torn last line of a running run is left
+    out. BadInput names the line that is something else."""
+    packed = path.with_name(path.name + PACKED)
+    if not path.exists() and packed.exists():
+        path = packed
+    try:
+        lines = (gzip.decompress(path.read_bytes()) if path == packed else path.read_bytes()).decode().splitlines()
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, EOFError, zlib.error) as error:
+        raise BadInput(f"{path}: not readable as text ({first_line(error)})") from None
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = _parsed(line)
+        except (ValueError, RecursionError):
+            if number < len(lines):
+                raise BadInput(f"{path}: line {number} is not JSON") from None
+            break
+        if not isinstance(record, dict):
+            raise BadInput(f"{path}: line {number} holds a JSON {type(record).__name__}, not an object")
+        records.append(record)
+    return records
+
+
+def load_json(path: Path, most_bytes: int = 2**24) -> dict[str, Any]:
+    """A JSON object from a file; BadInput names the file where it is missing, too large or something else."""
+    try:
+        if path.stat().st_size > most_bytes:
+            raise BadInput(f"{path}: {path.stat().st_size:,} bytes, more than the {most_bytes:,} that it may have")
+        value = _parsed(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: not readable as JSON ({first_line(error)})") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+class JsonlWriter:
+    """Appends one JSON object per line; a killed run leaves whole lines but perhaps for the last."""
+
+    def __init__(self, path: Path) -> None:
+        with writing(path):
+            self.file = path.open("a", encoding="utf-8")
+
+    def write(self, *records: dict[str, Any]) -> None:
+        with writing(self.file.name):
+            self.file.write("".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+            self.file.flush()
+
+    def sync(self) -> None:
+        """What was written survives a power cut."""
+        with writing(self.file.name):
+            os.fsync(self.file.fileno())
+
+
+def cut_jsonl(path: Path, last_step: int) -> None:
+    """Drop the lines after `last_step`, and a torn last line, so that a resumed run can append."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # damaged
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line)
+    write_whole(path, lambda file: file.write("".join(line + "\n" for line in kept)), mode="w")
+
+
+def finite(value: float) -> float | None:
+    """The value to 7 digits, None where it is not a number."""
+    return float(f"{value:.7g}") if math.isfinite(value) else None

@@ -1,0 +1,63 @@
+"""What makes two runs the same: the settings that decide what is learned, their hash, and where a run came from.
+
+    config_hash(config); check_same_run("my-run", checkpoint["config"], config); provenance()["git_commit"]
+
+This is the one table of settings that do not count; importing it does not import torch.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Iterable
+from typing import Any
+
+from engine.cli import BadInput
+from engine.files import ROOT
+
+PLACE = ("data", "data_pattern", "runs_dir", "name", "resume", "log", "log_every", "checkpoint_every", "plots")
+SPEED = ("micro_batch", "compile", "kernels", "device", "deterministic")
+MEASUREMENT = ("eval_every", "eval_tokens", "spectra_every")
+# Settings that do not change what is learned: runs that differ only here have the same config_hash.
+NOT_LEARNED = frozenset((*PLACE, *SPEED, *MEASUREMENT))
+# Runs that differ only here are repetitions of one experiment: the same settings, measured on the same tokens.
+NOT_COMPARED = (NOT_LEARNED - {"eval_tokens"}) | {"seed"}
+
+
+def config_hash(config: dict[str, Any], leave_out: Iterable[str] = NOT_LEARNED) -> str:
+    """16 hex digits over the settings that decide what is learned."""
+    kept = {key: value for key, value in config.items() if key not in set(leave_out)}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_same_run(name: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """BadInput that names every setting in which the run to resume differs from the one requested."""
+    if old["config_hash"] == new["config_hash"]:
+        return
+    hashed = list(new)[: list(new).index("vocab_size") + 1]  # config.json lists the hashed settings first
+    changed = [key for key in hashed if key not in NOT_LEARNED and old.get(key) != new[key]]
+    differences = ", ".join(f"{key} was {old.get(key)}, is {new[key]}" for key in changed)
+    raise BadInput(f"--resume {name}: its settings differ ({differences}); repeat them or choose another name")
+
+
+def provenance() -> dict[str, Any]:
+    """Commit and versions that a run's config.json records; None where something is absent."""
+    versions = {}
+    for package in ("torch", "triton", "numpy", "tokenizers", "datasets"):
+        try:
+            versions[f"{package}_version"] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[f"{package}_version"] = None
+    return {"git_commit": _git_commit(), "python_version": platform.python_version(), **versions}
+
+
+def _git_commit() -> str | None:
+    """The commit of this source tree, with + where tracked files differ from it."""
+    git = ("git", "-C", str(ROOT))
+    try:
+        commit = subprocess.run((*git, "rev-parse", "HEAD"), capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run((*git, "diff", "--quiet", "HEAD"), capture_output=True, check=False).returncode
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + "+" * bool(dirty)

@@ -1,0 +1,262 @@
+"""Muon: momentum, orthogonalised, as a torch.optim.Optimizer that needs nothing but this folder.
+
+    optimizer = Muon(matrices, lr=0.02); loss.backward(); optimizer.step()
+
+Costs one batched Newton-Schulz per parameter and step. On CUDA sm_80 or newer the step runs in Triton kernels.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import configs
+from .muon import Momentum, launch_normalize, launch_update
+from .newton_schulz import (
+    COEFFICIENTS,
+    METHODS,
+    NORM_MARGIN,
+    coefficient_schedule,
+    iterate,
+    orthogonalize,
+)
+
+LR_SCALES = ("spectral", "rms", "none")
+GRAPHS_KEPT = 4  # of Muon's step; gradients usually return to the same addresses every step
+KEYS_SEEN = 64
+
+
+def update_scale(rows: int, cols: int, rule: str) -> float:
+    """What an orthogonalised (rows, cols) = (out, in) update is multiplied by, besides the learning rate.
+
+    spectral: sqrt(max(1, rows/cols)) (Jordan et al. 2024); rms: 0.2 sqrt(max(rows, cols)), which gives the update the
+    root mean square of AdamW's (Liu et al. 2025); none: 1.
+    """
+    if rule == "spectral":
+        return max(1.0, rows / cols) ** 0.5
+    return 0.2 * max(rows, cols) ** 0.5 if rule == "rms" else 1.0
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised: W <- (1 - lr wd) W - lr scale orthogonalize(u)  (Jordan et al. 2024).
+
+    m <- lerp(m, g, 1 - momentum), u = lerp(g, m, momentum) with Nesterov, else m. Parameters are 2-D, 3-D or 4-D; the
+    last two dimensions are the matrix. Two options belong to a parameter group:
+    `transposed`: for each entry of a bank's first dimension, True where the map is the transpose of what is stored
+    (for `lr_scale`);
+    `row_splits`: row counts of the projections fused into one matrix, each orthogonalised by itself. Without it a
+    fused matrix is orthogonalised as one.
+    Speaks GradScaler's protocol for fused optimizers: with attributes `grad_scale` and `found_inf` (0-D tensors)
+    gradients are divided by the one, and nothing happens where the other is not zero; on CUDA the host never waits.
+    On CUDA sm_80 or newer the step runs in Triton kernels with fp16 iterates and, with `capture`, as one CUDA graph
+    launch once the addresses of the gradients repeat.
+    Over several ranks its parameters are this rank's shares (sharding.py); `updated` is called with each when it has
+    its new values, so that sending them overlaps with the next one's orthogonalisation.
+    Raises ValueError for settings out of range and for parameters that are no matrices.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        ns_steps: int = 5,
+        ns_coefficients: str = "polar_express",
+        ns_method: str = "auto",
+        lr_scale: str = "spectral",
+        capture: bool = True,
+    ) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"Muon's momentum must lie in [0, 1), got {momentum}")
+        if not (lr >= 0 and weight_decay >= 0):
+            raise ValueError(f"Muon's lr and weight_decay must not be negative, got {lr} and {weight_decay}")
+        if ns_coefficients not in COEFFICIENTS or ns_method not in METHODS or ns_steps < 1 or lr_scale not in LR_SCALES:
+            raise ValueError(f"Muon does not know {ns_coefficients=}, {ns_method=}, {ns_steps=} or {lr_scale=}")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "ns_steps": ns_steps,
+            "ns_coefficients": ns_coefficients,
+            "ns_method": ns_method,
+            "lr_scale": lr_scale,
+            "transposed": None,
+            "row_splits": None,
+        }
+        super().__init__(params, defaults)
+        self.capture = capture
+        self.updated: Callable[[Tensor], None] | None = None
+        self._step_supports_amp_scaling = True
+        self._forget_graphs()
+
+    def _forget_graphs(self) -> None:
+        """What was captured read tensors that no longer count, as after load_state_dict."""
+        self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
+        self.seen_keys: set[tuple] = set()
+        self.scalars: list[Tensor] = []
+        self.constants: dict[tuple, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"capture": self.capture}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("capture", True)
+        self.__dict__.setdefault("updated", None)
+        self.__dict__.setdefault("_step_supports_amp_scaling", True)
+        self._forget_graphs()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        fault = self._fault_of(self.param_groups[-1])
+        if fault:
+            self.param_groups.pop()
+            raise ValueError(fault)
+
+    @staticmethod
+    def _fault_of(group: dict[str, Any]) -> str | None:
+        splits, transposed = group["row_splits"], group["transposed"]
+        for p in group["params"]:
+            if p.ndim not in (2, 3, 4) or not p.numel() or not p.is_contiguous():
+                return f"Muon takes contiguous matrices and banks of them, got a parameter of shape {tuple(p.shape)}"
+            if splits and (sum(splits) != p.shape[-2] or min(splits) < 1):
+                return f"row_splits {splits} do not add up to {p.shape[-2]} rows"
+            if transposed and (p.ndim < 3 or len(transposed) != len(p)):
+                return f"transposed needs one entry for each layer of matrices of a bank of shape {tuple(p.shape)}"
+        return None
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        if not all(configs.runs_triton(p) for group in self.param_groups for p in group["params"]):
+            self._step_reference()
+        elif any(True for _ in self._with_gradient()):
+            self._set_scalars()
+            if self.capture and self.updated is None and not torch.cuda.is_current_stream_capturing():
+                self._step_captured()
+            else:
+                self._step_fused()
+        return loss
+
+    def _step_reference(self) -> None:
+        """The step in PyTorch operations; the host reads `found_inf`."""
+        grad_scale, found_inf = self._scaling()
+        if found_inf:
+            return
+        for group, p in self._with_gradient():
+            gradient = p.grad / grad_scale if grad_scale != 1.0 else p.grad
+            momentum = self.state[p]["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+            update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(_scaled_orthogonal(update, group), alpha=-group["lr"])
+            if self.updated is not None:
+                self.updated(p)
+
+    def _step_fused(self) -> None:
+        """The step in Triton kernels: three passes over each bank besides Newton-Schulz."""
+        grad_scale, found_inf, *rates = self.scalars
+        rate_of = {id(group): rate for group, rate in zip(self.param_groups, rates, strict=True)}
+        for group, p in self._with_gradient():
+            schedule = coefficient_schedule(group["ns_coefficients"], group["ns_steps"])
+            margin = NORM_MARGIN[group["ns_coefficients"]]
+            rows = group["row_splits"] or (p.shape[-2],)
+            flat = (-1, *p.shape[-2:])
+            bank = (p.view(flat), p.grad.reshape(flat), self.state[p]["momentum_buffer"].view(flat))
+            parts = zip(*(t.split(rows, dim=1) for t in bank), strict=True)
+            for W, gradient, buffer in parts:
+                state = Momentum(buffer, group["momentum"], group["nesterov"], grad_scale, found_inf)
+                X = launch_normalize(gradient, margin, torch.float16, state)
+                out = iterate(X, schedule=schedule, method=group["ns_method"])
+                scale = self._constant(tuple(scales_of(W.shape, group)), p.device)
+                launch_update(W, out, rate_of[id(group)], scale, found_inf, group["weight_decay"])
+            if self.updated is not None:
+                self.updated(p)
+
+    def _step_captured(self) -> None:
+        """`_step_fused` as a CUDA graph, one for each set of addresses and settings that comes back.
+
+        The first step with new addresses runs eagerly (and compiles), the second is captured, later ones replay. Other
+        threads may allocate meanwhile (the loader pins memory), hence the thread-local capture mode.
+        """
+        tensors = [t for _, p in self._with_gradient() for t in (p, p.grad, self.state[p]["momentum_buffer"])]
+        settings = [{k: v for k, v in g.items() if k not in ("params", "lr", "peak_lr")} for g in self.param_groups]
+        key = (*((t.data_ptr(), t.stride()) for t in tensors), str(settings))
+        if key in self.graphs:
+            self.graphs[key].replay()
+        elif key in self.seen_keys:
+            if len(self.graphs) == GRAPHS_KEPT:
+                del self.graphs[next(iter(self.graphs))]  # the oldest
+            self.graphs[key] = self._capture()
+            self.graphs[key].replay()
+        else:
+            self._step_fused()
+            if len(self.seen_keys) == KEYS_SEEN:  # addresses that never return must not pile up
+                self.seen_keys.clear()
+            self.seen_keys.add(key)
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """Not by torch.cuda.graph: it empties the allocator's cache, after which gradients lie somewhere else."""
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        pool = next(iter(self.graphs.values())).pool() if self.graphs else None  # one pool for all
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            graph.capture_begin(*(() if pool is None else (pool,)), capture_error_mode="thread_local")
+            try:
+                self._step_fused()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+        return graph
+
+    def _with_gradient(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    yield group, p
+
+    def _scaling(self) -> tuple[Tensor | float, Tensor | float]:
+        """GradScaler's two tensors, or what leaves a step as it is."""
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        return 1.0 if grad_scale is None else grad_scale, 0.0 if found_inf is None else found_inf
+
+    def _set_scalars(self) -> None:
+        """grad_scale, found_inf and each group's learning rate into tensors that a captured step reads."""
+        values = [*self._scaling(), *(group["lr"] for group in self.param_groups)]
+        for _ in values[len(self.scalars) :]:
+            self.scalars.append(torch.zeros((), device=next(p for _, p in self._with_gradient()).device))
+        for scalar, value in zip(self.scalars, values, strict=True):
+            scalar.copy_(value) if isinstance(value, Tensor) else scalar.fill_(value)
+
+    def _constant(self, values: tuple[float, ...], device: torch.device) -> Tensor:
+        if (values, device) not in self.constants:
+            self.constants[values, device] = torch.tensor(values, device=device)
+        return self.constants[values, device]
+
+
+def scales_of(shape: torch.Size, group: dict[str, Any]) -> list[float]:
+    """`update_scale` of each matrix of a (batch, rows, cols) bank."""
+    rows, cols = shape[-2:]
+    scale, transposed_scale = (update_scale(m, n, group["lr_scale"]) for m, n in ((rows, cols), (cols, rows)))
+    transposed = group["transposed"] or (False,)
+    return [transposed_scale if t else scale for t in transposed for _ in range(shape[0] // len(transposed))]
+
+
+def _scaled_orthogonal(update: Tensor, group: dict[str, Any]) -> Tensor:
+    """`scale * orthogonalize(update)`, projection by projection."""
+    options = {"steps": group["ns_steps"], "coefficients": group["ns_coefficients"], "method": group["ns_method"]}
+    parts = update.reshape(-1, *update.shape[-2:]).split(group["row_splits"] or (update.shape[-2],), dim=1)
+    scaled = [
+        orthogonalize(part, **options) * part.new_tensor(scales_of(part.shape, group)).view(-1, 1, 1) for part in parts
+    ]
+    return torch.cat(scaled, dim=1).view(update.shape)
