@@ -1,243 +1,275 @@
-"""Token shards: build them from text, look into them, stream them into a run.
+"""uint16 shards -> batches: windows of the token stream, shuffled, filled by a thread; the validation tokens in order.
 
-    python data.py embedded --out shards/stdlib          # the Python sources of this machine, no network
-    python data.py text notes.txt corpus.parquet --out shards/mine
-    python data.py hf smollm-mix --max-tokens 1e9 --out shards/smollm-1b
-    python data.py inspect shards/mine
+    loader = Loader(TokenStream(open_shards(folder), "train"), batch_size=8, seq_len=2048, seed=0); next(loader)
+    python data.py embedded --out shards/mine          # the commands that build shards are in corpus/
 
-This file is the command and the front door: sources.py says where text comes from, build.py makes shards of it,
-shardfiles.py has the format, loader.py the batches. An interrupted build goes on with the same command.
+Global batch i is a pure function of (files, seed, i, batch size), the same for every number of ranks; the whole state
+is two integers.
 """
 
-import difflib
-import resource
+import queue
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from queue import Empty, Full, Queue
+from threading import Event, Thread
+from typing import Literal
 
-import tyro
+import numpy as np
 
-import inspection
-from build import Part, build_shards
-from engine.cli import BadInput, CannotWrite, Count, exit_with_a_sentence
-from loader import Loader
-from shardfiles import MAX_VOCAB_SIZE, TRAIN_PATTERN, TokenStream, digest, open_shards
-from sources import Column, Repeated, TextFiles, embedded_documents, embedded_files, hub_dataset, stamp, text_files
+from corpus.shards import CHECKED_AT_ONCE_BYTES, HEADER_BYTES, SLOT_CRC32, Shards, check_payload, read_header
+from engine.cli import BadInput, RunFailed
 
-__all__ = ["Loader", "TokenStream", "build_shards", "open_shards"]
+pass
 
-
-@dataclass(frozen=True)
-class Preset:
-    """A known mix: (dataset, configuration, share of the tokens), and the tokenizer that goes with it."""
-
-    parts: tuple[tuple[str, str, float], ...]
-    tokenizer: str = "HuggingFaceTB/SmolLM2-135M"  # vocabulary 49,152
+Packing = Literal["stream", "bos-aligned"]
+BATCHES_AHEAD = 2
+CHUNK_TOKENS = 2**21  # that are searched for documents at a time
 
 
-SMOLLM = "HuggingFaceTB/smollm-corpus"
-PRESETS = {
-    "smollm-mix": Preset(((SMOLLM, "fineweb-edu-dedup", 0.7), (SMOLLM, "cosmopedia-v2", 0.3))),
-    "cosmopedia": Preset(((SMOLLM, "cosmopedia-v2", 1.0),)),
-    "fineweb-edu": Preset((("HuggingFaceFW/fineweb-edu", "sample-10BT", 1.0),)),
-}
+class TokenStream:
+    """One split's shards as one sequence of tokens, mapped into memory, each checked when it is first touched: a small
+    one before a token of it is given, a large one by a thread behind the reader."""
+
+    def __init__(self, shards: Shards, split: str) -> None:
+        self.paths, self.vocab_size, self.eot_id = shards.files[split], shards.vocab_size, shards.eot_id
+        self.starts = np.concatenate(([0], np.cumsum(shards.counts[split])))
+        self.maps: dict[int, tuple[np.ndarray, tuple[int, int, int]]] = {}
+        self.damaged: BadInput | None = None
+        self._to_check: queue.Queue[tuple[Path, int]] = queue.Queue()
+        self._checker: Thread | None = None
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens start .. start + count, across shard borders, as int32."""
+        out = np.empty(count, dtype=np.int32)
+        shard, filled = int(np.searchsorted(self.starts, start, side="right")) - 1, 0
+        while filled < count:
+            offset = start + filled - self.starts[shard]
+            part = self.payload(shard)[offset : offset + count - filled]
+            out[filled : filled + len(part)] = part
+            filled += len(part)
+            shard += 1
+        if out.max(initial=0) >= self.vocab_size:
+            shard = int(np.searchsorted(self.starts, start + int(out.argmax()), side="right")) - 1
+            raise BadInput(f"{self.paths[shard]}: token id {out.max()} in a vocabulary of {self.vocab_size}")
+        return out
+
+    def payload(self, shard: int) -> np.ndarray:
+        """A shard's tokens; BadInput where the file is damaged, or is no longer the one that was opened: to read on in
+        one that was cut short would kill the process."""
+        if self.damaged is not None:
+            raise self.damaged
+        path = self.paths[shard]
+        try:
+            found = path.stat()
+            now = found.st_size, found.st_mtime_ns, found.st_ino
+        except OSError as error:
+            raise BadInput(f"{path}: vanished while it was read ({error.strerror})") from None
+        if shard not in self.maps:
+            header, payload = read_header(path), np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES)
+            if len(payload) != self.starts[shard + 1] - self.starts[shard]:
+                raise BadInput(f"{path}: changed since the run opened it; start again with --resume when it is whole")
+            self.maps[shard] = payload, now
+            if header[SLOT_CRC32]:
+                self._check(path, int(header[SLOT_CRC32]), payload.nbytes)
+        payload, opened = self.maps[shard]
+        if now != opened:
+            raise BadInput(f"{path}: changed while it was read; start again with --resume when it is whole")
+        return payload
+
+    def _check(self, path: Path, crc32: int, size: int) -> None:
+        if size <= CHECKED_AT_ONCE_BYTES:
+            check_payload(path, crc32)
+            return
+        self._to_check.put((path, crc32))
+        if self._checker is None:
+            self._checker = Thread(target=self._check_all, daemon=True, name="checksums")
+            self._checker.start()
+
+    def _check_all(self) -> None:
+        while True:
+            try:
+                check_payload(*self._to_check.get())
+            except BadInput as damaged:
+                self.damaged = damaged
+            finally:
+                self._to_check.task_done()
+
+    def wait_until_checked(self) -> None:
+        """Return when every shard touched so far was checked; BadInput where one is damaged."""
+        self._to_check.join()
+        if self.damaged is not None:
+            raise self.damaged
 
 
-@dataclass(kw_only=True)
-class Build:
-    out: Path
-    """Folder to create for the shards."""
-    vocab_size: int = 49_152
-    """Entries of the tokenizer to train, 257 to 65,536; 4096 suits the nano model."""
-    tokenizer: str | None = None
-    """A tokenizer.json or a hub name to use instead of training one."""
-    max_tokens: Count | None = None
-    """Stop after this many tokens, both splits and end-of-text ids included."""
-    val_fraction: float = 0.02
-    """Share of the documents that goes to validation, by the hash of their text."""
+def shuffle_index(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """A random bijection of 0 .. n-1, evaluated at `index` without ever holding the permutation.
 
-    def identity(self) -> str:
-        """What tells apart inputs of one name."""
-        return ""
-
-
-@dataclass(kw_only=True)
-class Embedded(Build):
-    """The Python sources on this machine: real text without a network."""
-
-    scope: Literal["stdlib", "all"] = "stdlib"
-    """The standard library, or site-packages too."""
-
-    def parts(self) -> list[Part]:
-        return [Part(self.source(), Repeated(lambda: embedded_documents(self.scope)))]
-
-    def source(self) -> str:
-        return f"embedded {self.scope} of Python {sys.version.split()[0]}"
-
-    def identity(self) -> str:
-        return digest(stamp(embedded_files(self.scope)))
+    A six-round Feistel network on the next even power of two, walked until the value falls below n.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = np.random.SeedSequence([seed, epoch]).generate_state(6, np.uint64)
+    out = index.astype(np.uint64)
+    walking = np.ones(len(out), dtype=bool)
+    while walking.any():
+        left, right = out[walking] >> half, out[walking] & mask
+        for key in keys:
+            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+        out[walking] = (left << half) | right
+        walking &= out >= n
+    return out.astype(np.int64)
 
 
-@dataclass(kw_only=True)
-class Text(Build):
-    """Local .txt and .jsonl (also .gz, .zst) and .parquet files, or folders of them."""
-
-    paths: tyro.conf.Positional[tuple[Path, ...]]
-    """Files or folders; a row, or a 64 KiB piece of a .txt, is a document."""
-    text_column: str = "text"
-    """Column of .jsonl and .parquet that holds the text."""
-    ids_column: str | None = None
-    """Column that holds token ids, for data that --tokenizer has tokenised already."""
-
-    def parts(self) -> list[Part]:
-        return [Part(self.source(), TextFiles(text_files(self.paths), column(self)))]
-
-    def source(self) -> str:
-        return "text " + " ".join(map(str, self.paths))
-
-    def identity(self) -> str:
-        return digest([self.text_column, self.ids_column, stamp(text_files(self.paths))])
+def document_starts(stream: TokenStream, eot_id: int) -> np.ndarray:
+    """Where the documents of a stream begin, int64: 8 bytes per document; reads every token once."""
+    found = [np.empty(0, np.int64)]
+    for shard, first in enumerate(stream.starts[:-1]):
+        for at in range(0, int(stream.starts[shard + 1] - first), CHUNK_TOKENS):
+            chunk = stream.payload(shard)[at : at + CHUNK_TOKENS]
+            found.append(np.flatnonzero(chunk == eot_id) + (int(first) + at))
+    return np.concatenate(found)
 
 
-@dataclass(kw_only=True)
-class Hub(Build):
-    """Hugging Face datasets, streamed: one, a mix of several, or smollm-mix, cosmopedia, fineweb-edu."""
-
-    names: tyro.conf.Positional[tuple[str, ...]]
-    """Dataset names on the hub, local folders that `datasets` understands, or one of the presets."""
-    config: tuple[str, ...] = ()
-    """Configuration of each dataset."""
-    shares: tuple[float, ...] = ()
-    """Share of the tokens that comes from each dataset (default: equal ones)."""
-    split: str = "train"
-    """Split of the datasets."""
-    text_column: str = "text"
-    """Column that holds the text."""
-    ids_column: str | None = None
-    """Column that holds token ids, for data that --tokenizer has tokenised already."""
-
-    def __post_init__(self) -> None:
-        if len(self.names) == 1 and self.names[0] in PRESETS:
-            self.tokenizer = self.tokenizer or PRESETS[self.names[0]].tokenizer
-
-    def parts(self) -> list[Part]:
-        if not self.names:
-            raise BadInput(f"hf: name a dataset, or a preset: {', '.join(PRESETS)}")
-        if len(self.names) == 1 and self.names[0] in PRESETS:
-            if self.config or self.shares:
-                raise BadInput(f"hf {self.names[0]}: a preset has its own --config and --shares")
-            wanted = PRESETS[self.names[0]].parts
-        else:
-            for flag, given in (("--config", self.config), ("--shares", self.shares)):
-                if given and len(given) != len(self.names):
-                    raise BadInput(f"{flag}: {len(given)} given for {len(self.names)} datasets")
-            if len(set(zip(self.names, self.config or self.names, strict=True))) < len(self.names):
-                raise BadInput(f"hf {' '.join(self.names)}: names a dataset twice")
-            if not all(0 < share < float("inf") for share in self.shares):
-                raise BadInput(f"--shares {' '.join(map(str, self.shares))}: must be positive numbers")
-            count = len(self.names)
-            for name in self.names:  # a hub's names have an owner, but for a few old ones
-                near = () if "/" in name or Path(name).exists() else difflib.get_close_matches(name, PRESETS)
-                if near:
-                    raise BadInput(f"hf {name}: no such preset; did you mean {near[0]}?")
-            wanted = tuple(zip(self.names, self.config or (None,) * count, self.shares or (1.0,) * count, strict=True))
-        return [
-            Part(" ".join(filter(None, (name, config))), hub_dataset(name, config, self.split, column(self)), share)
-            for name, config, share in wanted
-        ]
-
-    def source(self) -> str:
-        shares = ("shares " + " ".join(map(str, self.shares)),) if self.shares else ()
-        return " ".join(("hf", *self.names, *self.config, self.split, *shares))
-
-    def identity(self) -> str:
-        local = [path for name in self.names for path in sorted(Path(name).rglob("*")) if path.is_file()]
-        return digest([self.text_column, self.ids_column, stamp(local)])
+def aligned_windows(starts: np.ndarray, tokens: int, seq_len: int) -> np.ndarray:
+    """First tokens of windows that each begin at a document and do not overlap: after a window comes the first document
+    that begins where it ends or later, so what is left of the one cut off is never seen."""
+    following = np.searchsorted(starts, starts + seq_len)
+    chosen, document = np.zeros(len(starts), bool), 0
+    while document < len(starts) and starts[document] + seq_len < tokens:
+        chosen[document] = True
+        document = following[document]
+    return starts[chosen]
 
 
-def column(build: Text | Hub) -> Column:
-    if build.ids_column is None:
-        return Column(build.text_column)
-    if build.tokenizer is None:
-        raise BadInput(f"--ids-column {build.ids_column}: needs the --tokenizer that made the ids")
-    return Column(build.ids_column, ids=True)
+class LoaderDied(RunFailed):
+    """No batch will come any more."""
 
 
-@dataclass(kw_only=True)
-class Inspect:
-    """Print what a folder of shards holds, and check all of it."""
+class Loader:
+    """Shuffled training batches, filled by a background thread.
 
-    folder: tyro.conf.Positional[Path]
-    """Folder of shards, ours or llm.c's."""
-    data_pattern: str = TRAIN_PATTERN
-    """File names of the training shards; the validation shards' are the same with val for train."""
+    `packing` cuts the stream into windows of seq_len + 1 tokens: "stream" starts them seq_len apart, so that every
+    token is predicted once per epoch; "bos-aligned" starts each at a document, by the shards' eot_id, and leaves out
+    the `waste`, a share of the tokens. A rank reads its slice of the rows. The state is (epoch, position), in windows.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        batch_size: int,
+        seq_len: int,
+        seed: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        packing: Packing = "stream",
+        pin_memory: bool = False,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        folder, self.starts = stream.paths[0].parent, None
+        self.windows = (len(stream) - 1) // seq_len
+        if packing == "bos-aligned":
+            if stream.eot_id is None:
+                raise BadInput(f"--packing bos-aligned: {folder} does not say by which token a document begins")
+            self.starts = aligned_windows(document_starts(stream, stream.eot_id), len(stream), seq_len)
+            self.windows = len(self.starts)
+        if self.windows < 1:
+            what = "tokens are" if self.starts is None else "tokens with so few documents are"
+            raise BadInput(f"{folder}: {len(stream):,} {what} too few for --seq-len {seq_len}")
+        self.waste = 1 - self.windows * seq_len / (len(stream) - 1)
+        self.stream, self.batch_size, self.seq_len, self.seed = stream, batch_size, seq_len, seed
+        self.rank, self.world_size, self.pin_memory, self.say = rank, world_size, pin_memory, say
+        self.consumed, self.said_wrap = 0, False
+        self._queue: Queue = Queue(maxsize=BATCHES_AHEAD)
+        self._stop, self._thread = Event(), None
+
+    def batch(self, i: int) -> np.ndarray:
+        """This rank's rows of global batch i, int32 (batch_size / world_size, seq_len + 1)."""
+        return self._rows(i * self.batch_size)
+
+    def _rows(self, first: int) -> np.ndarray:
+        rows = self.batch_size // self.world_size
+        counters = first + self.rank * rows + np.arange(rows)
+        epochs, positions = np.divmod(counters, self.windows)
+        windows = np.empty(rows, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            now = epochs == epoch
+            windows[now] = shuffle_index(positions[now], self.windows, self.seed, int(epoch))
+        starts = windows * self.seq_len if self.starts is None else self.starts[windows]
+        return np.stack([self.stream.read(int(start), self.seq_len + 1) for start in starts])
+
+    def __next__(self):
+        """The next batch as a CPU tensor, int32 (rows, seq_len + 1), pinned if asked for."""
+        if self._thread is None:
+            self._stop.clear()
+            self._thread = Thread(target=self._fill, args=(self.consumed,), daemon=True, name="loader")
+            self._thread.start()
+        while True:
+            try:
+                item = self._queue.get(timeout=1.0)
+                break
+            except Empty:
+                if not self._thread.is_alive():
+                    raise LoaderDied("the data thread stopped unexpectedly") from None
+        if isinstance(item, BaseException):
+            raise item
+        self.consumed += self.batch_size
+        if self.consumed > self.windows and not self.said_wrap:
+            self.said_wrap = True
+            self.say(f"data: all {self.windows * self.seq_len:,} training tokens were seen once; going round again")
+        return item
+
+    def _fill(self, first: int) -> None:
+        import torch
+
+        while not self._stop.is_set():
+            try:
+                item = torch.from_numpy(self._rows(first))
+                item = item.pin_memory() if self.pin_memory else item
+            except Exception as error:  # handed to the consumer, who raises it
+                item = error
+            while not self._stop.is_set():
+                try:
+                    self._queue.put(item, timeout=0.2)
+                    break
+                except Full:
+                    continue
+            if isinstance(item, Exception):
+                return
+            first += self.batch_size
+
+    def close(self) -> None:
+        """Stop the thread; the next `next()` starts it again from the consumed position."""
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join()
+            self._thread, self._queue = None, Queue(maxsize=BATCHES_AHEAD)
+
+    def state_dict(self) -> dict[str, int]:
+        epoch, position = divmod(self.consumed, self.windows)
+        return {"epoch": epoch, "position": position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.close()
+        self.consumed = state["epoch"] * self.windows + state["position"]
+        self.said_wrap = self.consumed > self.windows
 
 
-@dataclass(kw_only=True)
-class Verify(Inspect):
-    """Check every header, checksum and token of a folder of shards; the exit code is 1 where one is damaged."""
-
-
-Command = (
-    Annotated[Embedded, tyro.conf.subcommand("embedded")]
-    | Annotated[Text, tyro.conf.subcommand("text")]
-    | Annotated[Hub, tyro.conf.subcommand("hf")]
-    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
-    | Annotated[Verify, tyro.conf.subcommand("verify")]
-)
-
-
-@exit_with_a_sentence
-def main() -> int:
-    command = tyro.cli(Command, description=__doc__, config=(tyro.conf.ConsolidateSubcommandArgs,))
-    if isinstance(command, Inspect):
-        look = inspection.verify if isinstance(command, Verify) else inspection.inspect
-        return look(command.folder, command.data_pattern)
-    check_build(command)
-    try:
-        meta = build_shards(
-            command.parts(),
-            command.out,
-            source=command.source(),
-            tokenizer=command.tokenizer,
-            vocab_size=command.vocab_size,
-            max_tokens=command.max_tokens,
-            val_fraction=command.val_fraction,
-            identity=command.identity(),
-        )
-    except CannotWrite as full:
-        print(f"error: {full}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(
-            "stopped; the same command goes on from what was saved, if it was at work for long enough", file=sys.stderr
-        )
-        return 130
-    documents = meta["documents"]
-    print(
-        f"{command.out}: {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens, vocabulary "
-        f"{meta['vocab_size']:,}, from {documents['train']:,} + {documents['val']:,} documents "
-        f"({documents['duplicates']:,} duplicates left out), fingerprint {meta['fingerprint']}"
-    )
-    for name, part in meta.get("parts", {}).items():
-        share = part["tokens"] / (meta["train_tokens"] + meta["val_tokens"])
-        print(f"{name}: {part['tokens']:,} tokens ({share:.2%}) from {part['documents']:,} documents")
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MiB")
-    return 0
-
-
-def check_build(build: Build) -> None:
-    """BadInput for the first flag out of its range."""
-    if not 257 <= build.vocab_size <= MAX_VOCAB_SIZE:
-        raise BadInput(f"--vocab-size {build.vocab_size}: must be 257 to {MAX_VOCAB_SIZE:,}; a token is a uint16")
-    if build.max_tokens is not None and build.max_tokens < 1:
-        raise BadInput(f"--max-tokens {build.max_tokens}: must be positive")
-    if isinstance(build, Text) and not build.paths:
-        raise BadInput("text: name at least one file or folder")
-    if not 0 < build.val_fraction < 1:
-        raise BadInput(f"--val-fraction {build.val_fraction}: must lie between 0 and 1")
+def validation_batches(stream: TokenStream, tokens: int, seq_len: int, rows: int) -> Iterator[np.ndarray]:
+    """The first `tokens` tokens of the stream in order, int32 (<= rows, seq_len + 1); the same for every run."""
+    windows = min(tokens, len(stream) - 1) // seq_len
+    for first in range(0, windows, rows):
+        last = min(first + rows, windows)
+        yield np.stack([stream.read(w * seq_len, seq_len + 1) for w in range(first, last)])
 
 
 if __name__ == "__main__":
+    from corpus.commands import main  # tokenizers and datasets may be absent where shards are only read
+
     sys.exit(main())

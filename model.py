@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
 
-from engine.cli import BadInput
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.grouped_matmul import Routing, grouped_matmul
 from kernels.relu2_mlp import relu2_mlp
@@ -58,19 +57,19 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for count in ("d_model", "layers", "heads", "kv_heads", "d_ff", "seq_len"):
             if getattr(self, count) < 1:
-                raise BadInput(f"{count} {getattr(self, count)}: must be at least 1")
+                raise ValueError(f"{count} {getattr(self, count)}: must be at least 1")
         if self.d_model % self.heads or (self.d_model // self.heads) % 2:
-            raise BadInput(f"d_model {self.d_model} does not split into {self.heads} heads of even width")
+            raise ValueError(f"d_model {self.d_model} does not split into {self.heads} heads of even width")
         if self.heads % self.kv_heads:
-            raise BadInput(f"{self.heads} heads do not share {self.kv_heads} key/value heads evenly")
+            raise ValueError(f"{self.heads} heads do not share {self.kv_heads} key/value heads evenly")
         if self.ffn not in ACTIVATIONS:
-            raise BadInput(f"unknown ffn {self.ffn!r}; choose from {', '.join(ACTIVATIONS)}")
+            raise ValueError(f"unknown ffn {self.ffn!r}; choose from {', '.join(ACTIVATIONS)}")
         if not 0 <= self.dropout < 1:
-            raise BadInput(f"dropout {self.dropout}: must lie in [0, 1)")
+            raise ValueError(f"dropout {self.dropout}: must lie in [0, 1)")
         if self.experts < 0 or (self.experts and not 1 <= self.top_k <= self.experts):
-            raise BadInput(f"top_k {self.top_k}: must lie between 1 and the {self.experts} experts")
+            raise ValueError(f"top_k {self.top_k}: must lie between 1 and the {self.experts} experts")
         if not (0 <= self.balance < math.inf and 0 <= self.router_noise < math.inf):
-            raise BadInput(f"balance {self.balance} and router_noise {self.router_noise}: must not be negative")
+            raise ValueError(f"balance {self.balance} and router_noise {self.router_noise}: must not be negative")
 
     @property
     def head_width(self) -> int:

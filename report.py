@@ -18,15 +18,15 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-import plots
-import report_compare
+from analysis import compare, plots
+from analysis.figures import curve_drawings, draw, watched
+from analysis.pages import Code, Page, Part, Picture, Table, Verse, html_page, markdown_page
+from analysis.questions import answers
+from analysis.runs import Run, find_runs, group_seeds, load_run, representative
+from analysis.stats import t_interval
+from analysis.verdict import arenas, careful, judge, memory
 from engine import files
 from engine.cli import BadInput, exit_with_a_sentence
-from report_figures import curve_drawings, draw, watched
-from report_pages import Code, Page, Part, Picture, Table, Verse, html_page, markdown_page
-from report_questions import answers
-from report_verdict import arenas, careful, judge, memory
-from stats import Run, find_runs, group_seeds, load_run, representative, t_interval
 
 WATCH_SECONDS = 30.0
 SILENT_SECONDS = 1800.0  # a run that has written nothing for so long was killed: --watch does not wait for it
@@ -277,7 +277,7 @@ def _is_number(word: str) -> bool:
 @exit_with_a_sentence
 def main() -> None:
     if sys.argv[1:2] == ["compare"]:
-        return report_compare.main(sys.argv[2:])
+        return compare.main(sys.argv[2:])
     arguments = read_arguments(sys.argv[1:])
     if not arguments.runs:
         raise BadInput("report.py: name at least one run folder")

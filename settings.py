@@ -15,16 +15,16 @@ from typing import Any, Literal
 
 import torch
 
+from corpus.shards import TRAIN_PATTERN, Shards, open_shards
+from data import Packing
 from engine import files
 from engine.cli import BadInput, Count
 from engine.identity import config_hash, provenance
 from engine.ranks import Rank
 from kernels.newton_schulz import COEFFICIENTS, METHODS
 from kernels.optimizer import LR_SCALES
-from loader import Packing
 from model import FLEX_MIN_HEAD_WIDTH, KERNELS, SIZES, ModelConfig, Transformer
 from optim import SCHEDULES
-from shardfiles import TRAIN_PATTERN, Shards, open_shards
 
 NANO = ("nano", "moe-nano")  # for a first look on a CPU
 # Peak learning rates: (block matrices, embedding and gains). nano: the winners of the sweep in bench/LOG.md, which
@@ -189,7 +189,10 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
     s = dataclasses.replace(given, **filled)
     check_ranges(s)
     shape = {field.name: getattr(s, field.name) for field in dataclasses.fields(ModelConfig) if field.name != "qk_norm"}
-    config = ModelConfig(**shape, qk_norm=size.qk_norm)
+    try:
+        config = ModelConfig(**shape, qk_norm=size.qk_norm)
+    except ValueError as wrong:
+        raise BadInput(str(wrong)) from None
 
     sequences, remainder = divmod(s.batch_tokens, s.seq_len * rank.count)
     unit = f"--seq-len {s.seq_len} x {rank.count} rank{'s' * (rank.count > 1)}"

@@ -25,6 +25,8 @@ import torch
 import torch.distributed as dist
 import tyro
 
+from corpus.shards import Shards
+from data import Loader, TokenStream, validation_batches
 from engine import files
 from engine.cli import BadInput, CannotWrite, RunFailed, TrainingFailed, exit_with_a_sentence, first_line
 from engine.files import finite
@@ -34,12 +36,10 @@ from engine.run_folder import RunFolder
 from engine.speed import Point, Speed, Stopwatch, Times, point, seconds_between
 from engine.step import Deferred, Numbers, TrainingStep, evaluate, prepare_torch
 from kernels.configs import capability
-from loader import Loader, validation_batches
+from metrics import SpectraRecorder, WorkerFailed
 from model import ModelConfig, Transformer
 from optim import build_optimizers, load_whole_state, lr_factor, parameter_layout, set_lr, step_cost, whole_state
 from settings import Settings, chosen_kernels, describe, resolve
-from shardfiles import Shards, TokenStream
-from spectra import SpectraRecorder, WorkerFailed
 
 WARMUP_UPDATES = 4  # untimed: state is made in the first, Muon's step is captured by the third
 VALIDATION_TOKENS = {"cuda": 8192, "cpu": 1024}  # per forward pass: its logits are whole, and in fp32
@@ -474,8 +474,8 @@ def run_training(run: Run) -> int:
 def draw_plots(folder: Path) -> None:
     """Draw the run's plots where Matplotlib is installed; a training box may do without."""
     try:
+        from analysis.runs import load_run
         from report import draw
-        from stats import load_run
     except ModuleNotFoundError as missing:
         print(f"no plots: {missing.name} is not installed; python report.py draws them elsewhere")
         return

@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 import tyro
 
-import shardfiles
-from build import Part, batches, build_shards
-from documents import load_tokenizer
+from corpus import shards
+from corpus.build import Part, batches, build_shards
+from corpus.documents import load_tokenizer
+from corpus.shards import open_shards
+from corpus.sources import TextFiles, embedded_documents
+from data import Loader, TokenStream
 from engine import files, identity
 from engine.cli import BadInput, exit_with_a_sentence
-from loader import Loader
-from shardfiles import TokenStream, open_shards
-from sources import TextFiles, embedded_documents
 
 RATE_OF_A_4090 = 150_000  # tokens/s that training may ask for; the loader is to be far above
 GOALS = {
@@ -75,7 +75,7 @@ def builder(folder: Path, megabytes: float, repeats: int) -> dict[str, Any]:
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     parts = [Part("text", TextFiles([source]))]
     build_shards(lambda: iter(texts[:400]), folder / "first", source="bench", vocab_size=VOCAB_SIZE, val_fraction=0.1)
-    tokenizer = str(folder / "first" / shardfiles.TOKENIZER)
+    tokenizer = str(folder / "first" / shards.TOKENIZER)
     encoder = load_tokenizer(tokenizer)
     seconds: dict[str, list[float]] = {"builder": [], "encode_batch": [], "encode_batch_fast": []}
     for turn in range(repeats):
@@ -97,7 +97,7 @@ def builder(folder: Path, megabytes: float, repeats: int) -> dict[str, Any]:
 def documents_in(folder: Path) -> list[bytes]:
     """The documents of a folder of shards as token ids, sorted, without their end-of-text id."""
     shards, found = open_shards(folder), []
-    for split in shardfiles.SPLITS:
+    for split in shards.SPLITS:
         stream = TokenStream(shards, split)
         tokens = stream.read(0, len(stream))
         starts = np.flatnonzero(tokens == shards.eot_id)
@@ -119,12 +119,12 @@ def sparse_shards(folder: Path, count: int) -> None:
         *((f"train_{i:06d}.bin", 10**8, crc) for i in range(count)),
         ("val_000000.bin", 10**6, zlib.crc32(bytes(2 * 10**6))),
     ):
-        header = np.zeros(shardfiles.HEADER_INTS, "<u4")
-        header[:3] = shardfiles.MAGIC, shardfiles.VERSION, tokens
-        header[[shardfiles.SLOT_VOCAB_SIZE, shardfiles.SLOT_EOT_ID, shardfiles.SLOT_CRC32]] = 4096, 1, crc32
+        header = np.zeros(shards.HEADER_INTS, "<u4")
+        header[:3] = shards.MAGIC, shards.VERSION, tokens
+        header[[shards.SLOT_VOCAB_SIZE, shards.SLOT_EOT_ID, shards.SLOT_CRC32]] = 4096, 1, crc32
         with (folder / name).open("wb") as file:
             file.write(header.tobytes())
-            file.truncate(shardfiles.HEADER_BYTES + 2 * tokens)
+            file.truncate(shards.HEADER_BYTES + 2 * tokens)
 
 
 def anonymous_mb() -> float | None:

@@ -26,7 +26,12 @@ import numpy as np
 import torch
 import tyro
 
-from build import build_shards
+from analysis.questions import answers
+from analysis.runs import load_run
+from analysis.verdict import judge
+from corpus.build import build_shards
+from corpus.shards import HEADER_BYTES, SLOT_CRC32, open_shards
+from data import TokenStream
 from engine import checkpoint, files
 from engine.cli import BadInput, exit_with_a_sentence
 from engine.files import cut_jsonl
@@ -34,11 +39,7 @@ from engine.ranks import Rank, Sharding
 from model import Transformer
 from optim import build_optimizers, load_whole_state, parameter_layout, whole_state
 from report import run_row, summary_table
-from report_questions import answers
-from report_verdict import judge
 from settings import Settings, resolve
-from shardfiles import HEADER_BYTES, SLOT_CRC32, TokenStream, open_shards
-from stats import load_run
 
 SECONDS_PER_CASE = 20
 ODD_VALUES = (None, True, -1, 0, 2**70, 1e308, -0.5, "", "x" * 50, "../../etc", [], [[]], {}, {"a": [1]}, float("nan"))
@@ -232,7 +233,7 @@ def shards_to_damage(folder: Path) -> None:
 
 
 def run_to_damage(folder: Path) -> None:
-    from tests.synthetic import write_run
+    from bench.synthetic import write_run
 
     write_run(folder, steps=6, layers=1, gap=True, experts=2)
 

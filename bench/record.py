@@ -22,8 +22,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-import launcher
 import report
+from analysis.figures import draw
+from analysis.pages import markdown_page
+from analysis.runs import Run, group_seeds, load_run
 from bench import machine
 from bench import record_figures as pages
 from bench.parts import parts, rows_of
@@ -32,11 +34,9 @@ from engine import files, identity
 from engine.cli import BadInput, Count, exit_with_a_sentence, make_folder
 from engine.files import ROOT
 from model import SIZES
-from report_figures import draw
-from report_pages import markdown_page
 from settings import BATCH_TOKENS, EVAL_TOKENS, NANO, NANO_BATCH_TOKENS, NANO_EVAL_TOKENS
-from stats import Run, group_seeds, load_run
-from suites import OPTIMIZERS
+from suites import launcher
+from suites.catalog import OPTIMIZERS
 
 KEPT = (files.CONFIG, files.METRICS, files.SUMMARY, files.LOG)
 SPECTRA_DIGITS = 5
@@ -90,9 +90,9 @@ Command = (
 
 def make(a: Make) -> int:
     """Train what is missing, then write the record in one piece."""
+    from corpus.shards import open_shards
     from engine.ranks import Rank
     from settings import Settings, default_data, resolve
-    from shardfiles import open_shards
 
     if a.out.exists():
         raise BadInput(f"--out {a.out}: exists; a record is made anew or not at all")

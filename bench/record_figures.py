@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from analysis.runs import Run
+from analysis.stats import first_reaching, p_words, paired, t_interval, welch
 from bench import machine
 from engine import files
 from engine.cli import BadInput
-from inference import p_words, paired
-from stats import Run, first_reaching, t_interval, welch
 
 RECORD, BENCH, CORPORA, PRIOR = "record.json", "bench.json", "corpora.json", "prior.json"
 TRACKS = {"2m": "2M", "time-to-loss": "time to loss"}

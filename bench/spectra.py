@@ -22,9 +22,8 @@ from engine import files, identity
 from engine.cli import BadInput, exit_with_a_sentence
 from engine.ranks import Sharding
 from kernels.newton_schulz import orthogonalize
-from metrics import SUBSPACE_RANK
+from metrics import SUBSPACE_RANK, SpectraRecorder, decompose_bank
 from model import SIZES, Transformer
-from spectra import SpectraRecorder, decompose_bank
 
 SINGULAR_VALUE_TOLERANCE, ANGLE_TOLERANCE = 1e-5, 1e-4
 STRONG = 1e-3  # of the largest singular value

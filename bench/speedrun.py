@@ -16,13 +16,13 @@ import torch
 import tyro
 
 import report
+from analysis.runs import load_run
 from bench.record_figures import BUDGET, PLOTS, as_written, figures_of
 from engine import files, identity
 from engine.cli import BadInput, exit_with_a_sentence, make_folder
 from engine.files import ROOT
 from settings import BATCH_TOKENS, NANO, NANO_BATCH_TOKENS, default_data
-from stats import load_run
-from suites import OPTIMIZERS
+from suites.catalog import OPTIMIZERS
 
 LEAST_UPDATES, EVENTS = 4, 6  # validations and spectra of a run
 SPENT_ELSEWHERE = {"cuda": 180.0, "cpu": 50.0}  # starts, compilation, validation and report, measured on idle machines

@@ -26,18 +26,18 @@ import tyro
 from torch import Tensor
 
 from bench import baseline
-from build import build_shards
+from corpus.build import build_shards
+from corpus.shards import open_shards
+from data import Loader, TokenStream
 from engine import files, identity, speed
 from engine.cli import BadInput, Count, exit_with_a_sentence
 from engine.memory import GIB, MemoryCount, available_bytes, choose_micro_batch
 from engine.speed import Times, point, seconds_between
 from engine.step import TrainingStep, prepare_torch
-from loader import Loader
+from metrics import SpectraRecorder
 from model import KERNELS, SIZES, Transformer
 from optim import build_optimizers, step_cost
 from settings import BATCH_TOKENS, DEFAULT_LR, NANO_BATCH_TOKENS, NANO_LR
-from shardfiles import TokenStream, open_shards
-from spectra import SpectraRecorder
 
 WARMUP_STEPS = 3
 PROFILED_STEPS = 2

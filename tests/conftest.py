@@ -7,8 +7,8 @@ import sys
 import pytest
 from hypothesis import settings
 
-import build
 import train
+from corpus import build
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)  # the same examples on every machine
 settings.load_profile("repeatable")

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-import build
 from bench import data as bench_data
+from corpus import build
 
 SMALL = ("--megabytes", 1.5, "--repeats", 1, "--shards", 1, "--seconds", 0.05)
 

@@ -13,15 +13,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-import build
-import data
-import shardfiles
-import sources
-from build import Part, build_shards
+from corpus import build, commands, shards, sources
+from corpus.build import Part, build_shards
+from corpus.shards import open_shards
+from corpus.sources import Repeated, TextFiles
 from engine.cli import BadInput
 from engine.files import ROOT
-from shardfiles import open_shards
-from sources import Repeated, TextFiles
 from tests.conftest import random_documents
 
 
@@ -82,7 +79,7 @@ def test_a_thousand_odd_texts_come_back_as_they_were(tmp_path):
 @pytest.mark.parametrize("row", ['{"text": "\\ud800 alone"}', '{"text": "fine"}\n{"text": "\\udc00"}'])
 def test_a_lone_surrogate_is_refused_with_a_sentence(tmp_path, run_main, row):
     (tmp_path / "a.jsonl").write_text(row + "\n")
-    code, _, err = run_main(data.main, "text", tmp_path / "a.jsonl", "--out", tmp_path / "s", "--vocab-size", 300)
+    code, _, err = run_main(commands.main, "text", tmp_path / "a.jsonl", "--out", tmp_path / "s", "--vocab-size", 300)
     assert code == 2
     assert len(err.strip().splitlines()) == 1
     assert "a.jsonl" in err or "surrogate" in err
@@ -113,9 +110,10 @@ BUILD_AND_DIE = """
 import json, os, random, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-import build, datasets, shardfiles
+import datasets
+from corpus import build, shards
 from tests.test_build import small_pieces, three_parts_again
-small_pieces(build, shardfiles)
+small_pieces(build, shards)
 folder, out = Path(sys.argv[1]), Path(sys.argv[2])
 rng, killed, places = random.Random(1), 0, set()
 
@@ -164,7 +162,7 @@ def test_a_build_killed_twenty_times_ends_with_the_same_bytes(tmp_path, monkeypa
     killed, places = map(int, done.stdout.split())
     assert killed == 20
     assert places > 15, "killed at too few different places to show anything"
-    monkeypatch.setattr(shardfiles, "SHARD_TOKENS", 20_000)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 20_000)
     three_parts_again(tmp_path, tmp_path / "undisturbed")
     assert shard_bytes(tmp_path / "killed") == shard_bytes(tmp_path / "undisturbed")
     assert len(open_shards(tmp_path / "killed").files["train"]) > 3
@@ -199,9 +197,9 @@ def test_a_mix_ends_where_a_part_is_used_up(tmp_path, capsys):
 
 def test_a_preset_names_known_datasets_and_their_tokenizer(monkeypatch, run_main, tmp_path):
     asked = {}
-    monkeypatch.setattr(data, "build_shards", lambda parts, out, **more: asked.update(parts=parts, **more) or 1 / 0)
+    monkeypatch.setattr(commands, "build_shards", lambda parts, out, **more: asked.update(parts=parts, **more) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        run_main(data.main, "hf", "smollm-mix", "--out", tmp_path / "s", "--max-tokens", "1e9")
+        run_main(commands.main, "hf", "smollm-mix", "--out", tmp_path / "s", "--max-tokens", "1e9")
     names = [("HuggingFaceTB/smollm-corpus fineweb-edu-dedup", 0.7), ("HuggingFaceTB/smollm-corpus cosmopedia-v2", 0.3)]
     assert [(part.name, part.share) for part in asked["parts"]] == names
     assert asked["tokenizer"] == "HuggingFaceTB/SmolLM2-135M"
@@ -218,15 +216,15 @@ def test_token_ids_are_taken_as_they_are(tmp_path, run_main):
     pandas.DataFrame({"input_ids": rows}).to_parquet(tmp_path / "ids.parquet")
     words = ("text", tmp_path / "ids.parquet", "--out", tmp_path / "ids", "--val-fraction", 0.2)
     named = ("--tokenizer", tmp_path / "text" / "tokenizer.json")
-    code, _, err = run_main(data.main, *words, *named)
+    code, _, err = run_main(commands.main, *words, *named)
     assert (code, "--ids-column" in err) == (2, True)
-    code, _, err = run_main(data.main, *words, "--ids-column", "input_ids")
+    code, _, err = run_main(commands.main, *words, "--ids-column", "input_ids")
     assert (code, "--tokenizer" in err) == (2, True)
-    code, _, err = run_main(data.main, *words, "--ids-column", "input_ids", *named)
+    code, _, err = run_main(commands.main, *words, "--ids-column", "input_ids", *named)
     assert code == 0, err
     assert sorted(documents_of(tmp_path / "ids")) == sorted(texts)
     pandas.DataFrame({"input_ids": [[5, 300_000]]}).to_parquet(tmp_path / "ids.parquet")
-    code, _, err = run_main(data.main, *words[:3], tmp_path / "more", "--ids-column", "input_ids", *named)
+    code, _, err = run_main(commands.main, *words[:3], tmp_path / "more", "--ids-column", "input_ids", *named)
     assert (code, "token id 300000" in err) == (2, True)
 
 
@@ -236,14 +234,14 @@ def test_an_unfinished_build_of_something_else_is_not_touched(tmp_path, monkeypa
     monkeypatch.setattr(build._Build, "finish", lambda self: 1 / 0)
     words = ("text", tmp_path / "a.jsonl", "--out", tmp_path / "s", "--vocab-size")
     with pytest.raises(ZeroDivisionError):
-        run_main(data.main, *words, 300)
+        run_main(commands.main, *words, 300)
     before = shard_bytes(tmp_path / "s.partial")
-    code, _, err = run_main(data.main, *words, 310)
+    code, _, err = run_main(commands.main, *words, 310)
     assert code == 2
     assert "vocab_size was 300, is 310" in err
     assert shard_bytes(tmp_path / "s.partial") == before
     monkeypatch.undo()
-    assert run_main(data.main, *words, 300)[0] == 0
+    assert run_main(commands.main, *words, 300)[0] == 0
 
 
 def test_two_builds_of_one_folder_do_not_meet(tmp_path):
@@ -257,7 +255,7 @@ def test_two_builds_of_one_folder_do_not_meet(tmp_path):
 
 def test_memory_of_a_build_does_not_grow_with_the_text(tmp_path):
     """Three times the text, 44 MB more, the same peak: in batches so small that both fill every queue."""
-    script = "import build, data, sys; build.BATCH_CHARS = 100_000; sys.exit(data.main())"
+    script = "import sys; from corpus import build, commands; build.BATCH_CHARS = 100_000; sys.exit(commands.main())"
     peaks = {}
     for count in (25_000, 75_000):
         with (tmp_path / f"{count}.jsonl").open("w") as file:
@@ -281,7 +279,7 @@ def test_a_folder_that_no_build_made_is_left_alone(tmp_path, run_main):
     (tmp_path / "notes.partial").mkdir()
     (tmp_path / "notes.partial" / "thesis.tex").write_text("years of work")
     (tmp_path / "a.txt").write_text("some text\n" * 100)
-    code, _, err = run_main(data.main, "text", tmp_path / "a.txt", "--out", tmp_path / "notes", "--vocab-size", 300)
+    code, _, err = run_main(commands.main, "text", tmp_path / "a.txt", "--out", tmp_path / "notes", "--vocab-size", 300)
     assert code == 2
     assert "thesis.tex" in err
     assert (tmp_path / "notes.partial" / "thesis.tex").read_text() == "years of work"
@@ -295,7 +293,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, run_main, monkeypatch):
         return open("/dev/full", "r+b") if path.suffix == ".bin" else real(path, *mode, **more)
 
     monkeypatch.setattr(Path, "open", full)
-    code, _, err = run_main(data.main, "text", tmp_path / "a.jsonl", "--out", tmp_path / "s", "--vocab-size", 300)
+    code, _, err = run_main(commands.main, "text", tmp_path / "a.jsonl", "--out", tmp_path / "s", "--vocab-size", 300)
     assert code == 1
     assert "cannot be written (No space left on device)" in err
     assert len(err.strip().splitlines()) == 1
@@ -318,7 +316,7 @@ def interrupted(tmp_path, monkeypatch, run_main):
             return fetch(feed)
 
         broken.setattr(build._Feed, "fetch", lost)
-        code, _, err = run_main(data.main, *words)
+        code, _, err = run_main(commands.main, *words)
     assert code == 2
     assert "the line is dead; " in err
     assert "tokens are kept in" in err
@@ -328,7 +326,7 @@ def interrupted(tmp_path, monkeypatch, run_main):
 def test_what_an_interrupted_build_has_is_kept_and_gone_on_from(interrupted, tmp_path, run_main, monkeypatch):
     begun = []
     monkeypatch.setattr(sources.TextFiles, "open", spy(begun))
-    assert run_main(data.main, *interrupted)[0] == 0
+    assert run_main(commands.main, *interrupted)[0] == 0
     assert begun[-1]["at"] is not None, "began anew"
     assert sorted(documents_of(tmp_path / "s")) == sorted(random_documents(300))
 
@@ -344,7 +342,7 @@ def test_hashes_of_documents_that_were_not_kept_are_forgotten(interrupted, tmp_p
         sizes.append((hashes.stat().st_size, 8 * self.saved_hashes))
 
     monkeypatch.setattr(build._Build, "_save", saved)
-    assert run_main(data.main, *interrupted)[0] == 0
+    assert run_main(commands.main, *interrupted)[0] == 0
     assert sizes
     assert all(held == counted for held, counted in sizes)
 
@@ -371,14 +369,14 @@ def test_an_interrupted_build_that_was_changed_is_refused_and_kept(interrupted, 
     else:
         (partial / "build.json").write_text('{"asked"')
     before = {path.name for path in partial.iterdir()}
-    code, _, err = run_main(data.main, *interrupted)
+    code, _, err = run_main(commands.main, *interrupted)
     assert code == 2
     assert words in err
     assert {path.name for path in partial.iterdir()} == before
 
 
 def test_a_misspelt_preset_asks_nobody(tmp_path, run_main):
-    code, _, err = run_main(data.main, "hf", "smollm-mx", "--out", tmp_path / "s")
+    code, _, err = run_main(commands.main, "hf", "smollm-mx", "--out", tmp_path / "s")
     assert (code, err) == (2, "error: hf smollm-mx: no such preset; did you mean smollm-mix?\n")
 
 
@@ -393,7 +391,7 @@ def test_a_misspelt_preset_asks_nobody(tmp_path, run_main):
     ],
 )
 def test_a_mix_that_makes_no_sense_is_one_sentence(tmp_path, run_main, words, said):
-    code, _, err = run_main(data.main, "hf", *words, "--out", tmp_path / "s")
+    code, _, err = run_main(commands.main, "hf", *words, "--out", tmp_path / "s")
     assert code == 2
     assert said in err
     assert len(err.strip().splitlines()) == 1

@@ -12,14 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-import data
-import documents
-import shardfiles
-import sources
-from build import build_shards
+from corpus import commands, documents, sources
+from corpus.build import build_shards
+from corpus.shards import open_shards
+from data import Loader, TokenStream, shuffle_index, validation_batches
 from engine.cli import BadInput
-from loader import Loader, shuffle_index, validation_batches
-from shardfiles import TokenStream, open_shards
 from tests.conftest import random_documents
 
 
@@ -179,7 +176,7 @@ def test_hashes_are_seen_once():
 @pytest.fixture
 def split_shards(tmp_path, monkeypatch):
     """The same kind of shards, at most 1,000 tokens each."""
-    monkeypatch.setattr(shardfiles, "SHARD_TOKENS", 1000)
+    monkeypatch.setattr("corpus.shards.SHARD_TOKENS", 1000)
     build(random_documents(60), tmp_path / "s")
     shards = open_shards(tmp_path / "s")
     assert len(shards.files["train"]) > 3
@@ -312,7 +309,7 @@ def test_a_token_outside_the_vocabulary_is_noticed(tmp_path):
 
 
 def test_a_missing_or_foreign_shard_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(shardfiles, "SHARD_TOKENS", 1000)
+    monkeypatch.setattr("corpus.shards.SHARD_TOKENS", 1000)
     build(random_documents(60), tmp_path / "s")
     shutil.copy(tmp_path / "s" / "train_000001.bin", tmp_path / "s" / "train_000099.bin")
     with pytest.raises(BadInput, match=r"train_000099\.bin"):
@@ -328,7 +325,7 @@ def test_building_from_the_command_line(run_main, tmp_path):
         (tmp_path / f"{i}.txt").write_text(text)
     out = tmp_path / "shards" / "mine"
     options = ("--vocab-size", 300, "--val-fraction", 0.5, "--max-tokens", "2e4")
-    code, printed, _ = run_main(data.main, "text", tmp_path, "--out", out, *options)
+    code, printed, _ = run_main(commands.main, "text", tmp_path, "--out", out, *options)
     assert code == 0
     meta = json.loads((out / "meta.json").read_text())
     assert meta["train_tokens"] + meta["val_tokens"] == 20_000
@@ -361,7 +358,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(run_main, tmp_path, argume
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
     (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     before = sorted(tmp_path.rglob("*"))
-    code, _, err = run_main(data.main, *(a.format(tmp_path) for a in arguments))
+    code, _, err = run_main(commands.main, *(a.format(tmp_path) for a in arguments))
     assert code == 2
     assert words in err
     assert len(err.strip().splitlines()) == 1
@@ -374,6 +371,6 @@ def test_a_tokenizer_file_out_of_all_proportion_is_refused(tmp_path, run_main):
         file.truncate(2**28)
     (tmp_path / "text.txt").write_text("some text")
     where = (tmp_path / "text.txt", "--out", tmp_path / "out")
-    code, _, err = run_main(data.main, "text", *where, "--tokenizer", huge)
+    code, _, err = run_main(commands.main, "text", *where, "--tokenizer", huge)
     assert code == 2
     assert "larger than" in err

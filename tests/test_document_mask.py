@@ -11,13 +11,13 @@ import torch
 import torch.nn.attention.flex_attention as flex
 
 import model as model_file
-import shardfiles
+from corpus import shards
+from corpus.shards import open_shards
 from engine.cli import BadInput
 from engine.ranks import Rank
 from engine.step import TrainingStep
 from model import FLEX_MIN_HEAD_WIDTH, SIZES, ModelConfig, Transformer
 from settings import Settings, resolve
-from shardfiles import open_shards
 from tests.test_train import lines
 
 START = 3
@@ -168,7 +168,7 @@ def test_the_start_of_documents_is_found_or_none(shards_folder, tmp_path):
 
     def write(header_vocab_size, header_eot_id, **described):
         header = np.zeros(256, dtype="<i4")
-        header[:5] = shardfiles.MAGIC, shardfiles.VERSION, 4, header_vocab_size, header_eot_id
+        header[:5] = shards.MAGIC, shards.VERSION, 4, header_vocab_size, header_eot_id
         for split in ("train", "val"):
             (tmp_path / f"{split}_000000.bin").write_bytes(header.tobytes() + np.zeros(4, dtype="<u2").tobytes())
         names = dict.fromkeys(("train_000000.bin", "val_000000.bin"), "")
@@ -192,7 +192,7 @@ def test_shards_that_do_not_say_where_documents_start_are_refused(train_small, s
     (silent / "meta.json").write_text(json.dumps({key: value for key, value in meta.items() if key != "eot_id"}))
     for path in shards_folder.glob("*.bin"):
         content = bytearray(path.read_bytes())
-        content[4 * shardfiles.SLOT_VOCAB_SIZE : 4 * shardfiles.SLOT_EOT_ID + 4] = bytes(8)
+        content[4 * shards.SLOT_VOCAB_SIZE : 4 * shards.SLOT_EOT_ID + 4] = bytes(8)
         (silent / path.name).write_bytes(content)
     code, folder, _, err = train_small("run", "--tokens", 256, "--doc-mask", data_folder=silent)
     assert code == 2

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import experiments
-import launcher
 import settings
 from engine.files import ROOT
 from engine.ranks import Rank
 from kernels import configs
 from model import KERNELS
 from settings import Settings, chosen_kernels, resolve
+from suites import launcher, planner
 from tests.processes import children_of, steps_logged
 
 SLIVER = ("run", "moe-lr-muon", "--scale", "nano", "--tokens", "8192")
@@ -95,7 +95,7 @@ FAKE_TRAINING = """
 import sys
 from pathlib import Path
 sys.path.insert(0, ROOT)
-from tests.synthetic import write_run
+from bench.synthetic import write_run
 import json
 flags = dict(zip(sys.argv[1:], sys.argv[2:]))
 lr, seed = float(flags["--lr"]), int(flags.get("--seed", 0))
@@ -139,8 +139,8 @@ def test_everything_is_planned_in_stages_trained_once_and_reported(tmp_path, sha
 
 def planner_of(*words):
     given = dict(zip(words[::2], words[1::2], strict=True))
-    chosen = experiments.Selection(suite="moe-final", scale="nano", runs_dir=given["--runs-dir"], data=given["--data"])
-    return experiments.Planner(chosen)
+    chosen = planner.Selection(suite="moe-final", scale="nano", runs_dir=given["--runs-dir"], data=given["--data"])
+    return planner.Planner(chosen)
 
 
 def job(tmp_path, name="a", *flags):

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-import loader
-import shardfiles
-import spectra
+import data
+import metrics
 import train
+from corpus import shards
 from engine import checkpoint, cli, files
 from tests.processes import REPOSITORY, TEN, command, run, steps_logged, summary
 
@@ -87,7 +87,7 @@ def test_a_shard_that_changes_under_the_run(train_small, shards_folder, tmp_path
 
 
 def test_a_data_thread_that_dies_ends_the_run_with_a_sentence(train_small, monkeypatch):
-    monkeypatch.setattr(loader.Loader, "_fill", lambda self, first: None)
+    monkeypatch.setattr(data.Loader, "_fill", lambda self, first: None)
     code, folder, out, _ = train_small("run", *TEN)
     assert code == 1
     assert "failed: the data thread stopped unexpectedly" in out
@@ -138,7 +138,7 @@ def test_a_run_killed_before_its_settings_were_whole_starts_afresh(train_small, 
 
 
 def test_a_spectra_worker_that_dies_ends_the_run_with_a_sentence(train_small, monkeypatch):
-    monkeypatch.setattr(spectra.SpectraRecorder, "_work", lambda self: None)
+    monkeypatch.setattr(metrics.SpectraRecorder, "_work", lambda self: None)
     code, folder, out, _ = train_small("run", *TEN)
     assert code == 1
     assert "failed: spectra: the worker stopped unexpectedly" in out
@@ -148,7 +148,7 @@ def test_a_spectra_worker_that_dies_ends_the_run_with_a_sentence(train_small, mo
 @pytest.mark.parametrize("end", ["finished", "stopped"])
 def test_a_worker_that_fails_last_costs_no_weights_at_the_end_and_no_line_at_a_stop(train_small, monkeypatch, end):
     """The last weights are kept; a stopped run repeats the updates whose spectra it lost."""
-    measure, update = spectra.SpectraRecorder._measure, train.Run.update
+    measure, update = metrics.SpectraRecorder._measure, train.Run.update
 
     def fail_at_five(recorder, event):
         return 1 / 0 if event.step == 5 else measure(recorder, event)
@@ -159,7 +159,7 @@ def test_a_worker_that_fails_last_costs_no_weights_at_the_end_and_no_line_at_a_s
         return update(run, event)
 
     settings = ("--tokens", (5 if end == "finished" else 6) * 256, "--spectra-every", 5, "--checkpoint-every", 3)
-    monkeypatch.setattr(spectra.SpectraRecorder, "_measure", fail_at_five)
+    monkeypatch.setattr(metrics.SpectraRecorder, "_measure", fail_at_five)
     if end == "stopped":
         monkeypatch.setattr(train.Run, "update", stop_at_five)
     code, folder, out, _ = train_small("run", *settings)
@@ -167,7 +167,7 @@ def test_a_worker_that_fails_last_costs_no_weights_at_the_end_and_no_line_at_a_s
     assert "failed: spectra: ZeroDivisionError" in out
     assert summary(folder)["status"] == "failed"
     assert torch.load(folder / "checkpoint.pt")["step"] == (5 if end == "finished" else 3)
-    monkeypatch.setattr(spectra.SpectraRecorder, "_measure", measure)
+    monkeypatch.setattr(metrics.SpectraRecorder, "_measure", measure)
     monkeypatch.setattr(train.Run, "update", update)
     code, *_ = train_small("run", *settings, "--resume")
     assert code == 0
@@ -392,13 +392,13 @@ def test_damaged_checkpoints_are_refused_every_time(train_small):
 def test_a_shard_that_was_swapped_before_its_first_read_is_noticed(tmp_path, tokens):
     def write(count):
         header = np.zeros(256, "<u4")
-        header[:3] = shardfiles.MAGIC, shardfiles.VERSION, count
+        header[:3] = shards.MAGIC, shards.VERSION, count
         content = header.tobytes() + np.arange(count, dtype="<u2").tobytes()
-        for split in shardfiles.SPLITS:
+        for split in shards.SPLITS:
             (tmp_path / f"{split}_000000.bin").write_bytes(content)
 
     write(100)
-    shards = shardfiles.open_shards(tmp_path)
+    opened = shards.open_shards(tmp_path)
     write(tokens)
-    with pytest.raises(shardfiles.BadInput, match="changed since"):
-        shardfiles.TokenStream(shards, "train").read(0, 50)
+    with pytest.raises(shards.BadInput, match="changed since"):
+        data.TokenStream(opened, "train").read(0, 50)

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import runcheck
+from analysis import runs
 from bench import fuzz, soak
 from engine import files
 from engine.cli import BadInput
@@ -140,7 +140,7 @@ def test_any_settings_and_any_summary_are_refused_or_read(copy_of, name, draw):
     text = draw.draw(changed([json.loads((folder / name).read_text())]))
     (folder / name).write_text(text, encoding="utf-8")
     if is_read(fuzz.read_run, folder, folder):
-        read = runcheck.config if name == "config.json" else runcheck.summary
+        read = runs.config if name == "config.json" else runs.summary
         assert read(folder / name) == json.loads(text)
 
 
@@ -153,7 +153,7 @@ def test_any_line_among_good_ones_is_refused_or_read(copy_of, name, draw):
     place = draw.draw(st.integers(0, len(lines) - 1))
     lines[place] = draw.draw(changed([json.loads(line) for line in lines[:12]]))
     (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    read = runcheck.metrics if name == "metrics.jsonl" else runcheck.spectra
+    read = runs.metrics if name == "metrics.jsonl" else runs.spectra
     if is_read(read, folder / name) and place < len(lines) - 1:
         found = read(folder / name)
         assert found == [json.loads(line) for line in lines]
@@ -170,7 +170,7 @@ def test_a_projection_of_two_sizes_is_refused(copy_of):
     shorter = json.loads(last) | {"singular_values": [1.0]}
     path.write_text("\n".join([*lines, json.dumps(shorter)]) + "\n")
     with pytest.raises(BadInput, match="1 singular values where 8 were before"):
-        runcheck.spectra(path)
+        runs.spectra(path)
 
 
 @settings(max_examples=120)

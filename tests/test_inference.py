@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from inference import family, hedges_g, holm, median_time, paired, slope, summarize
-from stats import welch
+from analysis.stats import family, hedges_g, holm, median_time, paired, slope, summarize, welch
 
 A, B = {0: 5.0, 1: 7.0, 2: 6.0}, {0: 4.0, 1: 5.0, 2: 3.0}  # differences 1, 2, 3
 

@@ -6,22 +6,22 @@ import struct
 import numpy as np
 import pytest
 
-import data
-from build import build_shards
+from corpus import commands
+from corpus.build import build_shards
 from tests.conftest import random_documents
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Shards of 2,000 tokens."""
-    monkeypatch.setattr("shardfiles.SHARD_TOKENS", 2000)
-    monkeypatch.setattr("shardfiles.WRITE_TOKENS", 500)
+    monkeypatch.setattr("corpus.shards.SHARD_TOKENS", 2000)
+    monkeypatch.setattr("corpus.shards.WRITE_TOKENS", 500)
     build_shards(lambda: iter(random_documents(90)), tmp_path / "s", source="words", vocab_size=300, val_fraction=0.2)
     return tmp_path / "s"
 
 
 def test_inspect_says_what_is_in_the_shards(folder, run_main):
-    code, out, _ = run_main(data.main, "inspect", folder)
+    code, out, _ = run_main(commands.main, "inspect", folder)
     assert code == 0
     meta = json.loads((folder / "meta.json").read_text())
     for split in ("train", "val"):
@@ -48,18 +48,18 @@ def test_published_shards_are_told_by_their_pattern(tmp_path, run_main):
         header = struct.pack("<256i", 20240520, 1, len(ids), *[0] * 253)
         (tmp_path / name).write_bytes(header + struct.pack(f"<{len(ids)}H", *ids))
     (tmp_path / "other_train_000001.bin").write_bytes(b"not a shard")
-    code, out, _ = run_main(data.main, "inspect", tmp_path, "--data-pattern", "fineweb_train_*.bin")
+    code, out, _ = run_main(commands.main, "inspect", tmp_path, "--data-pattern", "fineweb_train_*.bin")
     assert code == 0
     assert "train: 4 tokens in 1 shard; ids 7 to 50256 (3 different" in out
     assert "2 documents of 2 tokens" in out
     assert "none of them with a checksum" in out
-    assert run_main(data.main, "verify", tmp_path)[0] == 1
+    assert run_main(commands.main, "verify", tmp_path)[0] == 1
     for pattern, words in (
         ("fineweb_*.bin", "train in it"),
         ("../train_*.bin", "train in it"),
         ("x_train_*.bin", "no x_train"),
     ):
-        code, _, err = run_main(data.main, "verify", tmp_path, "--data-pattern", pattern)
+        code, _, err = run_main(commands.main, "verify", tmp_path, "--data-pattern", pattern)
         assert code == 2
         assert words in err
 
@@ -76,7 +76,7 @@ def test_published_shards_are_told_by_their_pattern(tmp_path, run_main):
     ],
 )
 def test_verify_names_every_damage(folder, run_main, how, words):
-    assert run_main(data.main, "verify", folder)[0] == 0
+    assert run_main(commands.main, "verify", folder)[0] == 0
     paths, meta_path = sorted(folder.glob("train_*.bin"))[:2], folder / "meta.json"
     meta = json.loads(meta_path.read_text())
     for path in paths if how in ("flip", "cut", "other text") else paths[:1]:
@@ -95,7 +95,7 @@ def test_verify_names_every_damage(folder, run_main, how, words):
         meta_path.write_text(json.dumps(meta | {"train_tokens": meta["train_tokens"] + 1}))
     elif how == "vocabulary":
         meta_path.write_text(json.dumps(meta | {"vocab_size": 200}))
-    code, out, _ = run_main(data.main, "verify", folder)
+    code, out, _ = run_main(commands.main, "verify", folder)
     assert code == 1
     assert words in out
     if how in ("flip", "cut", "other text"):

@@ -6,10 +6,10 @@ import time
 import numpy as np
 import pytest
 
-import shardfiles
+from corpus import shards
+from corpus.shards import open_shards
+from data import Loader, TokenStream, aligned_windows, document_starts
 from engine.cli import BadInput
-from loader import Loader, aligned_windows, document_starts
-from shardfiles import TokenStream, open_shards
 
 
 def test_aligned_windows_begin_at_documents_and_leave_out_only_tails(shards_folder):
@@ -41,11 +41,11 @@ def test_aligned_windows_end_with_the_tokens(starts, tokens, expected):
 
 
 def test_documents_are_found_across_chunks_and_shards(tmp_path, monkeypatch):
-    from build import build_shards
+    from corpus.build import build_shards
     from tests.conftest import random_documents
 
-    monkeypatch.setattr("shardfiles.SHARD_TOKENS", 1000)
-    monkeypatch.setattr("loader.CHUNK_TOKENS", 77)
+    monkeypatch.setattr("corpus.shards.SHARD_TOKENS", 1000)
+    monkeypatch.setattr("data.CHUNK_TOKENS", 77)
     build_shards(lambda: iter(random_documents(60)), tmp_path / "s", source="x", vocab_size=300, val_fraction=0.2)
     stream = TokenStream(open_shards(tmp_path / "s"), "train")
     whole = stream.read(0, len(stream))
@@ -77,9 +77,9 @@ def damaged(shards_folder, tmp_path, monkeypatch):
     raw = bytearray(path.read_bytes())
     raw[-9] ^= 1
     path.write_bytes(raw)
-    monkeypatch.setattr(shardfiles, "CHECKED_AT_ONCE_BYTES", 0)
-    check = shardfiles.check_payload
-    monkeypatch.setattr(shardfiles, "check_payload", lambda *a: (time.sleep(1.0), check(*a)))
+    monkeypatch.setattr(shards, "CHECKED_AT_ONCE_BYTES", 0)
+    check = shards.check_payload
+    monkeypatch.setattr(shards, "check_payload", lambda *a: (time.sleep(1.0), check(*a)))
     return path
 
 

@@ -3,11 +3,10 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-import plots
-import plots_layer
-import plots_spectra
-from stats import chance_spread, group_seeds, load_run
-from tests.synthetic import write_run
+from analysis import plots, plots_layer, plots_spectra
+from analysis.runs import group_seeds, load_run
+from analysis.stats import chance_spread
+from bench.synthetic import write_run
 
 
 @pytest.fixture(scope="module")

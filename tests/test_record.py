@@ -8,13 +8,13 @@ import subprocess
 import numpy as np
 import pytest
 
-import launcher
 import train
+from analysis.runs import load_run
 from bench import record, record_figures
 from bench.record import ROOT
 from engine import files
 from engine.cli import BadInput
-from stats import load_run
+from suites import launcher
 from tests.conftest import SMALL_MODEL
 
 RECORDS = ROOT / "runs" / "records"

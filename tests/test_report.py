@@ -11,13 +11,11 @@ import pytest
 import scipy.stats
 import tyro
 
-import plots
 import report
-import report_pages
-import report_verdict
-from report_questions import answers
-from stats import load_run
-from tests.synthetic import spectral_line, write_run
+from analysis import pages, plots, verdict
+from analysis.questions import answers
+from analysis.runs import load_run
+from bench.synthetic import spectral_line, write_run
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -214,23 +212,23 @@ def test_every_string_of_a_page_is_text_and_never_markup(tmp_path):
 
     for kind in ("png", "svg"):
         (tmp_path / f"figure.{kind}").write_bytes(bytes(30))
-    table = report_pages.Table([evil(), evil()], [[evil(), evil() + "long " * 20]])
+    table = pages.Table([evil(), evil()], [[evil(), evil() + "long " * 20]])
     made[-1] += "long " * 20
     items = [
-        report_pages.Table([evil()], [[evil()]], whole=True),
-        report_pages.Picture("figure", evil(), evil(), evil()),
-        report_pages.Verse(evil(), [evil(), evil()]),
-        report_pages.Code([evil(), "```", evil()]),
+        pages.Table([evil()], [[evil()]], whole=True),
+        pages.Picture("figure", evil(), evil(), evil()),
+        pages.Verse(evil(), [evil(), evil()]),
+        pages.Code([evil(), "```", evil()]),
     ]
-    parts = [report_pages.Part(evil(), items), report_pages.Part(evil(), [], folded=True)]
+    parts = [pages.Part(evil(), items), pages.Part(evil(), [], folded=True)]
     tiles = [(evil(), evil())]
-    page = report_pages.Page(evil(), evil(), [evil()], tiles, table, [evil()], [evil()], parts)
-    (tmp_path / "page.html").write_text(report_pages.html_page(page, tmp_path))
+    page = pages.Page(evil(), evil(), [evil()], tiles, table, [evil()], [evil()], parts)
+    (tmp_path / "page.html").write_text(pages.html_page(page, tmp_path))
     read = read_page(tmp_path / "page.html")
     assert "script" not in read.tags
     said = "\n".join([*read.text, *(image["alt"] for image in read.images)])
     assert [text for text in made if text not in said] == []
-    markdown = report_pages.markdown_page(page)
+    markdown = pages.markdown_page(page)
     code = markdown[markdown.index("````\n") : markdown.rindex("````")]
     assert "<script>" in code
     assert "<script>" not in markdown.replace(code, "")
@@ -295,8 +293,8 @@ def test_a_report_is_not_mixed_with_something_else(run_main, no_drawing, pair, t
 
 
 def sentences(runs):
-    verdicts = report_verdict.judge(runs)
-    return " ".join([s for v in verdicts for s in v.sentences()] + report_verdict.careful(runs))
+    verdicts = verdict.judge(runs)
+    return " ".join([s for v in verdicts for s in v.sentences()] + verdict.careful(runs))
 
 
 def test_unlike_unfinished_and_repeated_runs_are_not_pooled(tmp_path):

@@ -11,10 +11,10 @@ import types
 import pytest
 import torch
 
-import loader
-import shardfiles
+import data
 import train
 from bench import scaling
+from corpus import shards
 from engine.ranks import Rank, Sharding, deal, unit_view
 from model import SIZES, ModelConfig, Transformer
 from optim import build_optimizers, load_whole_state, parameter_layout, whole_state
@@ -195,7 +195,7 @@ def test_bytes_and_messages_are_those_that_are_handed_to_the_network(world_size,
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ranks_share_out_the_validation_and_each_batch_is_read_once(shards_folder, monkeypatch, world_size):
-    shards, read = shardfiles.open_shards(shards_folder), []
+    opened, read = shards.open_shards(shards_folder), []
 
     def evaluate(model, batches, count):
         assert count == world_size
@@ -203,7 +203,7 @@ def test_ranks_share_out_the_validation_and_each_batch_is_read_once(shards_folde
         return 1.0, 0.5
 
     monkeypatch.setattr(train, "evaluate", evaluate)
-    stream, nothing = shardfiles.TokenStream(shards, "val"), lambda *_: None
+    stream, nothing = data.TokenStream(opened, "val"), lambda *_: None
     for index in range(world_size):
         run = types.SimpleNamespace(
             **{"val_stream": stream, "s": types.SimpleNamespace(eval_tokens=640, seq_len=32), "validation_rows": 4},
@@ -213,7 +213,7 @@ def test_ranks_share_out_the_validation_and_each_batch_is_read_once(shards_folde
             out=types.SimpleNamespace(line=nothing),
         )
         train.Run.validate(run)
-    whole = [batch.tobytes() for batch in loader.validation_batches(stream, 640, 32, 4)]
+    whole = [batch.tobytes() for batch in data.validation_batches(stream, 640, 32, 4)]
     assert len(whole) == 5
     assert sorted(itertools.chain(*read)) == sorted(whole)
 

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-import sources
+from corpus import sources
+from corpus.sources import TEXT
 from engine.cli import BadInput
-from sources import TEXT
 from tests.conftest import random_documents
 from tests.hub import Hub
 from tests.test_build import ROOT, documents_of

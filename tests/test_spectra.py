@@ -13,14 +13,12 @@ import torch
 
 import metrics
 import settings
-import spectra
 import train
 from engine import run_folder
 from engine.ranks import Sharding
-from metrics import decompose, projection_record
+from metrics import QUEUE_EVENTS, SpectraRecorder, WorkerFailed, decompose, projection_record
 from model import ModelConfig, Transformer
 from optim import build_optimizers
-from spectra import QUEUE_EVENTS, SpectraRecorder, WorkerFailed
 
 CONFIG = ModelConfig(32, 2, 4, 2, 48, seq_len=16)
 
@@ -79,14 +77,14 @@ def test_every_projection_of_the_batched_worker_equals_one_measured_alone(tmp_pa
 
 def test_the_loop_goes_on_while_the_worker_measures_and_waits_when_the_queue_is_full(tmp_path, monkeypatch):
     gate, started = threading.Event(), threading.Event()
-    decompose_bank = spectra.decompose_bank
+    decompose_bank = metrics.decompose_bank
 
     def slow(bank):
         started.set()
         gate.wait(20)
         return decompose_bank(bank)
 
-    monkeypatch.setattr(spectra, "decompose_bank", slow)
+    monkeypatch.setattr(metrics, "decompose_bank", slow)
     model = small_model()
     recorder = SpectraRecorder(model, tmp_path / "s.jsonl")
     recorder.record(0, 0)
@@ -111,9 +109,9 @@ def test_the_loop_goes_on_while_the_worker_measures_and_waits_when_the_queue_is_
 
 def test_the_worker_takes_one_thread_and_leaves_the_loop_its_own(tmp_path, monkeypatch):
     before, seen = torch.get_num_threads(), []
-    decompose_bank = spectra.decompose_bank
+    decompose_bank = metrics.decompose_bank
     monkeypatch.setattr(
-        spectra, "decompose_bank", lambda bank: (seen.append(torch.get_num_threads()), decompose_bank(bank))[1]
+        metrics, "decompose_bank", lambda bank: (seen.append(torch.get_num_threads()), decompose_bank(bank))[1]
     )
     recorder = SpectraRecorder(small_model(), tmp_path / "s.jsonl")
     recorder.record(0, 0)
@@ -136,7 +134,7 @@ def test_a_failing_worker_raises_in_the_loop_and_never_hangs(tmp_path, monkeypat
 
 
 def test_a_run_whose_worker_fails_ends_failed_with_the_reason(train_small, monkeypatch):
-    monkeypatch.setattr(spectra, "decompose_bank", lambda bank: 1 / 0)
+    monkeypatch.setattr(metrics, "decompose_bank", lambda bank: 1 / 0)
     code, folder, out, _ = train_small("run", "--tokens", 2560)
     assert code == 1
     summary = json.loads((folder / "summary.json").read_text())
@@ -155,13 +153,13 @@ def test_a_run_says_how_long_spectra_held_it_up(train_small):
 
 
 def test_waiting_for_a_slow_worker_counts_as_blocked_and_as_training_time(train_small, monkeypatch):
-    slow_bank = spectra.decompose_bank
+    slow_bank = metrics.decompose_bank
 
     def slow(bank):
         time.sleep(0.1)
         return slow_bank(bank)
 
-    monkeypatch.setattr(spectra, "decompose_bank", slow)
+    monkeypatch.setattr(metrics, "decompose_bank", slow)
     _, folder, _, _ = train_small("run", "--tokens", 256, "--spectra-every", 1)
     summary = json.loads((folder / "summary.json").read_text())
     banks = 3
@@ -255,7 +253,7 @@ def test_tensorboard_without_the_package_is_one_sentence(train_small, monkeypatc
 
 
 def test_sigterm_in_the_middle_of_an_event_loses_no_line(train_small, monkeypatch):
-    slow_bank, update = spectra.decompose_bank, train.Run.update
+    slow_bank, update = metrics.decompose_bank, train.Run.update
 
     def slow(bank):
         time.sleep(0.03)
@@ -267,7 +265,7 @@ def test_sigterm_in_the_middle_of_an_event_loses_no_line(train_small, monkeypatc
             assert run.spectra.events.unfinished_tasks
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(spectra, "decompose_bank", slow)
+    monkeypatch.setattr(metrics, "decompose_bank", slow)
     monkeypatch.setattr(train.Run, "update", interrupted)
     code, folder, _, _ = train_small("run", "--tokens", 2560, "--spectra-every", 1)
     assert code == 0

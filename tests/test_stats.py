@@ -2,20 +2,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
-import plots
-from stats import (
-    compare,
-    first_reaching,
-    group_seeds,
-    largest_spike,
-    learning_rate_tolerance,
-    load_run,
-    representative,
-    t_interval,
-    thin,
-    welch,
-)
-from tests.synthetic import write_run
+from analysis import plots
+from analysis.runs import group_seeds, load_run, representative
+from analysis.stats import compare, first_reaching, largest_spike, learning_rate_tolerance, t_interval, thin, welch
+from bench.synthetic import write_run
 
 
 def test_t_interval_and_welch_equal_scipy():

@@ -7,11 +7,12 @@ import re
 import pytest
 
 import experiments
-from claims import CLAIMS, CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE, judge_all
-from results import Results
+from bench.synthetic import write_run
 from settings import Settings
-from suites import MUON_ABLATIONS, SCALES, SUITES, Condition, Suite, with_needs
-from tests.synthetic import write_run
+from suites import planner
+from suites.catalog import MUON_ABLATIONS, SCALES, SUITES, Condition, Suite, with_needs
+from suites.claims import CLAIMS, CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE, judge_all
+from suites.results import Results
 
 ROWS = (  # of the documents' table, each as a suite
     *("speedrun-lr", "speedrun-2m", "baseline", "lr-sensitivity", "model-size", "moe-lr-muon", "moe-lr-adam"),
@@ -103,14 +104,14 @@ def test_a_suite_comes_after_what_it_needs():
     assert "baseline" not in place
 
 
-def planner(tmp_path, shards_folder, **given):
-    chosen = experiments.Selection(suite="moe-nesterov", scale="nano", runs_dir=tmp_path, data=shards_folder, **given)
-    return experiments.Planner(chosen)
+def plan_of(tmp_path, shards_folder, **given):
+    chosen = planner.Selection(suite="moe-nesterov", scale="nano", runs_dir=tmp_path, data=shards_folder, **given)
+    return planner.Planner(chosen)
 
 
 def test_runs_are_named_by_what_they_train_and_shared_between_suites(tmp_path, shards_folder, monkeypatch):
-    plan = planner(tmp_path, shards_folder)
-    monkeypatch.setattr(experiments.Planner, "winner", lambda self, suite, optimizer: winners(suite, optimizer))
+    plan = plan_of(tmp_path, shards_folder)
+    monkeypatch.setattr(planner.Planner, "winner", lambda self, suite, optimizer: winners(suite, optimizer))
     jobs = {name: {job.name for p in plan.plan(name) for job in p.jobs} for name in MUON_ABLATIONS}
     shared = set.intersection(*(jobs[name] for name in MUON_ABLATIONS if name != "moe-aux-ratio"))
     assert len(shared) == 3  # S4's own settings, three seeds, once for all
@@ -118,7 +119,7 @@ def test_runs_are_named_by_what_they_train_and_shared_between_suites(tmp_path, s
     assert rate.name == plan.job((("lr", 0.02), ("model", "nano")), 0).name
     assert rate.name != plan.job((("lr", 0.03), ("model", "nano")), 0).name
     assert rate.name.split("-seed")[0] == plan.job((("model", "nano"), ("lr", 0.02)), 1).name.split("-seed")[0]
-    assert rate.name != planner(tmp_path, shards_folder, tokens=4096).job((("model", "nano"), ("lr", 0.02)), 0).name
+    assert rate.name != plan_of(tmp_path, shards_folder, tokens=4096).job((("model", "nano"), ("lr", 0.02)), 0).name
     assert plan.job((("model", "nano"), ("spectra_every", 0)), 0).name != plan.job((("model", "nano"),), 0).name
 
 
@@ -129,7 +130,7 @@ def test_the_winner_has_the_least_mean_and_no_diverged_seed(tmp_path, shards_fol
     sweep = Suite("sweep", "S4", "?", "lr", (0, 1), (), 0, lambda scale, winners: conditions)
     monkeypatch.setitem(SUITES, "sweep", sweep)
     finals = {0.1: (3.2, 3.4), 0.2: (3.0, 3.3), 0.3: (2.0, None)}
-    plan = planner(tmp_path, shards_folder)
+    plan = plan_of(tmp_path, shards_folder)
     for p in plan.plan("sweep"):
         for job, final in zip(p.jobs, finals[p.condition.fields["lr"]], strict=True):
             folder = write_run(job.folder, final=final or 3.0, status="finished" if final else "failed", spectra=False)
@@ -142,7 +143,7 @@ def test_the_winner_has_the_least_mean_and_no_diverged_seed(tmp_path, shards_fol
     assert plan.winner("sweep", "muon")["lr"] == 0.2
     (job.folder / "summary.json").unlink()
     with pytest.raises(experiments.BadInput, match="has not finished"):
-        planner(tmp_path, shards_folder).winner("sweep", "muon")
+        plan_of(tmp_path, shards_folder).winner("sweep", "muon")
 
 
 def results_of(tmp_path, name, finals, to_go=0, **settings):
@@ -319,7 +320,7 @@ def test_time_to_the_others_final_loss_in_tokens_and_seconds(tmp_path):
 
 
 def test_a_report_in_the_middle_of_a_suite(tmp_path):
-    from report_suites import write_suite_report
+    from suites.report import write_suite_report
 
     finals = {"muon": (3.0, 3.1, None), "adamw": (3.5,)}
     results = results_of(tmp_path, "moe-long", finals, to_go=1, experts=4)
@@ -354,7 +355,7 @@ def test_deviations_from_fairness_are_listed(tmp_path):
 
 
 def test_the_best_rate_on_the_edge_of_the_grid_is_told(tmp_path):
-    from report_suites import rate_sentences
+    from suites.report import rate_sentences
 
     finals = {"adamw lr 0.0005": (5.0,), "adamw lr 0.001": (4.5,), "adamw lr 0.002": (4.0,)}
     (sentence,) = rate_sentences(results_of(tmp_path / "edge", "moe-lr-adam", finals), "adamw")

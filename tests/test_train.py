@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-import build
 import train
+from corpus import build
 from engine.files import ROOT as REPOSITORY
 from engine.step import TrainingStep
 from tests.conftest import SMALL_MODEL, random_documents

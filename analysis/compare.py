@@ -15,10 +15,11 @@ from pathlib import Path
 
 import tyro
 
+from analysis.plots import group_labels, setting
+from analysis.runs import Group, Run, find_runs, group_seeds, load_run
+from analysis.stats import compare, t_interval
+from analysis.verdict import chance_sentence, cost_sentence, lead_sentence, memory
 from engine.cli import BadInput
-from plots import group_labels, setting
-from report_verdict import chance_sentence, cost_sentence, lead_sentence, memory
-from stats import Group, Run, compare, find_runs, group_seeds, load_run, t_interval
 
 # What must agree before two losses are set side by side, and why.
 MUST_AGREE = {

@@ -1,8 +1,8 @@
-"""Numbers from finished or running runs: load their files, pool seeds, intervals and tests, learning-rate tolerance.
+"""Run folders, finished or not: their files read and checked, and runs grouped over seeds.
 
-    run = load_run(Path("runs/my-run")); run.val["val_loss"][-1]; compare(*group_seeds([run, other_run])).p_value
+    run = load_run(Path("runs/my-run")); run.val["val_loss"][-1]; groups = group_seeds([run, other_run])
 
-Reads only files in runs/; needs NumPy and SciPy, never torch.
+A file that a crash, an editor or somebody else made may hold anything: BadInput names the file, the line and the key.
 """
 
 import functools
@@ -15,15 +15,121 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats as scipy_stats
 
-import runcheck
 from engine import files
 from engine.cli import BadInput
 from engine.identity import NOT_COMPARED
 
+MOST_LAYERS = 10_000  # more are damage, and would be allocated
+LARGEST = 2**53  # whole numbers beyond are no counts, and floats do not hold them
+CONFIG_NUMBERS = (
+    *("lr", "adamw_lr", "weight_decay", "momentum", "warmup", "min_lr", "grad_clip", "dropout", "batch_tokens"),
+    *("seq_len", "eval_tokens", "vocab_size", "params", "active_params", "tokens", "world_size", "ns_steps"),
+)
+TRAIN = ("step", "tokens", "train_loss", "step_ms")
+VAL = ("step", "tokens", "val_loss", "val_accuracy", "train_seconds")
 PROJECTIONS = ("q", "k", "v", "o", "up", "down")  # the six that every dense model logs, in the order they are shown
-CONFIDENCE = 0.95
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e300
+
+
+def is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= LARGEST
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A run's settings: flat, and with the few that every report needs."""
+    read = files.load_json(path)
+    missing = {"optimizer", "seed", "model", "steps"} - read.keys()
+    if missing:
+        raise BadInput(f"{path}: lacks {', '.join(sorted(missing))}")
+    for key, value in read.items():
+        right = value is None or isinstance(value, str | int | float)
+        if key in ("optimizer", "model"):
+            right = isinstance(value, str)
+        elif key in ("seed", "steps"):
+            right = is_count(value)
+        elif key in CONFIG_NUMBERS:
+            right = value is None or is_number(value)
+        if not right:
+            raise BadInput(f"{path}: {key} is {_short(value)}")
+    return read
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """How a run ended; empty where there is no such file."""
+    if not path.exists():
+        return {}
+    read = files.load_json(path)
+    for key, value in read.items():
+        words = key in ("status", "reason", "data_fingerprint", "config_hash")
+        right = isinstance(value, str) if words else is_number(value)
+        if not right and (value is not None or key == "status"):
+            raise BadInput(f"{path}: {key} is {_short(value)}")
+    return read
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    lines = files.read_jsonl(path)
+    for number, line in enumerate(lines, start=1):
+        kind = line.get("kind")
+        if not isinstance(kind, str):
+            raise BadInput(f"{path}: line {number} says of no kind what it is")
+        where = f"{path}: line {number}"
+        if kind == "experts":
+            _counts(where, line, ("step", "layer"))
+            _list_of_numbers(where, line, "utilization")
+        elif kind in ("train", "val"):
+            _counts(where, line, ("step", "tokens"))
+            _numbers(where, line, TRAIN if kind == "train" else VAL, but=("kind",))
+    return lines
+
+
+def read_spectra(path: Path) -> list[dict[str, Any]]:
+    """The lines of manifold_stats.jsonl; all matrices of one projection are of one size."""
+    lines = files.read_jsonl(path)
+    sizes: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}: line {number}"
+        _counts(where, line, ("step", "layer"))
+        if not isinstance(line.get("proj"), str):
+            raise BadInput(f"{where}: proj is {_short(line.get('proj'))}")
+        _list_of_numbers(where, line, "singular_values")
+        size = len(line["singular_values"])
+        if sizes.setdefault(line["proj"], size) != size:
+            raise BadInput(f"{where}: {size} singular values where {sizes[line['proj']]} were before")
+        _numbers(where, line, (), but=("proj", "singular_values"))
+    return lines
+
+
+def _counts(where: str, line: dict[str, Any], keys: Sequence[str]) -> None:
+    for key in keys:
+        if not is_count(line.get(key)) or (key == "layer" and line[key] >= MOST_LAYERS):
+            raise BadInput(f"{where}: {key} is {_short(line.get(key))}")
+
+
+def _numbers(where: str, line: dict[str, Any], needed: Sequence[str], but: Sequence[str]) -> None:
+    """The needed keys are there, and every value is a number or null."""
+    for key in needed:
+        if key not in line:
+            raise BadInput(f"{where}: lacks {key}")
+    for key, value in line.items():
+        if key not in but and value is not None and not is_number(value):
+            raise BadInput(f"{where}: {key} is {_short(value)}")
+
+
+def _list_of_numbers(where: str, line: dict[str, Any], key: str) -> None:
+    values = line.get(key)
+    if not isinstance(values, list) or not values or not all(value is None or is_number(value) for value in values):
+        raise BadInput(f"{where}: {key} is {_short(values)}")
+
+
+def _short(value: Any) -> str:
+    words = repr(value)
+    return words if len(words) <= 40 else words[:37] + "..."
 
 
 @dataclass(frozen=True)
@@ -149,8 +255,8 @@ def load_run(path: Path) -> Run:
     """Read a run's folder, finished or not; BadInput names the folder or file that cannot be read."""
     if not path.is_dir():
         raise BadInput(f"{path}: no such run folder")
-    config, summary = runcheck.config(path / files.CONFIG), runcheck.summary(path / files.SUMMARY)
-    metrics, spectra = runcheck.metrics(path / files.METRICS), runcheck.spectra(path / files.SPECTRA)
+    config, summary = read_config(path / files.CONFIG), read_summary(path / files.SUMMARY)
+    metrics, spectra = read_metrics(path / files.METRICS), read_spectra(path / files.SPECTRA)
     for line in spectra:
         line["singular_values"] = np.array(line["singular_values"], dtype=np.float32)  # an eighth of a list's memory
     return Run(
@@ -254,160 +360,3 @@ def representative(groups: Sequence[Group], most: int) -> list[Group]:
     )
     chosen = [group for *_, group in ranked[:most]]
     return [group for group in groups if any(group is one for one in chosen)]
-
-
-def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
-    """Mean and the Student-t confidence interval of independent runs; NaN bounds for fewer than two."""
-    mean = float(np.mean(values)) if len(values) else math.nan
-    if len(values) < 2:
-        return mean, math.nan, math.nan
-    half = scipy_stats.t.ppf((1 + confidence) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
-    return mean, mean - float(half), mean + float(half)
-
-
-def welch(a: Sequence[float], b: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float, float]:
-    """mean(a) - mean(b), its confidence interval and the two-sided p value, variances not assumed equal (Welch 1947).
-
-    t = (mean a - mean b) / sqrt(va + vb), v = s²/n, with (va + vb)² / (va²/(na-1) + vb²/(nb-1)) degrees of freedom.
-    Bounds and p are NaN with fewer than two values on a side, or with no spread on either.
-    """
-    difference = float(np.mean(a) - np.mean(b)) if len(a) and len(b) else math.nan
-    if len(a) < 2 or len(b) < 2:
-        return difference, math.nan, math.nan, math.nan
-    va, vb = np.var(a, ddof=1) / len(a), np.var(b, ddof=1) / len(b)
-    if va + vb == 0:
-        return difference, math.nan, math.nan, math.nan
-    freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
-    error = math.sqrt(va + vb)
-    half = float(scipy_stats.t.ppf((1 + confidence) / 2, freedom)) * error
-    p_value = 2 * float(scipy_stats.t.sf(abs(difference) / error, freedom))
-    return difference, difference - half, difference + half, p_value
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two groups side by side; differences are a - b in nats, ratios a / b, NaN where there is nothing to tell."""
-
-    a: Group
-    b: Group
-    difference: float
-    low: float
-    high: float
-    p_value: float
-    step_time_ratio: float
-    speed_ratio: float
-    seconds_ratio: float
-    memory_ratio: float
-
-
-def compare(a: Group, b: Group) -> Comparison:
-    ratios = [_ratio(a.mean(key), b.mean(key)) for key in ("step_ms", "tokens_per_second", "train_seconds")]
-    return Comparison(
-        a, b, *welch(a.losses(), b.losses()), *ratios, _ratio(a.mean("memory_bytes"), b.mean("memory_bytes"))
-    )
-
-
-def _ratio(a: float, b: float) -> float:
-    return a / b if b else math.nan
-
-
-def first_reaching(x: np.ndarray, loss: np.ndarray, target: float) -> float | None:
-    """The x (steps, seconds) at which the loss is first at `target`, linear between validations; None if never."""
-    below = np.flatnonzero(loss <= target)
-    if not len(below):
-        return None
-    i = int(below[0])
-    if i == 0:
-        return float(x[0])
-    share = (loss[i - 1] - target) / (loss[i - 1] - loss[i])
-    return float(x[i - 1] + share * (x[i] - x[i - 1]))
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """The learning rates around the best whose loss stays near the best one's; `open_*`: the grid ended first."""
-
-    best: float
-    low: float
-    high: float
-    open_low: bool
-    open_high: bool
-
-    @property
-    def decades(self) -> float:
-        return math.log10(self.high / self.low)
-
-    @property
-    def at_edge(self) -> bool:
-        """Whether the best rate is the lowest or highest that was tried."""
-        return (self.open_low and self.low == self.best) or (self.open_high and self.high == self.best)
-
-
-def learning_rate_tolerance(rates: Sequence[float], losses: Sequence[float], share: float = 0.01) -> Tolerance | None:
-    """The width of the valley around the best rate within which the loss is at most (1 + share) times the best loss.
-
-    Between grid points the loss is taken as linear in the logarithm of the rate. The valley is the one connected piece
-    around the best rate; a loss that is NaN or infinite (a diverged run) ends it at its neighbour towards the best;
-    where the grid ends inside, the width is a lower bound. None with no finite loss.
-    """
-    order = np.argsort(rates)
-    exact = np.asarray(rates, dtype=float)[order]
-    x, y = np.log(exact), np.asarray(losses, dtype=float)[order]
-    if not np.isfinite(y).any():
-        return None
-    best = int(np.nanargmin(np.where(np.isfinite(y), y, np.nan)))
-    limit = y[best] * (1 + share)
-
-    def edge(direction: int) -> tuple[float, bool]:
-        i = best
-        while 0 <= i + direction < len(y):
-            after = i + direction
-            if not y[after] <= limit:
-                if not np.isfinite(y[after]):
-                    return float(exact[i]), False
-                return math.exp(x[i] + (limit - y[i]) / (y[after] - y[i]) * (x[after] - x[i])), False
-            i = after
-        return float(exact[i]), True
-
-    (low, open_low), (high, open_high) = edge(-1), edge(1)
-    return Tolerance(float(exact[best]), low, high, open_low, open_high)
-
-
-def unsteadiness(run: Run, share: float = 0.1) -> float:
-    """Standard deviation of the last `share` of the training losses about their line, in nats; NaN below 4 updates."""
-    loss = run.train.get("train_loss", np.empty(0))
-    last = loss[-max(4, round(share * len(loss))) :]
-    if len(loss) < 4 or not np.isfinite(last).all():
-        return math.nan
-    x = np.arange(len(last))
-    return float(np.std(last - np.polyval(np.polyfit(x, last, 1), x), ddof=2))
-
-
-def largest_spike(run: Run) -> float:
-    """Greatest rise of the training loss above its least value so far, in nats; NaN without training."""
-    loss = run.train.get("train_loss", np.empty(0))
-    loss = loss[np.isfinite(loss)]
-    return float(np.max(loss - np.minimum.accumulate(loss))) if len(loss) else math.nan
-
-
-def thin(x: np.ndarray, y: np.ndarray, most: int = 300) -> tuple[np.ndarray, np.ndarray]:
-    """A long curve as at most `most` points, each the mean of as many neighbours."""
-    width = math.ceil(len(x) / most) if len(x) else 1
-    if width == 1:
-        return x, y
-    starts = np.arange(0, len(x), width)
-    counts = np.diff(np.append(starts, len(x)))
-    return np.add.reduceat(x, starts) / counts, np.add.reduceat(y, starts) / counts
-
-
-@functools.cache
-def chance_spread(k: int, trials: int = 20_000) -> tuple[float, float]:
-    """The middle 95 % of the alignment of two random k-dimensional subspaces, as multiples of its mean.
-
-    In a large dimension d the k x k overlap of the two bases is Gaussian with variance 1/d: its mean singular value
-    scales with sqrt(1/d) and its relative spread depends on k alone.
-    """
-    overlaps = np.random.default_rng(0).standard_normal((trials, k, k))
-    means = np.linalg.svd(overlaps, compute_uv=False).mean(axis=1)
-    low, high = np.quantile(means, (0.025, 0.975)) / means.mean()
-    return float(low), float(high)

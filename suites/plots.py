@@ -9,10 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from inference import median_time, summarize
-from plots import OPTIMIZER_COLORS, OTHER_COLOR, WIDTH, legend_below, optimizer_name
-from results import Outcome, Results
-from stats import first_reaching
+from analysis.plots import OPTIMIZER_COLORS, OTHER_COLOR, WIDTH, legend_below, optimizer_name
+from analysis.stats import first_reaching, median_time, summarize
+from suites.results import Outcome, Results
 
 
 def condition_bars(results: Results) -> Figure:

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from plots import group_labels
-from plots_spectra import PROJECTION_TITLES, SUBSPACE_RANK, group_grid
-from stats import Group, Run, chance_spread, group_seeds
+from analysis.plots import group_labels
+from analysis.plots_spectra import PROJECTION_TITLES, SUBSPACE_RANK, group_grid
+from analysis.runs import Group, Run, group_seeds
+from analysis.stats import chance_spread
 
 FALL = 0.10  # share of its initial effective rank that a matrix must lose to be named
 NORM_WARNING, NORM_ALARM = 4.0, 5.0  # spectral norms that the earlier work advises to watch

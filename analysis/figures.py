@@ -12,13 +12,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-import plots
-import plots_layer
-import plots_spectra
+from analysis import plots, plots_layer, plots_spectra
+from analysis.pages import Picture
+from analysis.runs import Group, Run, group_seeds, representative
+from analysis.verdict import arenas, judge
 from engine.cli import make_folder
-from report_pages import Picture
-from report_verdict import arenas, judge
-from stats import Group, Run, group_seeds, representative
 
 MOST_ROWS = 6  # of a figure with a row or a column for each run
 

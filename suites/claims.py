@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from inference import Contrast, family, p_words, paired, slope
-from results import Outcome, Results
-from stats import CONFIDENCE, Run, learning_rate_tolerance
+from analysis.runs import Run
+from analysis.stats import CONFIDENCE, Contrast, family, learning_rate_tolerance, p_words, paired, slope
+from suites.results import Outcome, Results
 
 CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE = "confirmed", "not confirmed", "not testable here"
 FEWEST_SEEDS = 3

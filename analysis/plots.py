@@ -21,17 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from stats import (
-    Group,
-    Run,
-    group_seeds,
-    largest_spike,
-    learning_rate_tolerance,
-    representative,
-    t_interval,
-    thin,
-    welch,
-)
+from analysis.runs import Group, Run, group_seeds, representative
+from analysis.stats import largest_spike, learning_rate_tolerance, t_interval, thin, welch
 
 OPTIMIZER_NAMES = {"muon": "Muon", "adamw": "AdamW"}
 OPTIMIZER_COLORS = {"muon": "#0072B2", "adamw": "#D55E00"}

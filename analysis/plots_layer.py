@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from plots import REFERENCE_COLOR, group_handles, legend_below, looks, run_labels
-from plots_spectra import (
+from analysis.plots import REFERENCE_COLOR, group_handles, legend_below, looks, run_labels
+from analysis.plots_spectra import (
     ORDER_COLORS,
     PROJECTION_LOOKS,
     PROJECTION_TITLES,
@@ -25,7 +25,7 @@ from plots_spectra import (
     log_axis,
     projection_panels,
 )
-from stats import Run, group_seeds
+from analysis.runs import Run, group_seeds
 
 
 def _largest_to_smallest(values: np.ndarray) -> tuple[float, float]:

@@ -11,12 +11,10 @@ import fnmatch
 import hashlib
 import json
 import os
-import queue
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -256,81 +254,3 @@ def check_payload(path: Path, crc32: int) -> None:
         found = zlib.crc32(chunk, found)
     if found != crc32:
         raise BadInput(f"{path}: its checksum does not match, the file is damaged; rebuild it with data.py")
-
-
-class TokenStream:
-    """One split's shards as one sequence of tokens, mapped into memory, each checked when it is first touched: a small
-    one before a token of it is given, a large one by a thread behind the reader."""
-
-    def __init__(self, shards: Shards, split: str) -> None:
-        self.paths, self.vocab_size, self.eot_id = shards.files[split], shards.vocab_size, shards.eot_id
-        self.starts = np.concatenate(([0], np.cumsum(shards.counts[split])))
-        self.maps: dict[int, tuple[np.ndarray, tuple[int, int, int]]] = {}
-        self.damaged: BadInput | None = None
-        self._to_check: queue.Queue[tuple[Path, int]] = queue.Queue()
-        self._checker: Thread | None = None
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens start .. start + count, across shard borders, as int32."""
-        out = np.empty(count, dtype=np.int32)
-        shard, filled = int(np.searchsorted(self.starts, start, side="right")) - 1, 0
-        while filled < count:
-            offset = start + filled - self.starts[shard]
-            part = self.payload(shard)[offset : offset + count - filled]
-            out[filled : filled + len(part)] = part
-            filled += len(part)
-            shard += 1
-        if out.max(initial=0) >= self.vocab_size:
-            shard = int(np.searchsorted(self.starts, start + int(out.argmax()), side="right")) - 1
-            raise BadInput(f"{self.paths[shard]}: token id {out.max()} in a vocabulary of {self.vocab_size}")
-        return out
-
-    def payload(self, shard: int) -> np.ndarray:
-        """A shard's tokens; BadInput where the file is damaged, or is no longer the one that was opened: to read on in
-        one that was cut short would kill the process."""
-        if self.damaged is not None:
-            raise self.damaged
-        path = self.paths[shard]
-        try:
-            found = path.stat()
-            now = found.st_size, found.st_mtime_ns, found.st_ino
-        except OSError as error:
-            raise BadInput(f"{path}: vanished while it was read ({error.strerror})") from None
-        if shard not in self.maps:
-            header, payload = read_header(path), np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES)
-            if len(payload) != self.starts[shard + 1] - self.starts[shard]:
-                raise BadInput(f"{path}: changed since the run opened it; start again with --resume when it is whole")
-            self.maps[shard] = payload, now
-            if header[SLOT_CRC32]:
-                self._check(path, int(header[SLOT_CRC32]), payload.nbytes)
-        payload, opened = self.maps[shard]
-        if now != opened:
-            raise BadInput(f"{path}: changed while it was read; start again with --resume when it is whole")
-        return payload
-
-    def _check(self, path: Path, crc32: int, size: int) -> None:
-        if size <= CHECKED_AT_ONCE_BYTES:
-            check_payload(path, crc32)
-            return
-        self._to_check.put((path, crc32))
-        if self._checker is None:
-            self._checker = Thread(target=self._check_all, daemon=True, name="checksums")
-            self._checker.start()
-
-    def _check_all(self) -> None:
-        while True:
-            try:
-                check_payload(*self._to_check.get())
-            except BadInput as damaged:
-                self.damaged = damaged
-            finally:
-                self._to_check.task_done()
-
-    def wait_until_checked(self) -> None:
-        """Return when every shard touched so far was checked; BadInput where one is damaged."""
-        self._to_check.join()
-        if self.damaged is not None:
-            raise self.damaged

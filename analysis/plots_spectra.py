@@ -17,17 +17,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from plots import (
-    REFERENCE_COLOR,
-    WIDTH,
-    Look,
-    group_handles,
-    group_labels,
-    legend_below,
-    looks,
-    run_labels,
-)
-from stats import Group, Run, chance_spread, group_seeds
+from analysis.plots import REFERENCE_COLOR, WIDTH, Look, group_handles, group_labels, legend_below, looks, run_labels
+from analysis.runs import Group, Run, group_seeds
+from analysis.stats import chance_spread
 
 HEATMAP_COLORS = "cividis"
 DIFFERENCE_COLORS = "PuOr_r"

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from documents import (
+from corpus.documents import (
     EOT_NAMES,
     TRAIN_CHARS,
     SeenHashes,
@@ -32,10 +32,10 @@ from documents import (
     train_tokenizer,
     training_sample,
 )
+from corpus.shards import MAX_VOCAB_SIZE, META, SPLITS, TOKENIZER, ShardWriter, digest
+from corpus.sources import Document, Repeated, Source
 from engine.cli import BadInput, make_folder
 from engine.files import load_json, write_json, write_whole, writing
-from shardfiles import MAX_VOCAB_SIZE, META, SPLITS, TOKENIZER, ShardWriter, digest
-from sources import Document, Repeated, Source
 
 RECORD, HASHES = "build.json", "hashes.bin"  # of an unfinished build: how far it is, which documents it has seen
 BATCH_DOCUMENTS, BATCH_CHARS = 16_384, 2_000_000  # per call of the tokenizer: enough for every core

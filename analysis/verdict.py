@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from inference import p_words
-from plots import group_labels, optimizer_name
-from stats import Comparison, Group, Run, compare, first_reaching, group_seeds, t_interval
+from analysis.plots import group_labels, optimizer_name
+from analysis.runs import Group, Run, group_seeds
+from analysis.stats import Comparison, compare, first_reaching, p_words, t_interval
 
 SURE = 0.05  # below this p value a difference is called significant
 STEADY = 1.2  # between seeds of one setting, the slowest over the fastest update

@@ -10,17 +10,15 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-import plots
-import plots_spectra
-import plots_suites
-from claims import CONFIRMED, NOT_CONFIRMED, Claim, Finding, judge_all
+from analysis import plots, plots_spectra
+from analysis.pages import Page, Part, Picture, Table, Verse, html_page, markdown_page
+from analysis.plots import optimizer_name
+from analysis.stats import Contrast, p_words, summarize, unsteadiness
 from engine import files
 from engine.cli import BadInput, make_folder
-from inference import Contrast, p_words, summarize
-from plots import optimizer_name
-from report_pages import Page, Part, Picture, Table, Verse, html_page, markdown_page
-from results import TOLERANCES, Outcome, Results
-from stats import unsteadiness
+from suites import plots as suite_plots
+from suites.claims import CONFIRMED, NOT_CONFIRMED, Claim, Finding, judge_all
+from suites.results import TOLERANCES, Outcome, Results
 
 SCALE_WORDS = {"full": "at full size", "nano": "at nano scale, on models for two CPU cores"}
 
@@ -187,7 +185,7 @@ def figures(results: Results) -> list[tuple[Picture, Callable[[], Figure]]]:
         "Final loss of every condition",
         "Dots are runs, diamonds means, whiskers 95 % t-intervals, the dashed line the condition that the others are "
         "tested against. Bold names differ from it for sure: their corrected interval excludes zero.",
-        lambda: plots_suites.condition_bars(results),
+        lambda: suite_plots.condition_bars(results),
     )
     if results.suite.varies == "params":
         add(
@@ -209,7 +207,7 @@ def figures(results: Results) -> list[tuple[Picture, Callable[[], Figure]]]:
             "How long to a loss",
             "Lower and further left is better. A thin line is a run; a thick one the median over runs, drawn while at "
             "least half of them reach that loss: runs that never do count as censored, not as missing.",
-            lambda: plots_suites.time_to_loss(results, *crosses[-1]),
+            lambda: suite_plots.time_to_loss(results, *crosses[-1]),
         )
     if results.suite.varies == "schedule":
         add(

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from corpus.sources import Document
 from engine.cli import BadInput, first_line
-from sources import Document
 
 MAX_TOKENIZER_BYTES = 2**27  # the largest published ones have 30 MB
 EOT = "<|endoftext|>"

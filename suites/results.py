@@ -14,11 +14,20 @@ from typing import Any
 
 import numpy as np
 
+from analysis.runs import Run, load_run
+from analysis.stats import (
+    Contrast,
+    Reached,
+    Tolerance,
+    family,
+    finite,
+    first_reaching,
+    learning_rate_tolerance,
+    median_time,
+)
 from engine import files
 from engine.identity import NOT_COMPARED
-from inference import Contrast, Reached, family, finite, median_time
-from stats import Run, Tolerance, first_reaching, learning_rate_tolerance, load_run
-from suites import OPTIMIZERS, Condition, Suite
+from suites.catalog import OPTIMIZERS, Condition, Suite
 
 TOLERANCES = (0.01, 0.05)  # shares of the best loss by which a good rate may miss it
 # Settings without a meaning for one of the two optimizers.

@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from documents import load_tokenizer
-from engine.cli import BadInput
-from shardfiles import (
+from corpus.documents import load_tokenizer
+from corpus.shards import (
     HEADER_BYTES,
     META,
     SLOT_CRC32,
@@ -30,6 +29,7 @@ from shardfiles import (
     read_header,
     read_meta,
 )
+from engine.cli import BadInput
 
 FIRST_TOKENS = 120  # that are decoded and shown
 

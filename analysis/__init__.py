@@ -1,0 +1,1 @@
+"""Run folders -> numbers, figures and sentences. Imports no torch."""
