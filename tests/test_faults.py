@@ -142,7 +142,7 @@ def test_a_spectra_worker_that_dies_ends_the_run_with_a_sentence(train_small, mo
     code, folder, out, _ = train_small("run", *TEN)
     assert code == 1
     assert "failed: spectra: the worker stopped unexpectedly" in out
-    assert "worker died" in summary(folder)["reason"]
+    assert "worker stopped" in summary(folder)["reason"]
 
 
 @pytest.mark.parametrize("end", ["finished", "stopped"])

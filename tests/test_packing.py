@@ -77,9 +77,9 @@ def damaged(shards_folder, tmp_path, monkeypatch):
     raw = bytearray(path.read_bytes())
     raw[-9] ^= 1
     path.write_bytes(raw)
-    monkeypatch.setattr(shards, "CHECKED_AT_ONCE_BYTES", 0)
+    monkeypatch.setattr("data.CHECKED_AT_ONCE_BYTES", 0)
     check = shards.check_payload
-    monkeypatch.setattr(shards, "check_payload", lambda *a: (time.sleep(1.0), check(*a)))
+    monkeypatch.setattr("data.check_payload", lambda *a: (time.sleep(1.0), check(*a)))
     return path
 
 

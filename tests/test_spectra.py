@@ -232,14 +232,14 @@ def test_tensorboard_gets_scalars_and_means_over_layers(monkeypatch, tmp_path):
 
 def test_a_checkpoint_waits_for_the_spectra_before_it(train_small, monkeypatch):
     written = []
-    save = train.runfiles.save_checkpoint
+    save = run_folder.save_checkpoint
 
     def look(folder, contents, *name):
         if not name:
             written.append((contents["step"], {line["step"] for line in lines_of(folder / "manifold_stats.jsonl")}))
         save(folder, contents, *name)
 
-    monkeypatch.setattr(train.runfiles, "save_checkpoint", look)
+    monkeypatch.setattr(run_folder, "save_checkpoint", look)
     train_small("run", "--tokens", 1024, "--checkpoint-every", 1, "--spectra-every", 1)
     assert written == [(step, set(range(step + 1))) for step in range(1, 5)]
 
