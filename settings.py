@@ -150,6 +150,11 @@ class Settings:
     plots: bool = True
     """Draw the run's plots when it is finished."""
 
+    @property
+    def steps(self) -> int:
+        """Of the whole run, once `resolve` has filled in the batch."""
+        return math.ceil(self.tokens / self.batch_tokens)
+
 
 def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]:
     """Every setting checked and filled in, the model's shape, and the opened shards; BadInput names the flag."""
@@ -198,9 +203,8 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
     unit = f"--seq-len {s.seq_len} x {rank.count} rank{'s' * (rank.count > 1)}"
     if remainder or not sequences:
         raise BadInput(f"--batch-tokens {s.batch_tokens}: not divisible by {unit}")
-    updates = math.ceil(s.tokens / s.batch_tokens)
-    cadence = max(1, updates // EVENTS_PER_RUN)
-    spectra_cadence = cadence if nano else max(1, updates // LARGE_SPECTRA_PER_RUN)
+    cadence = max(1, s.steps // EVENTS_PER_RUN)
+    spectra_cadence = cadence if nano else max(1, s.steps // LARGE_SPECTRA_PER_RUN)
     s = dataclasses.replace(
         s,
         eval_every=cadence if s.eval_every is None else s.eval_every,
@@ -225,14 +229,12 @@ def identity(s: Settings, shards: Shards) -> dict[str, Any]:
     return flags | {"data_fingerprint": shards.fingerprint, "vocab_size": shards.vocab_size}
 
 
-def describe(
-    s: Settings, shards: Shards, model: Transformer, updates: int, ranks: int, device_name: str
-) -> dict[str, Any]:
+def describe(s: Settings, shards: Shards, model: Transformer, ranks: int, device_name: str) -> dict[str, Any]:
     """config.json: every resolved setting under its flag's name, and where the run comes from."""
     said = identity(s, shards)
     return {
         **said,
-        "steps": updates,
+        "steps": s.steps,
         "params": model.parameter_count(),
         "active_params": model.active_parameter_count(),
         "matmul_params": model.matmul_parameter_count(),
@@ -243,6 +245,13 @@ def describe(
         "config_hash": config_hash(said),
         **provenance(),
     }
+
+
+def optimizer_options(s: Settings) -> dict[str, Any]:
+    """The settings that `optim.build_optimizers` takes."""
+    muon = ("momentum", "nesterov", "ns_steps", "ns_coefficients", "ns_method", "lr_scale")
+    both = ("lr", "adamw_lr", "weight_decay", "adam_eps")
+    return {key: getattr(s, key) for key in (*both, *muon)} | {"betas": (s.beta1, s.beta2)}
 
 
 def chosen_kernels(flag: str, capability: tuple[int, int]) -> frozenset[str]:
