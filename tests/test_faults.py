@@ -395,7 +395,7 @@ def test_a_shard_that_was_swapped_before_its_first_read_is_noticed(tmp_path, tok
 
 
 def test_two_processes_do_not_train_one_run(train_small, shards_folder, tmp_path, before_step):
-    """The second --resume of one name gets a sentence and exit code 2, and touches nothing; the first goes to its end."""
+    """The second --resume of one name gets a sentence and exit code 2 and touches nothing; the first ends as usual."""
     words, second = command(shards_folder, tmp_path, "run", *TEN, "--resume"), []
 
     def start_another():
