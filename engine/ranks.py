@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from engine.cli import BadInput
 
 RANK_TIMEOUT = timedelta(minutes=10)  # how long a rank waits for another; compilation must fit
-KEPT_WHOLE = 2**14  # elements: a parameter with at most so many costs less to update everywhere than to send in parts
+KEPT_WHOLE = 2**14  # elements: smaller parameters cost less to update on every rank than to send in parts
 warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated")
 
 
@@ -221,7 +221,7 @@ class Sharding:
         self.in_flight.clear()
 
     def traffic(self) -> tuple[int, int]:
-        """Bytes that this rank sends in a ring, and messages, for the parameters of one update: counted from the shares
+        """Bytes that this rank sends in a ring, and messages, for the parameters of one step: counted from the shares
         alone. One more small message carries loss and norms."""
         total = messages = 0
         for share in self.shares if self.world_size > 1 else ():
