@@ -303,14 +303,16 @@ def validate(
 
 
 def stop_on(signals: list[int]) -> None:
-    """On SIGINT or SIGTERM finish the step, then stop; a second signal ends the process at once."""
+    """On a signal finish the step, then stop; a second one ends the process at once. SIGHUP comes from a terminal that
+    is closed (ignored under nohup, as it should be), SIGUSR1 from Slurm before a job's time is up."""
 
     def note(number: int, frame: object) -> None:
         signals.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, note)
 
 
 def introduce(folder: RunFolder, model: Transformer, memory: MemoryCount, loader: Loader, s: Settings) -> None:

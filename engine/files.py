@@ -41,7 +41,7 @@ def is_safe_name(name: str) -> bool:
 
 
 def write_whole(path: Path, write: Callable[[Any], None], mode: str = "wb") -> None:
-    """Call `write(file)` on a temporary file, force it to disk and rename it to `path`; CannotWrite keeps the old one."""
+    """Call `write(file)` on a temporary file, sync it and rename it to `path`; CannotWrite keeps the old file."""
     unfinished = written(path, write, mode)
     with writing(path):
         os.replace(unfinished, path)
