@@ -11,6 +11,7 @@ import pytest
 import train
 from analysis.runs import load_run
 from bench import record, record_figures
+from bench.parts import row
 from bench.record import ROOT
 from engine import files
 from engine.cli import BadInput
@@ -307,7 +308,7 @@ def test_a_figure_that_drifts_in_any_readme_is_found_and_mended(made, workplace,
     readme = workplace / "README.md"
     entry = json.loads((made / "record.json").read_text())["figures"]["muon_minus_adamw"]
     shown = f"{abs(entry['difference']):.3f} nats"
-    assert readme.read_text().count(shown) == 2  # on the first screen, and under Performance
+    assert readme.read_text().count(shown) == 1
     for path in (readme, workplace / "runs" / "records" / "README.md", made / "README.md"):
         before = path.read_text()
         assert "| nano |" in before or shown in before
@@ -317,6 +318,23 @@ def test_a_figure_that_drifts_in_any_readme_is_found_and_mended(made, workplace,
         assert out == f"{path.relative_to(workplace)}: is not up to date; run make readme-figures\n"
         assert run_main(record.main, "figures")[0] == 0
         assert path.read_text() == before
+
+
+def test_the_readme_shows_every_goal_of_a_machine_met_or_not_and_nothing_else(tmp_path):
+    rows = [
+        row("first batch", 0.08, "s", goal="< 1 s", met=True),
+        row("loader", 5.0, "tokens/s", goal="≥ 9 tokens/s", met=False),
+        row("Muon's step", 17.0, "ms", 16.0, "torch.compile", goal="≥ 1x (GPU only)"),
+    ]
+    described = {"device": "cpu", "cpu": "AMD EPYC", "cores": 2, "date": "2026-11-22", "git_commit": "a" * 40}
+    (tmp_path / "ours").mkdir()
+    bench = {"machine": described, "command": "python -m bench.all", "rows": rows}
+    (tmp_path / "ours" / "bench.json").write_text(json.dumps(bench))
+    shown = record_figures.performance(tmp_path)
+    assert "| first batch | 0.0800 s | - | < 1 s | yes |" in shown
+    assert "| loader | 5.00 tokens/s | - | ≥ 9 tokens/s | **no** |" in shown
+    assert "step" not in shown
+    assert "All 3 figures: [runs/records/ours](runs/records/ours/README.md)." in shown
 
 
 def test_no_figure_of_this_repository_has_drifted():
