@@ -202,7 +202,7 @@ def time_sentence(record: Json) -> str:
     tokens = entries["muon"]["tokens_to_target"]["mean"]
     if tokens is None:
         return "Not every seed of Muon reaches AdamW's final loss"
-    sentence = f"Muon is at AdamW's final loss after {percent(tokens / record['tokens'])} of the tokens"
+    sentence = f"Muon reaches AdamW's final loss after {percent(tokens / record['tokens'])} of the tokens"
     if not all(map(steady, entries.values())):
         return sentence
     share = entries["muon"]["seconds_to_target"]["mean"] / entries["adamw"]["train_seconds"]["mean"]
@@ -364,6 +364,16 @@ def bench_table(bench: Json) -> str:
     return table(BENCH_HEADER, [bench_cells(row) for row in bench["rows"]])
 
 
+GOAL_HEADER = ("figure", "ours", "peer", "goal", "met")
+
+
+def goal_table(bench: Json) -> str:
+    """The rows that have a goal on this machine, met or not."""
+    kept = [BENCH_HEADER.index(column) for column in GOAL_HEADER]
+    cells = [bench_cells(row) for row in bench["rows"] if row["met"] is not None]
+    return table(GOAL_HEADER, [[line[i] for i in kept] for line in cells])
+
+
 def headline(folder: Path) -> str:
     """The first screen of the project's README: the best record's two pictures and what they say."""
     records = read_all(folder, RECORD)
@@ -378,7 +388,7 @@ def headline(folder: Path) -> str:
     seeds = len(record["figures"]["optimizers"]["muon"]["seeds"])
     say = f"{record['model']}, {record['tokens']:,} tokens, {seeds} seeds each, on {machine.label(record['machine'])}: "
     say += f"{difference_sentence(record)}. {time_sentence(record)}. {rank_sentence(record)}"
-    return "\n\n".join([*pictures, f"{say} The whole [report]({where}/report.md)."])
+    return "\n\n".join([*pictures, f"{say} [Full report]({where}/report.md)."])
 
 
 def rank_sentence(record: Json) -> str:
@@ -390,24 +400,20 @@ def rank_sentence(record: Json) -> str:
 
 
 def performance(folder: Path) -> str:
-    """Section of the project's README: every machine's table, then the records in a line each."""
-    parts = []
-    for name, bench in read_all(folder, BENCH):
+    """Section of the project's README: the goals of every machine that was measured."""
+    parts, benches = [], read_all(folder, BENCH)
+    for name, bench in benches:
         described = bench["machine"]
-        parts.append(
-            f"**{machine.label(described)}**, {described['date']}, commit {bench_commit(bench)}, "
-            f"`{bench['command']}` ([all of it](runs/records/{name}/README.md)):"
-        )
-        parts.append(bench_table(bench))
-    if not parts:
+        parts += [
+            f"**{machine.label(described)}**, {described['date']}, commit {bench_commit(bench)}, `{bench['command']}`:",
+            goal_table(bench),
+            f"All {len(bench['rows'])} figures: [runs/records/{name}](runs/records/{name}/README.md).",
+        ]
+    if not benches:
         parts.append("No table yet: `python -m bench.all --out runs/records/NAME` makes one.")
-    if all(bench["machine"]["device"] == "cpu" for _, bench in read_all(folder, BENCH)):
-        parts.append("GPU: no table yet, no GPU was at hand.")
-    lines = [
-        f"- [{title(record)}](runs/records/{name}/README.md): {difference_sentence(record)}. {time_sentence(record)}."
-        for name, record in read_all(folder, RECORD)
-    ]
-    return "\n\n".join([*parts, "\n".join(lines)] if lines else parts)
+    if all(bench["machine"]["device"] == "cpu" for _, bench in benches):
+        parts.append("There is no GPU table yet.")
+    return "\n\n".join(parts)
 
 
 def fill(text: str, name: str, body: str) -> str:
