@@ -16,7 +16,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ModuleNotFoundError:  # outside Linux: the kernels are defined but never launched
+except ModuleNotFoundError:  # PyTorch for CPUs or outside Linux: the kernels are defined but never launched
 
     class _NoTriton:
         def __getattr__(self, name: str) -> Any:
@@ -26,6 +26,9 @@ except ModuleNotFoundError:  # outside Linux: the kernels are defined but never 
             return function
 
     triton = tl = _NoTriton()
+    HAS_TRITON = False
+else:
+    HAS_TRITON = True
 
 # Namespace of our custom operators: this folder may be imported as the project's `kernels` and as `muon_kernels`.
 OPS = "muon_speedrun" if __package__ == "kernels" else __package__
@@ -135,8 +138,8 @@ def l2_bytes(device: torch.device) -> int:
 
 
 def runs_triton(x: Tensor) -> bool:
-    """Whether x is where the Triton kernels run: CUDA sm_80 or newer. Older GPUs and CPUs use PyTorch."""
-    return capability(x.device) >= (8, 0) and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    """Whether x is where the Triton kernels run: CUDA sm_80 or newer, with Triton installed. Otherwise PyTorch."""
+    return HAS_TRITON and capability(x.device) >= (8, 0) and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
 
 
 def padded(size: int) -> int:
