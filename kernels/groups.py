@@ -144,9 +144,8 @@ def _chooser(choice: Choice, names: Iterable[str]) -> Callable[[str, Tensor], bo
 
 def _owner(model: nn.Module, name: str) -> nn.Module:
     """The layer that a parameter belongs to, also behind torch.nn.utils.parametrize."""
-    return model.get_submodule(
-        name.split(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
-    )
+    layer, parametrized, _ = f".{name}".partition(".parametrizations.")
+    return model.get_submodule((layer if parametrized else layer.rpartition(".")[0]).removeprefix("."))
 
 
 def _reasons_by_layer(model: nn.Module) -> dict[Tensor, str]:
