@@ -28,7 +28,7 @@ KEYS_SEEN = 64
 
 
 def update_scale(rows: int, cols: int, rule: str) -> float:
-    """What an orthogonalised (rows, cols) = (out, in) update is multiplied by, besides the learning rate.
+    """The factor of an orthogonalised (rows, cols) = (out, in) update, in addition to the learning rate.
 
     spectral: sqrt(max(1, rows/cols)) (Jordan et al. 2024); rms: 0.2 sqrt(max(rows, cols)), which gives the update the
     root mean square of AdamW's (Liu et al. 2025); none: 1.
@@ -71,7 +71,7 @@ class Muon(torch.optim.Optimizer):
         capture: bool = True,
     ) -> None:
         if not 0 <= momentum < 1:
-            raise ValueError(f"Muon's momentum must lie in [0, 1), got {momentum}")
+            raise ValueError(f"Muon's momentum must be in [0, 1), got {momentum}")
         if not (lr >= 0 and weight_decay >= 0):
             raise ValueError(f"Muon's lr and weight_decay must not be negative, got {lr} and {weight_decay}")
         if ns_coefficients not in COEFFICIENTS or ns_method not in METHODS or ns_steps < 1 or lr_scale not in LR_SCALES:
@@ -96,7 +96,7 @@ class Muon(torch.optim.Optimizer):
         self._forget_graphs()
 
     def _forget_graphs(self) -> None:
-        """What was captured read tensors that no longer count, as after load_state_dict."""
+        """Drop captured steps, whose tensors may have been replaced, as by load_state_dict."""
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
         self.seen_keys: set[tuple] = set()
         self.scalars: list[Tensor] = []
@@ -171,7 +171,7 @@ class Muon(torch.optim.Optimizer):
                 self.updated(p)
 
     def _step_fused(self) -> None:
-        """The step in Triton kernels: three passes over each bank besides Newton-Schulz."""
+        """The step in Triton kernels: three passes over each bank, and Newton-Schulz."""
         grad_scale, found_inf, *rates = self.scalars
         rate_of = {id(group): rate for group, rate in zip(self.param_groups, rates, strict=True)}
         for group, p in self._with_gradient():
@@ -191,7 +191,7 @@ class Muon(torch.optim.Optimizer):
                 self.updated(p)
 
     def _step_captured(self) -> None:
-        """`_step_fused` as a CUDA graph, one for each set of addresses and settings that comes back.
+        """`_step_fused` as a CUDA graph, one for each set of addresses and settings that repeats.
 
         The first step with new addresses runs eagerly (and compiles), the second is captured, later ones replay. Other
         threads may allocate meanwhile (the loader pins memory), hence the thread-local capture mode.
@@ -213,7 +213,7 @@ class Muon(torch.optim.Optimizer):
             self.seen_keys.add(key)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        """Not by torch.cuda.graph: it empties the allocator's cache, after which gradients lie somewhere else."""
+        """Not by torch.cuda.graph: it empties the allocator's cache, after which gradients have other addresses."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         pool = next(iter(self.graphs.values())).pool() if self.graphs else None  # one pool for all
         torch.cuda.synchronize()
@@ -233,7 +233,7 @@ class Muon(torch.optim.Optimizer):
                     yield group, p
 
     def _scaling(self) -> tuple[Tensor | float, Tensor | float]:
-        """GradScaler's two tensors, or what leaves a step as it is."""
+        """GradScaler's two tensors, or neutral numbers."""
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         return 1.0 if grad_scale is None else grad_scale, 0.0 if found_inf is None else found_inf
 
