@@ -14,11 +14,8 @@ import torch
 from torch import Tensor
 
 from engine.ranks import Sharding
-from kernels.newton_schulz import (
-    half_product_cost,
-    method_of,
-)
-from kernels.optimizer import Muon
+from kernels import Muon
+from kernels.newton_schulz import half_product_cost, method_of
 from model import Transformer
 
 SCHEDULES = ("constant", "cosine", "linear", "step", "wsd")
