@@ -14,6 +14,7 @@ from typing import Annotated
 
 import tyro
 
+GIB = 2**30
 MOST_LETTERS = 1000  # of a sentence, which may quote a file
 # The type of token counts: flags accept 2e6 as well as 2000000.
 Count = Annotated[
