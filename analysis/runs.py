@@ -2,7 +2,7 @@
 
     run = load_run(Path("runs/my-run")); run.val["val_loss"][-1]; groups = group_seeds([run, other_run])
 
-A file that a crash, an editor or somebody else made may hold anything: BadInput names the file, the line and the key.
+A damaged or foreign file may hold anything: BadInput names the file, the line and the key.
 """
 
 import functools
@@ -20,15 +20,19 @@ from engine import files
 from engine.cli import BadInput
 from engine.identity import NOT_COMPARED
 
-MOST_LAYERS = 10_000  # more are damage, and would be allocated
-LARGEST = 2**53  # whole numbers beyond are no counts, and floats do not hold them
-CONFIG_NUMBERS = (
-    *("lr", "adamw_lr", "weight_decay", "momentum", "warmup", "min_lr", "grad_clip", "dropout", "batch_tokens"),
-    *("seq_len", "eval_tokens", "vocab_size", "params", "active_params", "tokens", "world_size", "ns_steps"),
-)
+MOST_LAYERS = 10_000  # a greater number is damage, and arrays of that size would be allocated
+LARGEST = 2**53  # floats do not hold every whole number beyond
+RATES = ("lr", "adamw_lr", "weight_decay", "momentum", "warmup", "min_lr", "grad_clip", "dropout")
+SIZES = ("batch_tokens", "seq_len", "eval_tokens", "vocab_size", "params", "active_params", "tokens", "world_size")
+CONFIG_NUMBERS = (*RATES, *SIZES, "ns_steps")
 TRAIN = ("step", "tokens", "train_loss", "step_ms")
 VAL = ("step", "tokens", "val_loss", "val_accuracy", "train_seconds")
+OPTIMIZER_NAMES = {"muon": "Muon", "adamw": "AdamW"}
 PROJECTIONS = ("q", "k", "v", "o", "up", "down")  # the six that every dense model logs, in the order they are shown
+
+
+def optimizer_name(optimizer: str) -> str:
+    return OPTIMIZER_NAMES.get(optimizer, optimizer)
 
 
 def is_number(value: Any) -> bool:
@@ -40,7 +44,7 @@ def is_count(value: Any) -> bool:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A run's settings: flat, and with the few that every report needs."""
+    """A run's settings: flat, with the four that every report needs."""
     read = files.load_json(path)
     missing = {"optimizer", "seed", "model", "steps"} - read.keys()
     if missing:
@@ -77,7 +81,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         kind = line.get("kind")
         if not isinstance(kind, str):
-            raise BadInput(f"{path}: line {number} says of no kind what it is")
+            raise BadInput(f'{path}: line {number} has no "kind"')
         where = f"{path}: line {number}"
         if kind == "experts":
             _counts(where, line, ("step", "layer"))
@@ -100,7 +104,9 @@ def read_spectra(path: Path) -> list[dict[str, Any]]:
         _list_of_numbers(where, line, "singular_values")
         size = len(line["singular_values"])
         if sizes.setdefault(line["proj"], size) != size:
-            raise BadInput(f"{where}: {size} singular values where {sizes[line['proj']]} were before")
+            raise BadInput(
+                f"{where}: {size} singular values, earlier lines of {line['proj']} have {sizes[line['proj']]}"
+            )
         _numbers(where, line, (), but=("proj", "singular_values"))
     return lines
 
@@ -157,8 +163,8 @@ class Run:
         return str(self.summary.get("status", "running"))
 
     @property
-    def updates(self) -> int:
-        """Updates done, as far as the files tell."""
+    def steps_done(self) -> int:
+        """The last step in the files."""
         logged = [int(columns["step"][-1]) for columns in (self.train, self.val) if columns]
         return max(logged, default=0)
 
@@ -169,7 +175,7 @@ class Run:
 
     @property
     def budget(self) -> int:
-        """Training tokens in all; without a batch size in the settings, the updates."""
+        """Training tokens in all; steps where the settings have no batch size."""
         return int(self.config["steps"]) * int(self.config.get("batch_tokens") or 1)
 
     @property
@@ -191,7 +197,7 @@ class Run:
 
     @property
     def step_ms(self) -> float:
-        """Median time of an update."""
+        """Median step time."""
         return float(np.nanmedian(self.train["step_ms"])) if self.train else math.nan
 
     @property
@@ -200,13 +206,13 @@ class Run:
         return float(value) if isinstance(value, int | float) else math.nan
 
     def settings(self) -> dict[str, Any]:
-        """The resolved flags: config.json lists them before what was derived from them, data fingerprint first."""
+        """The resolved flags: config.json lists them first, derived values from the data fingerprint on."""
         keys = list(self.config)
         end = keys.index("data_fingerprint") if "data_fingerprint" in keys else len(keys)
         return {key: self.config[key] for key in keys[:end]}
 
     def experiment(self) -> dict[str, Any]:
-        """What decides the result apart from the seed: runs that agree in it are repetitions."""
+        """Everything but the seed that decides the result: runs that agree in it are repetitions."""
         kept = {key: value for key, value in self.settings().items() if key not in NOT_COMPARED}
         return kept | {key: self.config.get(key) for key in ("data_fingerprint", "steps")}
 
@@ -258,7 +264,7 @@ def load_run(path: Path) -> Run:
     config, summary = read_config(path / files.CONFIG), read_summary(path / files.SUMMARY)
     metrics, spectra = read_metrics(path / files.METRICS), read_spectra(path / files.SPECTRA)
     for line in spectra:
-        line["singular_values"] = np.array(line["singular_values"], dtype=np.float32)  # an eighth of a list's memory
+        line["singular_values"] = np.array(line["singular_values"], dtype=np.float32)  # an eighth of the list's memory
     return Run(
         path=path,
         config=config,
@@ -271,7 +277,7 @@ def load_run(path: Path) -> Run:
 
 
 def find_runs(path: Path) -> list[Path]:
-    """The folder itself, or, where it is no run but holds runs, these in the order of their names."""
+    """The folder itself, or, where it is not a run but holds runs, these in the order of their names."""
     if (path / files.CONFIG).exists() or not path.is_dir():
         return [path]
     return sorted(folder.parent for folder in path.glob(f"*/{files.CONFIG}")) or [path]
@@ -305,16 +311,19 @@ class Group:
         return self.runs[0].config
 
     def samples(self) -> list[Run]:
-        """The finished runs with a finite final loss, one for each seed: a repeated seed is no new sample."""
+        """The finished runs with a finite final loss, one for each seed: a repeated seed is not a new sample."""
         by_seed = {run.config["seed"]: run for run in self.runs if math.isfinite(run.final_loss)}
         return list(by_seed.values())
 
     def pool(self) -> list[Run]:
-        """The runs to average over: `samples`, or one for each seed of whatever there is."""
+        """The runs to average over: `samples`, or, where none has finished, one for each seed."""
         return self.samples() or list({run.config["seed"]: run for run in self.runs}.values())
 
+    def losses_by_seed(self) -> dict[int, float]:
+        return {run.config["seed"]: run.final_loss for run in self.samples()}
+
     def losses(self) -> list[float]:
-        return [run.final_loss for run in self.samples()]
+        return list(self.losses_by_seed().values())
 
     @property
     def loss(self) -> float:
@@ -329,7 +338,7 @@ class Group:
         return steps, np.array([run.val[key][np.isin(run.val["step"], steps)][: len(steps)] for run in runs])
 
     def mean(self, attribute: str) -> float:
-        """Mean of a number of `Run` over the finished runs, over all of them if none is finished."""
+        """Mean of an attribute of `Run` over the finished runs, over all runs if none has finished."""
         values = [getattr(run, attribute) for run in self.samples() or self.runs]
         values = [value for value in values if math.isfinite(value)]
         return float(np.mean(values)) if values else math.nan
