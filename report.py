@@ -20,12 +20,11 @@ import tyro
 
 from analysis import compare, plots
 from analysis.figures import curve_drawings, draw, watched
-from analysis.pages import Chapter, Code, Page, Picture, Section, Table, html_page, markdown_page, number
+from analysis.pages import Chapter, Code, Page, Picture, Section, Table, number, write_pages
 from analysis.questions import answers
 from analysis.runs import Run, find_runs, group_seeds, load_run, representative
 from analysis.stats import t_interval
 from analysis.verdict import comparable_sets, judge, memory, warnings
-from engine import files
 from engine.cli import BadInput, exit_with_a_sentence
 
 WATCH_SECONDS = 30.0
@@ -189,13 +188,7 @@ def write_report(
 ) -> Path:
     """Draw the figures, or `only` those, and write both pages; returns the path of report.html."""
     pictures = draw(runs, out / "plots", ("png", "svg"), only)
-    page = build_page(runs, pictures)
-    for name, text in (
-        ("report.md", markdown_page(page)),
-        ("report.html", html_page(page, out / "plots", refresh_seconds)),
-    ):
-        files.write_whole(out / name, lambda file, text=text: file.write(text.encode()))
-    return out / "report.html"
+    return write_pages(build_page(runs, pictures), out, refresh_seconds)
 
 
 def load(paths: Sequence[Path]) -> list[Run]:

@@ -1,6 +1,6 @@
 """A report as HTML and as Markdown: one `Page` of headings, tables, figures and lists -> two files with the same words.
 
-    html_page(page, folder); markdown_page(page)
+    write_pages(page, Path("runs/report"))
 
 The templates are in templates/. The HTML file holds its pictures and its style and loads nothing else; it reads well on
 a phone and on a wide screen. Every string of a page is text: HTML escapes it always, Markdown by its own filters.
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import ClassVar
 
 import jinja2
+
+from engine import files
 
 
 @dataclass(frozen=True)
@@ -133,3 +135,11 @@ def html_page(page: Page, plots: Path, refresh_seconds: float | None = None) -> 
 def markdown_page(page: Page) -> str:
     """The same words, with links to the pictures in plots/."""
     return TEMPLATES.get_template("page.md").render(page=page)
+
+
+def write_pages(page: Page, out: Path, refresh_seconds: float | None = None) -> Path:
+    """Write out/report.md and out/report.html around the pictures in out/plots; returns the path of the latter."""
+    texts = {"report.md": markdown_page(page), "report.html": html_page(page, out / "plots", refresh_seconds)}
+    for name, text in texts.items():
+        files.write_whole(out / name, lambda file, text=text: file.write(text.encode()))
+    return out / "report.html"

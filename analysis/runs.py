@@ -9,7 +9,7 @@ import functools
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,16 @@ LARGEST = 2**53  # floats do not hold every whole number beyond
 RATES = ("lr", "adamw_lr", "weight_decay", "momentum", "warmup", "min_lr", "grad_clip", "dropout")
 SIZES = ("batch_tokens", "seq_len", "eval_tokens", "vocab_size", "params", "active_params", "tokens", "world_size")
 CONFIG_NUMBERS = (*RATES, *SIZES, "ns_steps")
-TRAIN = ("step", "tokens", "train_loss", "step_ms")
-VAL = ("step", "tokens", "val_loss", "val_accuracy", "train_seconds")
 OPTIMIZER_NAMES = {"muon": "Muon", "adamw": "AdamW"}
 PROJECTIONS = ("q", "k", "v", "o", "up", "down")  # the six that every dense model logs, in the order they are shown
 
 
 def optimizer_name(optimizer: str) -> str:
     return OPTIMIZER_NAMES.get(optimizer, optimizer)
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def is_number(value: Any) -> bool:
@@ -43,35 +45,58 @@ def is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value <= LARGEST
 
 
+def is_layer(value: Any) -> bool:
+    return is_count(value) and value < MOST_LAYERS
+
+
+def is_number_or_null(value: Any) -> bool:
+    return value is None or is_number(value)
+
+
+def is_list_of_numbers(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(is_number_or_null, value))
+
+
+Rule = Callable[[Any], bool]
+CONFIG: dict[str, Rule] = {"optimizer": is_text, "seed": is_count, "model": is_text, "steps": is_count}
+SUMMARY: dict[str, Rule] = {"status": is_text}
+SUMMARY |= dict.fromkeys(("reason", "data_fingerprint", "config_hash"), lambda value: value is None or is_text(value))
+LINE: dict[str, Rule] = {"kind": is_text, "step": is_count}
+LINES = {
+    "train": LINE | {"tokens": is_count, "train_loss": is_number_or_null, "step_ms": is_number_or_null},
+    "val": LINE
+    | {"tokens": is_count}
+    | dict.fromkeys(("val_loss", "val_accuracy", "train_seconds"), is_number_or_null),
+    "experts": LINE | {"layer": is_layer, "utilization": is_list_of_numbers},
+}
+SPECTRA: dict[str, Rule] = {"step": is_count, "layer": is_layer, "proj": is_text, "singular_values": is_list_of_numbers}
+
+
+def _check(where: str, record: dict[str, Any], rules: dict[str, Rule], other: Rule, needed: Iterable[str]) -> None:
+    """The needed keys are there, and every value passes its key's rule, or `other` where there is none."""
+    missing = [key for key in needed if key not in record]
+    if missing:
+        raise BadInput(f"{where}: lacks {', '.join(missing)}")
+    for key, value in record.items():
+        if not rules.get(key, other)(value):
+            words = repr(value)
+            raise BadInput(f"{where}: {key} is {words if len(words) <= 40 else words[:37] + '...'}")
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """A run's settings: flat, with the four that every report needs."""
     read = files.load_json(path)
-    missing = {"optimizer", "seed", "model", "steps"} - read.keys()
-    if missing:
-        raise BadInput(f"{path}: lacks {', '.join(sorted(missing))}")
-    for key, value in read.items():
-        right = value is None or isinstance(value, str | int | float)
-        if key in ("optimizer", "model"):
-            right = isinstance(value, str)
-        elif key in ("seed", "steps"):
-            right = is_count(value)
-        elif key in CONFIG_NUMBERS:
-            right = value is None or is_number(value)
-        if not right:
-            raise BadInput(f"{path}: {key} is {_short(value)}")
+    rules = CONFIG | dict.fromkeys(CONFIG_NUMBERS, is_number_or_null)
+    _check(
+        str(path), read, rules, other=lambda value: value is None or isinstance(value, str | int | float), needed=CONFIG
+    )
     return read
 
 
 def read_summary(path: Path) -> dict[str, Any]:
     """How a run ended; empty where there is no such file."""
-    if not path.exists():
-        return {}
-    read = files.load_json(path)
-    for key, value in read.items():
-        words = key in ("status", "reason", "data_fingerprint", "config_hash")
-        right = isinstance(value, str) if words else is_number(value)
-        if not right and (value is not None or key == "status"):
-            raise BadInput(f"{path}: {key} is {_short(value)}")
+    read = files.load_json(path) if path.exists() else {}
+    _check(str(path), read, SUMMARY, other=is_number_or_null, needed=())
     return read
 
 
@@ -80,15 +105,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = files.read_jsonl(path)
     for number, line in enumerate(lines, start=1):
         kind = line.get("kind")
-        if not isinstance(kind, str):
+        if not is_text(kind):
             raise BadInput(f'{path}: line {number} has no "kind"')
-        where = f"{path}: line {number}"
-        if kind == "experts":
-            _counts(where, line, ("step", "layer"))
-            _list_of_numbers(where, line, "utilization")
-        elif kind in ("train", "val"):
-            _counts(where, line, ("step", "tokens"))
-            _numbers(where, line, TRAIN if kind == "train" else VAL, but=("kind",))
+        if kind in LINES:
+            other = (lambda value: True) if kind == "experts" else is_number_or_null
+            _check(f"{path}: line {number}", line, LINES[kind], other, needed=LINES[kind])
     return lines
 
 
@@ -98,44 +119,11 @@ def read_spectra(path: Path) -> list[dict[str, Any]]:
     sizes: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         where = f"{path}: line {number}"
-        _counts(where, line, ("step", "layer"))
-        if not isinstance(line.get("proj"), str):
-            raise BadInput(f"{where}: proj is {_short(line.get('proj'))}")
-        _list_of_numbers(where, line, "singular_values")
-        size = len(line["singular_values"])
-        if sizes.setdefault(line["proj"], size) != size:
-            raise BadInput(
-                f"{where}: {size} singular values, earlier lines of {line['proj']} have {sizes[line['proj']]}"
-            )
-        _numbers(where, line, (), but=("proj", "singular_values"))
+        _check(where, line, SPECTRA, other=is_number_or_null, needed=SPECTRA)
+        proj, size = line["proj"], len(line["singular_values"])
+        if sizes.setdefault(proj, size) != size:
+            raise BadInput(f"{where}: {size} singular values, earlier lines of {proj} have {sizes[proj]}")
     return lines
-
-
-def _counts(where: str, line: dict[str, Any], keys: Sequence[str]) -> None:
-    for key in keys:
-        if not is_count(line.get(key)) or (key == "layer" and line[key] >= MOST_LAYERS):
-            raise BadInput(f"{where}: {key} is {_short(line.get(key))}")
-
-
-def _numbers(where: str, line: dict[str, Any], needed: Sequence[str], but: Sequence[str]) -> None:
-    """The needed keys are there, and every value is a number or null."""
-    for key in needed:
-        if key not in line:
-            raise BadInput(f"{where}: lacks {key}")
-    for key, value in line.items():
-        if key not in but and value is not None and not is_number(value):
-            raise BadInput(f"{where}: {key} is {_short(value)}")
-
-
-def _list_of_numbers(where: str, line: dict[str, Any], key: str) -> None:
-    values = line.get(key)
-    if not isinstance(values, list) or not values or not all(value is None or is_number(value) for value in values):
-        raise BadInput(f"{where}: {key} is {_short(values)}")
-
-
-def _short(value: Any) -> str:
-    words = repr(value)
-    return words if len(words) <= 40 else words[:37] + "..."
 
 
 @dataclass(frozen=True)

@@ -221,22 +221,6 @@ def finite_only(values: BySeed) -> dict[int, float]:
     return {seed: value for seed, value in values.items() if math.isfinite(value)}
 
 
-@dataclass(frozen=True)
-class Summary:
-    """n, mean, sample standard deviation and 95 % t-interval; NaN where there is nothing to tell."""
-
-    n: int
-    mean: float
-    deviation: float
-    low: float
-    high: float
-
-
-def summarize(values: Sequence[float]) -> Summary:
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-    return Summary(len(values), *t_interval(values)[:1], deviation, *t_interval(values)[1:])
-
-
 def hedges_g(a: Sequence[float], b: Sequence[float]) -> float:
     """Difference of the means in pooled standard deviations, corrected for small samples by the exact factor
     Gamma(m / 2) / (sqrt(m / 2) Gamma((m - 1) / 2)) with m = na + nb - 2 (Hedges 1981); NaN without spread."""

@@ -11,7 +11,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from analysis.plots import WIDTH, captioned, legend_below, optimizer_color
 from analysis.runs import optimizer_name
-from analysis.stats import first_reaching, median_time, summarize
+from analysis.stats import first_reaching, median_time, t_interval
 from suites.results import Outcome, Results
 
 
@@ -31,14 +31,13 @@ def condition_bars(results: Results) -> Figure:
     for place, outcome in enumerate(shown):
         color = optimizer_color(outcome.optimizer)
         losses = list(outcome.losses().values())
-        summary = summarize(losses)
+        mean, low, high = t_interval(losses)
         ax.plot(losses, [place] * len(losses), "o", color=color, alpha=0.45, markersize=4.5)
-        ax.plot(summary.mean, place, "D", color=color, markersize=6)
-        if np.isfinite(summary.low):
-            half = (summary.high - summary.low) / 2
-            ax.errorbar(summary.mean, place, xerr=half, color=color, capsize=3, linewidth=1.3)
+        ax.plot(mean, place, "D", color=color, markersize=6)
+        if np.isfinite(low):
+            ax.errorbar(mean, place, xerr=high - mean, color=color, capsize=3, linewidth=1.3)
         if outcome.name in references:
-            ax.axvline(summary.mean, color=color, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+            ax.axvline(mean, color=color, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     ax.set_yticks(range(len(shown)), [_label(outcome, references) for outcome in shown])
     for tick, outcome in zip(ax.get_yticklabels(), shown, strict=True):
         tick.set_fontweight("bold" if outcome.name in apart else "normal")

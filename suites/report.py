@@ -12,11 +12,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis import plots, plots_settings, plots_spectra
-from analysis.pages import Chapter, Page, Picture, Section, Table, html_page, markdown_page, number
+from analysis.pages import Chapter, Page, Picture, Section, Table, number, write_pages
 from analysis.plots import Drawing, drawing
 from analysis.runs import optimizer_name
-from analysis.stats import Contrast, p_words, summarize, unsteadiness
-from engine import files
+from analysis.stats import Contrast, p_words, t_interval, unsteadiness
 from engine.cli import BadInput, make_folder
 from suites import plots as suite_plots
 from suites.claims import CONFIRMED, NOT_CONFIRMED, Claim, Finding, judge_all
@@ -32,17 +31,18 @@ def p_cell(value: float) -> str:
 def conditions_table(results: Results) -> Table:
     rows = []
     for outcome in results.outcomes:
-        s = summarize(list(outcome.losses().values()))
+        losses = list(outcome.losses().values())
+        mean, low, high = t_interval(losses)
         accuracy = outcome.values(lambda run: 100 * float(run.val["val_accuracy"][-1]))
         rough = outcome.values(unsteadiness)
         to_go = f" (+{outcome.to_go} to go)" if outcome.to_go else ""
         row = {
             "condition": outcome.name,
             "learning rate": f"{outcome.condition.fields['lr']:g}",
-            "runs": f"{s.n}{', single seed' if outcome.planned == 1 else ''}{to_go}",
-            "mean loss": number(s.mean, ".4f"),
-            "std. dev.": number(s.deviation, ".4f"),
-            "95 % interval": f"{s.low:.4f} to {s.high:.4f}" if math.isfinite(s.low) else "-",
+            "runs": f"{len(losses)}{', single seed' if outcome.planned == 1 else ''}{to_go}",
+            "mean loss": number(mean, ".4f"),
+            "std. dev.": f"{np.std(losses, ddof=1):.4f}" if len(losses) > 1 else "-",
+            "95 % interval": f"{low:.4f} to {high:.4f}" if math.isfinite(low) else "-",
             "accuracy": f"{np.mean(list(accuracy.values())):.2f} %" if accuracy else "-",
             "failed": f"{outcome.failed} of {outcome.planned}",
             "unsteadiness": number(float(np.mean(list(rough.values()))) if rough else math.nan, ".3f"),
@@ -286,7 +286,4 @@ def write_suite_report(
     folder = out / "plots"
     make_folder(folder, exist_ok=True)
     drawn = {r.name: plots.save_all(figures(r), folder) for r in results}
-    page = build_page(results, known, later, scale, drawn)
-    for name, text in (("report.html", html_page(page, folder)), ("report.md", markdown_page(page))):
-        files.write_whole(out / name, lambda file, text=text: file.write(text), mode="w")
-    return out / "report.html"
+    return write_pages(build_page(results, known, later, scale, drawn), out)

@@ -21,7 +21,6 @@ from analysis.stats import (
     learning_rate_tolerance,
     median_time,
     slope,
-    summarize,
     t_interval,
     thin,
 )
@@ -35,7 +34,10 @@ def test_the_t_interval_is_scipys():
     mean, low, high = t_interval(a)
     assert (low, high) == pytest.approx(scipy.stats.t.interval(0.95, 2, loc=np.mean(a), scale=scipy.stats.sem(a)))
     assert high - mean == pytest.approx(4.302653 * np.std(a, ddof=1) / 3**0.5, rel=1e-6)
+    half = 4.3027 * 2 / math.sqrt(3)  # the t table's 0.975 quantile with 2 degrees of freedom
+    assert t_interval([2.0, 4.0, 6.0]) == pytest.approx((4, 4 - half, 4 + half), abs=1e-3)
     assert np.isnan(t_interval([1.0])[1])
+    assert np.isnan(t_interval([])[0])
 
 
 def test_groups_are_pooled_over_seeds_alone(tmp_path):
@@ -87,16 +89,6 @@ def test_long_curves_are_thinned_by_means_and_spikes_are_measured(tmp_path):
     run = load_run(write_run(tmp_path / "run"))
     run.train["train_loss"][:] = [5, 4, 4.5, 3, 3.2, 2, 2.9, 1, 1, 1]
     assert largest_spike(run) == pytest.approx(0.9)
-
-
-def test_summary_by_hand():
-    s = summarize([2.0, 4.0, 6.0])
-    assert (s.n, s.mean, s.deviation) == (3, 4.0, 2.0)
-    half = 4.3027 * 2 / math.sqrt(3)  # the t table's 0.975 quantile with 2 degrees of freedom
-    assert (s.low, s.high) == pytest.approx((4 - half, 4 + half), abs=1e-3)
-    assert math.isnan(summarize([2.0]).deviation)
-    assert math.isnan(summarize([2.0]).low)
-    assert summarize([]).n == 0
 
 
 def test_the_paired_test_by_hand():
