@@ -22,7 +22,7 @@ from analysis import compare, plots
 from analysis.figures import curve_drawings, draw, watched
 from analysis.pages import Chapter, Code, Page, Picture, Section, Table, number, write_pages
 from analysis.questions import answers
-from analysis.runs import Run, find_runs, group_seeds, load_run, representative
+from analysis.runs import Run, find_runs, group_seeds, load_runs, representative
 from analysis.stats import t_interval
 from analysis.verdict import comparable_sets, judge, memory, warnings
 from engine.cli import BadInput, exit_with_a_sentence
@@ -192,9 +192,7 @@ def write_report(
 
 
 def load(paths: Sequence[Path]) -> list[Run]:
-    """The runs of all folders named, each once."""
-    found = [folder for path in paths for folder in find_runs(path)]
-    return [load_run(folder) for folder in {folder.resolve(): folder for folder in found}.values()]
+    return load_runs(folder for path in paths for folder in find_runs(path))
 
 
 def is_over(run: Run) -> bool:

@@ -17,7 +17,7 @@ import tyro
 
 from analysis.pages import number
 from analysis.plots import group_labels, setting
-from analysis.runs import Group, Run, find_runs, group_seeds, load_run
+from analysis.runs import Group, Run, find_runs, group_seeds, load_runs
 from analysis.stats import compare, t_interval
 from analysis.verdict import chance_sentence, comparable_value, cost_sentence, lead_sentence, memory
 from engine.cli import BadInput
@@ -56,7 +56,7 @@ def side(words: str) -> list[Run]:
         folders += found
     if not folders:
         raise BadInput(f"'{words}': names no run folder")
-    return [load_run(folder) for folder in {folder.resolve(): folder for folder in folders}.values()]
+    return load_runs(folders)
 
 
 def objections(a: Sequence[Run], b: Sequence[Run]) -> list[str]:

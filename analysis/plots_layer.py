@@ -8,7 +8,6 @@ The default is the middle layer; the style is that of plots.py, axes and titles 
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib import pyplot as plt
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from analysis.plots import REFERENCE_COLOR, captioned, group_handles, legend_below, line_styles, run_labels
+from analysis.plots import REFERENCE_COLOR, captioned, group_handles, legend_below, line_styles
 from analysis.plots_spectra import (
     ORDER_COLORS,
     PROJECTION_LOOKS,
@@ -24,6 +23,7 @@ from analysis.plots_spectra import (
     initial_handle,
     log_axis,
     projection_panels,
+    run_panels,
 )
 from analysis.runs import Run, group_seeds
 
@@ -52,8 +52,8 @@ def singular_value_fan(runs: Sequence[Run], layer: int | None = None) -> Figure:
     """
     layer = middle_layer(runs[0]) if layer is None else layer
     names = runs[0].projections()
-    size = (12, 1.5 + 2.1 * len(runs))
-    figure, axes = plt.subplots(len(runs), len(names), figsize=size, sharex="row", sharey="col", squeeze=False)
+    titles = [PROJECTION_TITLES[name] for name in names]
+    figure, axes = run_panels(runs, titles, "singular value", sharex="row", sharey="col")
     for column, name in enumerate(names):
         spectra = [run.singular_values(name, layer) for run in runs]
         limits = _largest_to_smallest(np.concatenate([values.ravel() for _, values in spectra]))
@@ -67,10 +67,6 @@ def singular_value_fan(runs: Sequence[Run], layer: int | None = None) -> Figure:
         axes[0, column].set_ylim(*limits)
         log_axis(axes[0, column])
         axes[0, column].set_ylim(*limits)
-        axes[0, column].set_title(PROJECTION_TITLES[name])
-        axes[-1, column].set_xlabel("step")
-    for row, label in enumerate(run_labels(runs)):
-        axes[row, 0].set_ylabel(f"{label}\nsingular value")
     bar = figure.colorbar(ScalarMappable(Normalize(0, 1), ORDER_COLORS), ax=axes, aspect=30, pad=0.01)
     bar.set_ticks([0, 1], labels=["largest", "smallest"])
     bar.ax.invert_yaxis()
@@ -87,7 +83,8 @@ def singular_value_spectrum(runs: Sequence[Run], layer: int | None = None) -> Fi
     """All singular values of one layer (default: the middle one) by index, at initialisation and at the last event."""
     layer = middle_layer(runs[0]) if layer is None else layer
     groups = group_seeds(runs)
-    figure, panels = projection_panels(runs[0].projections(), sharex=False)
+    words = "index of the singular value", "singular value"
+    figure, panels = projection_panels(runs[0].projections(), *words, sharex=False)
     for name, ax in panels:
         drawn = []
         for group, style in zip(groups, line_styles(groups), strict=True):
@@ -104,10 +101,6 @@ def singular_value_spectrum(runs: Sequence[Run], layer: int | None = None) -> Fi
         limits = ax.get_ylim()
         log_axis(ax)
         ax.set_ylim(limits)
-    for ax in figure.axes[3:]:
-        ax.set_xlabel("index of the singular value")
-    for ax in figure.axes[::3]:
-        ax.set_ylabel("singular value")
     figure.suptitle(f"Singular values of layer {layer}, at the last event")
     legend_below(figure, [*group_handles(groups), initial_handle()])
     return figure
@@ -132,11 +125,9 @@ def layer_mri(runs: Sequence[Run], layer: int | None = None) -> Figure:
     """One layer (default: the middle one) over training: six metrics, a line per projection, a row per run."""
     layer = middle_layer(runs[0]) if layer is None else layer
     names = runs[0].projections()
-    columns = len(MRI_PANELS)
-    size = (13, 1.7 + 2.1 * len(runs))
-    figure, axes = plt.subplots(len(runs), columns, figsize=size, sharex="row", sharey="col", squeeze=False)
+    figure, axes = run_panels(runs, [words for _, words in MRI_PANELS], "", sharex="row", sharey="col")
     for row, run in enumerate(runs):
-        for column, (key, words) in enumerate(MRI_PANELS):
+        for column, (key, _) in enumerate(MRI_PANELS):
             ax = axes[row, column]
             for name in names:
                 steps, values = run.grid(name, key)
@@ -154,12 +145,7 @@ def layer_mri(runs: Sequence[Run], layer: int | None = None) -> Figure:
                 ax.axhline(0, color=REFERENCE_COLOR, linestyle=":", linewidth=1.2)
             if key == "update_norm" and any(np.nanmax(line.get_ydata(), initial=0) > 0 for line in ax.lines):
                 log_axis(ax)
-            axes[0, column].set_title(words, fontsize=9)
             ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
-    for ax in axes[-1]:
-        ax.set_xlabel("step")
-    for row, label in enumerate(run_labels(runs)):
-        axes[row, 0].set_ylabel(label)
     figure.suptitle(f"MRI of layer {layer}: its six projections while it trains")
     handles = [Line2D([], [], linewidth=1.8, label=PROJECTION_TITLES[n], **PROJECTION_LOOKS[n]) for n in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=6)

@@ -7,6 +7,7 @@ initialisation, or of chance, is drawn in. Figures of one layer are in plots_lay
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -74,15 +75,36 @@ def relative_rank(run: Run, proj: str) -> tuple[np.ndarray, np.ndarray]:
     return steps, values / run.full_rank(proj)
 
 
-def projection_panels(projections: Sequence[str], sharex: bool = True) -> tuple[Figure, list[tuple[str, plt.Axes]]]:
-    """A 2 x 3 figure with a panel for each projection."""
+def projection_panels(
+    projections: Sequence[str], x_words: str, y_words: str, sharex: bool = True
+) -> tuple[Figure, list[tuple[str, plt.Axes]]]:
+    """A 2 x 3 figure with a panel for each projection, words at the outer axes."""
     figure, axes = plt.subplots(2, 3, figsize=(WIDTH, 5.8), sharex=sharex)
     panels = list(zip(projections, axes.flat, strict=False))
     for name, ax in panels:
         ax.set_title(PROJECTION_TITLES[name])
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
+    for ax in axes[1]:
+        ax.set_xlabel(x_words)
+    for ax in axes[:, 0]:
+        ax.set_ylabel(y_words)
     return figure, panels
+
+
+def run_panels(
+    runs: Sequence[Run], titles: Sequence[str], y_words: str, x_words: str = "step", height: float = 2.1, **shared: Any
+) -> tuple[Figure, np.ndarray]:
+    """A figure with a row for each run and a column for each title, words at the outer axes."""
+    size = (12, 1.6 + height * len(runs))
+    figure, axes = plt.subplots(len(runs), len(titles), figsize=size, squeeze=False, **shared)
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set_title(title)
+    for ax in axes[-1]:
+        ax.set_xlabel(x_words)
+    for ax, label in zip(axes[:, 0], run_labels(runs), strict=True):
+        ax.set_ylabel(f"{label}\n{y_words}".strip())
+    return figure, axes
 
 
 def initial_handle(words: str = "at initialisation") -> Line2D:
@@ -112,7 +134,7 @@ def log_axis(ax: plt.Axes) -> None:
 def spectral_norm_by_depth(runs: Sequence[Run]) -> Figure:
     """Largest singular value of each projection by layer, at initialisation and at the last event."""
     groups = group_seeds(runs)
-    figure, panels = projection_panels(runs[0].projections())
+    figure, panels = projection_panels(runs[0].projections(), "layer", "spectral norm")
     for name, ax in panels:
         for group, style in zip(groups, line_styles(groups), strict=True):
             _, values = group_grid(group, name, "spectral_norm")
@@ -121,10 +143,6 @@ def spectral_norm_by_depth(runs: Sequence[Run]) -> Figure:
             ax.plot(layers, values[:, -1], marker="o", markersize=4, **style.line())
         ax.set_ylim(0, 1.08 * ax.dataLim.ymax)
         _layer_ticks(ax, max(run.layers for run in runs))
-    for ax in figure.axes[3:]:
-        ax.set_xlabel("layer")
-    for ax in figure.axes[::3]:
-        ax.set_ylabel("spectral norm")
     figure.suptitle("Spectral norm against depth, at the last event")
     legend_below(figure, [*group_handles(groups), initial_handle()])
     return figure
@@ -138,8 +156,8 @@ def spectral_norm_by_depth(runs: Sequence[Run]) -> Figure:
 def depth_profiles(runs: Sequence[Run], key: str = "spectral_entropy", steps: Sequence[int] | None = None) -> Figure:
     """A metric against layer at chosen steps (default: five from first to last), a row per run, dark to light."""
     names = runs[0].projections()
-    size = (12, 1.5 + 1.75 * len(runs))
-    figure, axes = plt.subplots(len(runs), len(names), figsize=size, sharey="col", sharex="row", squeeze=False)
+    titles, y_words = [PROJECTION_TITLES[name] for name in names], key.replace("_", " ")
+    figure, axes = run_panels(runs, titles, y_words, "layer", 1.75, sharey="col", sharex="row")
     for row, run in enumerate(runs):
         defined = [at[~np.isnan(values).all(axis=0)] for at, values in (run.grid(name, key) for name in names)]
         events = defined[0] if steps is None else np.intersect1d(defined[0], steps)
@@ -158,11 +176,6 @@ def depth_profiles(runs: Sequence[Run], key: str = "spectral_entropy", steps: Se
         axes[row, -1].legend(
             handles, words, title="step", loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, title_fontsize=8
         )
-    for row, label in enumerate(run_labels(runs)):
-        axes[row, 0].set_ylabel(f"{label}\n{key.replace('_', ' ')}")
-    for column, name in enumerate(names):
-        axes[0, column].set_title(PROJECTION_TITLES[name])
-        axes[-1, column].set_xlabel("layer")
     figure.suptitle(f"{METRIC_TITLES[key]}\nagainst layer at chosen steps; one vertical scale down each column")
     return figure
 
@@ -179,7 +192,7 @@ def metric_over_time(runs: Sequence[Run], key: str = "effective_rank") -> Figure
     Dotted grey: the value at initialisation, where the metric has one.
     """
     groups = group_seeds(runs)
-    figure, panels = projection_panels(runs[0].projections())
+    figure, panels = projection_panels(runs[0].projections(), "step", key.replace("_", " "))
     for name, ax in panels:
         for group, style in zip(groups, line_styles(groups), strict=True):
             _mean_and_band(ax, *group_grid(group, name, key), style)
@@ -187,10 +200,6 @@ def metric_over_time(runs: Sequence[Run], key: str = "effective_rank") -> Figure
             if initial.size and np.isfinite(initial[:, 0]).any():
                 ax.axhline(np.nanmean(initial[:, 0]), color=REFERENCE_COLOR, linestyle=":", linewidth=1.2)
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    for ax in figure.axes[3:]:
-        ax.set_xlabel("step")
-    for ax in figure.axes[::3]:
-        ax.set_ylabel(key.replace("_", " "))
     figure.suptitle(f"{METRIC_TITLES[key]}\nmean over layers, band from the lowest to the highest layer")
     legend_below(figure, [*group_handles(groups), initial_handle()])
     return figure
@@ -310,13 +319,11 @@ def metric_heatmap(runs: Sequence[Run], key: str) -> Figure:
     The line on each colour bar is the value at initialisation (alignment: the level of chance).
     """
     names = runs[0].projections()
-    size = (12, 1.6 + 1.5 * len(runs))
-    figure, axes = plt.subplots(len(runs), len(names), figsize=size, sharex=True, sharey="row", squeeze=False)
+    titles = [PROJECTION_TITLES[name] for name in names]
+    figure, axes = run_panels(runs, titles, "layer", height=1.5, sharex=True, sharey="row")
     is_alignment = key.endswith("_alignment")
     marked = False
     for column, name in enumerate(names):
-        axes[0, column].set_title(PROJECTION_TITLES[name])
-        axes[-1, column].set_xlabel("step")
         grids = [run.grid(name, key) for run in runs]
         known = np.concatenate([values[np.isfinite(values)] for _, values in grids])
         if not len(known):
@@ -338,8 +345,6 @@ def metric_heatmap(runs: Sequence[Run], key: str) -> Figure:
             marked = True
             bar.ax.axvline(mark, color="white", linewidth=3.0)
             bar.ax.axvline(mark, color="black", linewidth=1.4)
-    for row, label in enumerate(run_labels(runs)):
-        axes[row, 0].set_ylabel(f"{label}\nlayer")
     _only_outer_ticks(axes)
     words = "colour shared down each column"
     if marked:

@@ -271,6 +271,11 @@ def find_runs(path: Path) -> list[Path]:
     return sorted(folder.parent for folder in path.glob(f"*/{files.CONFIG}")) or [path]
 
 
+def load_runs(folders: Iterable[Path]) -> list[Run]:
+    """The runs of all folders, each once."""
+    return [load_run(folder) for folder in {folder.resolve(): folder for folder in folders}.values()]
+
+
 def _whole_events(spectra: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Without the last event where a running or killed run has written only some of its lines."""
     counts = Counter(line["step"] for line in spectra)

@@ -129,7 +129,7 @@ def first_reaching(x: np.ndarray, loss: np.ndarray, target: float) -> float | No
 
 @dataclass(frozen=True)
 class Tolerance:
-    """The learning rates around the best whose loss stays near the best one's; `open_*`: the grid ended first."""
+    """The learning rates around the best whose loss stays near the best loss; `open_*`: the grid ended first."""
 
     best: float
     low: float
@@ -140,11 +140,6 @@ class Tolerance:
     @property
     def decades(self) -> float:
         return math.log10(self.high / self.low)
-
-    @property
-    def at_edge(self) -> bool:
-        """Whether the best rate is the lowest or highest that was tried."""
-        return (self.open_low and self.low == self.best) or (self.open_high and self.high == self.best)
 
 
 def learning_rate_tolerance(rates: Sequence[float], losses: Sequence[float], share: float = 0.01) -> Tolerance | None:
@@ -169,7 +164,8 @@ def learning_rate_tolerance(rates: Sequence[float], losses: Sequence[float], sha
             if not y[after] <= limit:
                 if not np.isfinite(y[after]):
                     return float(exact[i]), False
-                return math.exp(x[i] + (limit - y[i]) / (y[after] - y[i]) * (x[after] - x[i])), False
+                crossing = (limit - y[i]) / (y[after] - y[i])  # as a share of the way to the next rate, in logarithms
+                return math.exp(x[i] + crossing * (x[after] - x[i])), False
             i = after
         return float(exact[i]), True
 
@@ -178,13 +174,14 @@ def learning_rate_tolerance(rates: Sequence[float], losses: Sequence[float], sha
 
 
 def unsteadiness(run: Run, share: float = 0.1) -> float:
-    """Standard deviation of the last `share` of the training losses about their line, in nats; NaN below 4 steps."""
+    """Standard deviation of the last `share` of the training losses around their trend, in nats; NaN below 4 steps."""
     loss = run.train.get("train_loss", np.empty(0))
     last = loss[-max(4, round(share * len(loss))) :]
     if len(loss) < 4 or not np.isfinite(last).all():
         return math.nan
     x = np.arange(len(last))
-    return float(np.std(last - np.polyval(np.polyfit(x, last, 1), x), ddof=2))
+    trend = np.polyval(np.polyfit(x, last, 1), x)
+    return float(np.std(last - trend, ddof=2))  # the line took two degrees of freedom
 
 
 def largest_spike(run: Run) -> float:
@@ -212,7 +209,7 @@ def chance_spread(k: int, trials: int = 20_000) -> tuple[float, float]:
     scales with sqrt(1/d) and its relative spread depends on k alone.
     """
     overlaps = np.random.default_rng(0).standard_normal((trials, k, k))
-    means = np.linalg.svd(overlaps, compute_uv=False).mean(axis=1)
+    means = np.linalg.svd(overlaps, compute_uv=False).mean(axis=1)  # singular values: cosines of principal angles
     low, high = np.quantile(means, (0.025, 0.975)) / means.mean()
     return float(low), float(high)
 
@@ -225,11 +222,9 @@ def hedges_g(a: Sequence[float], b: Sequence[float]) -> float:
     """Difference of the means in pooled standard deviations, corrected for small samples by the exact factor
     Gamma(m / 2) / (sqrt(m / 2) Gamma((m - 1) / 2)) with m = na + nb - 2 (Hedges 1981); NaN without spread."""
     freedom = len(a) + len(b) - 2
-    if len(a) < 2 or len(b) < 2:
+    if len(a) < 2 or len(b) < 2 or np.ptp(a) == np.ptp(b) == 0:
         return math.nan
     pooled = math.sqrt(((len(a) - 1) * np.var(a, ddof=1) + (len(b) - 1) * np.var(b, ddof=1)) / freedom)
-    if pooled == 0:
-        return math.nan
     factor = math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom - 1) / 2)) / math.sqrt(freedom / 2)
     return factor * float(np.mean(a) - np.mean(b)) / pooled
 
@@ -241,11 +236,11 @@ def p_words(value: float) -> str:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjusted p values (Holm 1979): the smallest times m, the next times m - 1, ..., never falling, at most 1. A NaN
-    is no test: it stays NaN and is not counted in m."""
+    is not a test: it stays NaN and does not count in m."""
     tested = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
     adjusted, highest = [math.nan] * len(p_values), 0.0
     for rank, (p, i) in enumerate(tested):
-        highest = max(highest, min(1.0, (len(tested) - rank) * p))
+        highest = max(highest, min(1.0, (len(tested) - rank) * p))  # never below the one before
         adjusted[i] = highest
     return adjusted
 
@@ -266,7 +261,7 @@ def family(pairs: Sequence[Pair], others: int = 0) -> list[Contrast]:
     """Every pair of a suite tested, corrected together, and for `others` more tests made elsewhere on the same runs."""
     kept = [(name_a, name_b, finite_only(a), finite_only(b)) for name_a, name_b, a, b in pairs]
     testable = sum(len(a) > 1 and len(b) > 1 for *_, a, b in kept)
-    confidence = 1 - (1 - CONFIDENCE) / max(1, testable + others)  # Bonferroni
+    confidence = 1 - (1 - CONFIDENCE) / max(1, testable + others)  # Bonferroni: all intervals hold together
     found = []
     for name_a, name_b, a, b in kept:
         x, y = np.array(list(a.values())), np.array(list(b.values()))
@@ -286,8 +281,7 @@ def family(pairs: Sequence[Pair], others: int = 0) -> list[Contrast]:
 
 @dataclass(frozen=True)
 class Reached:
-    """How long it took to reach something over `n` runs, `never` of which did not; `median` is None where fewer than
-    half did."""
+    """Time to a loss over `n` runs; `never` counts those that did not reach it, `median` is None if most did not."""
 
     n: int
     never: int
@@ -295,17 +289,17 @@ class Reached:
 
 
 def median_time(times: Sequence[float | None]) -> Reached:
-    """The median of times of which some are censored: None = not reached in the whole run.
+    """The median of times, some of them censored: None = not reached in the whole run.
 
-    All runs of a condition have the same budget, so a censored one outlasts every time that was seen, and the
-    Kaplan-Meier median is the time by which half of all runs were there.
+    All runs of a condition have the same budget, so a censored time is longer than every observed one, and the
+    Kaplan-Meier median is the time by which half of all runs reached the loss.
     """
     reached, half = sorted(time for time in times if time is not None), math.ceil(len(times) / 2)
     return Reached(len(times), len(times) - len(reached), reached[half - 1] if 0 < half <= len(reached) else None)
 
 
 def slope(values: Mapping[float, BySeed]) -> dict[int, float]:
-    """For each seed that all have, the least-squares slope of its value against log10 of the key."""
+    """For each seed that all keys share, the least-squares slope of its value against log10 of the key."""
     seeds = set.intersection(*(set(finite_only(by_seed)) for by_seed in values.values()))
     x = np.log10(list(values))
     return {seed: float(np.polyfit(x, [values[key][seed] for key in values], 1)[0]) for seed in sorted(seeds)}
