@@ -20,7 +20,7 @@ import tyro
 
 from analysis import compare, plots
 from analysis.figures import curve_drawings, draw, watched
-from analysis.pages import Chapter, Code, Page, Picture, Section, Table, number, write_pages
+from analysis.pages import Chapter, Code, Page, Picture, Section, Table, counted, number, write_pages
 from analysis.questions import answers
 from analysis.runs import Run, find_runs, group_seeds, load_runs, representative
 from analysis.stats import t_interval
@@ -142,7 +142,7 @@ def build_page(runs: Sequence[Run], pictures: Sequence[Picture]) -> Page:
     names = plots.run_labels(runs)
     groups = plots.group_labels(group_seeds(runs))
     title = " and ".join(groups) if len(groups) <= 2 else f"{len(groups)} settings"
-    title += f", {len(runs)} run{'s' * (len(runs) > 1)}"
+    title += f", {counted(len(runs), 'run')}"
     first, *others = judge(runs)
     spectra = watched(runs)
     curves = {drawing.picture.stem for drawing in curve_drawings(runs)}

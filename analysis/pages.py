@@ -98,6 +98,10 @@ def number(value: float, form: str, unit: str = "") -> str:
     return f"{value:{form}}{unit}" if math.isfinite(value) else "-"
 
 
+def counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def _slug(title: str) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in title.lower())
 

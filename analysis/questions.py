@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from analysis.pages import counted
 from analysis.plots import group_labels
 from analysis.plots_spectra import PROJECTION_TITLES, group_grid
 from analysis.runs import Group, Run, group_seeds
@@ -60,7 +61,7 @@ def standout(group: Group) -> str:
     """The layer that differs most from the median of the other layers, averaged over projections and three metrics."""
     layers = group.runs[0].layers
     if layers < 3:
-        return f"with {layers} layer{'s' * (layers > 1)} no layer can stand out."
+        return f"with {counted(layers, 'layer')} none can stand out."
     scores: dict[int, dict[int, list[tuple]]] = {event: {layer: [] for layer in range(layers)} for event in (0, -1)}
     for key, words in STANDOUT_KEYS.items():
         for proj, (_, values) in _events(group, key).items():

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from analysis.pages import counted
 from analysis.plots import group_labels
 from analysis.runs import Group, Run, group_seeds, optimizer_name
 from analysis.stats import SIGNIFICANT, STEADY, Comparison, compare, first_reaching, p_words, t_interval
@@ -190,8 +191,7 @@ def _tiles(result: Comparison, better: str, worse: str) -> list[tuple[str, str]]
         words = "significant" if result.p_value < SIGNIFICANT else "not significant"
         tiles.append((p_words(result.p_value), f"{words}, {result.test}"))
     else:
-        count = min(result.n)
-        tiles.append((f"{count} seed{'s' * (count > 1)}", "no statement about chance"))
+        tiles.append((counted(min(result.n), "seed"), "no statement about chance"))
     for ratio, words in (
         (result.step_time_ratio, "step time"),
         (result.speed_ratio, "tokens per second"),

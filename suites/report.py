@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis import plots, plots_settings, plots_spectra
-from analysis.pages import Chapter, Page, Picture, Section, Table, number, write_pages
+from analysis.pages import Chapter, Page, Picture, Section, Table, counted, number, write_pages
 from analysis.plots import Drawing, drawing
 from analysis.runs import optimizer_name
 from analysis.stats import Contrast, p_words, t_interval, unsteadiness
@@ -86,7 +86,8 @@ def findings(results: Results) -> list[str]:
         if min(test.n) == 0:
             sentences.append(f"{test.name_a} - {test.name_b}: no finished run on one side.")
         elif not test.tested:
-            reason = "single seed" if min(test.n) < 2 else "no variation between seeds"
+            lone = test.name_a if test.n[0] < 2 else test.name_b
+            reason = f"{lone} has a single seed" if min(test.n) < 2 else "no variation between seeds"
             sentences.append(f"{test.name_a} - {test.name_b}: {test.difference:+.4f} nats, {reason}.")
     for optimizer in results.optimizers():
         best = results.best(optimizer)
@@ -223,7 +224,7 @@ def build_page(
     commits = sorted({str(run.config.get("git_commit"))[:10] for run in runs.values()})
     to_go = sum(r.to_go for r in results)
     headline = (
-        f"{len(judged)} claims tested {SCALE_WORDS[scale]}: {confirmed} confirmed, {refuted} not confirmed, "
+        f"{counted(len(judged), 'claim')} tested {SCALE_WORDS[scale]}: {confirmed} confirmed, {refuted} not confirmed, "
         f"{len(judged) - confirmed - refuted} not testable here"
     )
     summary = Table.of(
@@ -239,8 +240,10 @@ def build_page(
         ],
         whole=len(results) > 1,
     )
-    warnings = [*later, *([f"{to_go} planned runs have not finished."] if to_go else [])]
-    warnings += [f"{suite}, {condition}: {count} runs failed." for (suite, condition), count in failed.items()]
+    warnings = [*later, *([f"{counted(to_go, 'planned run')} to go."] if to_go else [])]
+    warnings += [
+        f"{suite}, {condition}: {counted(count, 'run')} failed." for (suite, condition), count in failed.items()
+    ]
     chapters = [Chapter("Claims of the documents and our findings", [claims_table(judged)])] if judged else []
     chapters += [suite_chapter(r, known, pictures[r.name]) for r in results]
     suite = results[0].name if len(results) == 1 else "everything"
@@ -253,7 +256,7 @@ def build_page(
     return Page(
         title=f"muon-speedrun experiments, {scale}",
         headline=headline if judged else f"{results[0].name}: {results[0].suite.question}",
-        lead=[*_verdict_lists(judged), f"Finished runs: {finished}, in {len(results)} suites."],
+        lead=[*_verdict_lists(judged), f"Finished runs: {finished}, in {counted(len(results), 'suite')}."],
         tiles=[],
         summary=summary,
         notes=NOTES,

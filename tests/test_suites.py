@@ -325,8 +325,9 @@ def test_a_report_in_the_middle_of_a_suite(tmp_path):
         [results], {r.name: r for r in (results, *sweeps)}, ["x waits."], "nano", tmp_path / "out"
     )
     text = page.read_text()
-    assert "planned runs have not finished" in text
-    assert "runs failed" in text
+    assert "2 planned runs to go." in text
+    assert "moe-long, muon: 1 run failed." in text
+    assert "-0.4500 nats, adamw has a single seed" in text
     assert "From moe-lr-muon: muon lr 0.25, ON THE EDGE OF THE GRID" in text
     assert not re.search(r"\bnan\b", text)
 
