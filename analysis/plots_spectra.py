@@ -250,6 +250,7 @@ def alignment_with_chance(runs: Sequence[Run], side: str = "left") -> Figure:
             _mean_and_band(ax, *group_grid(group, name, key), style)
             if rows > 1:
                 steps, gap = group_grid(group, name, "update_gap")
+                # root mean square of the singular values: the Frobenius norm squared is the sum of s²
                 rms = group_grid(group, name, "update_norm")[1] / np.sqrt(group.runs[0].full_rank(name))
                 relative = np.divide(gap, rms, out=np.full_like(gap, np.nan), where=rms > 0)
                 relative[relative <= 0] = np.nan

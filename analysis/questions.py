@@ -70,7 +70,7 @@ def standout(group: Group) -> str:
                 for layer in range(len(column)):
                     others = float(np.nanmedian(np.delete(column, layer)))
                     if column[layer] > 0 and others > 0:
-                        distance = abs(math.log(column[layer] / others))
+                        distance = abs(math.log(column[layer] / others))  # twice and half are equally far
                         scores[event][layer].append(
                             (distance, f"{PROJECTION_TITLES[proj]} {words}", column[layer], others)
                         )
@@ -225,7 +225,8 @@ def beyond_chance(group: Group) -> str:
             above += aligned > chance * chance_spread(min(SUBSPACE_RANK, rank))[1]
             ratios.append(aligned / chance)
             if line.get("update_gap") is not None and line.get("update_norm"):
-                gaps.append(line["update_gap"] / (line["update_norm"] / math.sqrt(rank)))
+                rms = line["update_norm"] / math.sqrt(rank)  # the Frobenius norm squared is the sum of s²
+                gaps.append(line["update_gap"] / rms)
     if not total:
         return "no alignment was logged yet."
     sentence = (
