@@ -26,10 +26,9 @@ from torch import Tensor
 
 from engine.cli import RunFailed
 from engine.eigh import eigh_leading
-from engine.files import JsonlWriter, finite
+from engine.files import SUBSPACE_RANK, JsonlWriter, finite
 from model import Transformer
 
-SUBSPACE_RANK = 5  # of the singular subspaces whose alignment is measured
 UPDATE_KEYS = (
     "left_alignment",
     "right_alignment",

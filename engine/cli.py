@@ -18,6 +18,7 @@ from typing import Annotated, Any, NamedTuple, TextIO, get_args, get_type_hints
 import tyro
 
 MIN_COLUMNS = 40  # of --help; below 6 the layout of its boxes never ends
+GIB = 2**30
 MOST_LETTERS = 1000  # of a sentence, which may quote a file
 # The type of token counts: flags accept 2e6 as well as 2000000.
 Count = Annotated[

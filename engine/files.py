@@ -16,12 +16,11 @@ from typing import Any
 
 from engine.cli import BadInput, CannotWrite, first_line
 
-pass
-
 ROOT = Path(__file__).resolve().parent.parent  # of the source tree
 CONFIG, SUMMARY, LOG = "config.json", "summary.json", "log.txt"
 METRICS, SPECTRA = "metrics.jsonl", "manifold_stats.jsonl"
 PACKED = ".gz"  # how a record keeps spectra
+SUBSPACE_RANK = 5  # dimension of the singular subspaces whose alignment manifold_stats.jsonl holds
 CHECKPOINT, PREVIOUS_CHECKPOINT, BEST = "checkpoint.pt", "checkpoint.prev.pt", "best.pt"
 
 

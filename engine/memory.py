@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from engine.cli import BadInput
+from engine.cli import GIB, BadInput
 from kernels.cross_entropy import LOGIT_BYTES, MIN_CHUNK_ROWS
 
 SLACK = 0.1  # of the device's free memory that is left alone
-GIB = 2**30
 CPU_MICRO_BATCH_TOKENS = 1024  # what fits a CPU's L2 cache (bench/LOG.md)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from engine.memory import GIB
+from engine.cli import GIB
 
 Point = torch.cuda.Event | float  # a moment on the device's timeline, or on the host's without a GPU
 

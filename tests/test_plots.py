@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from analysis import plots, plots_layer, plots_spectra
+from analysis import figures, plots, plots_layer, plots_settings, plots_spectra
 from analysis.runs import group_seeds, load_run
 from analysis.stats import chance_spread
 from bench.synthetic import write_run
@@ -30,8 +30,8 @@ def _close_figures():
 FIGURES = {
     "loss_curves": lambda runs: plots.loss_curves(runs),
     "optimizer_comparison": lambda runs: plots.optimizer_comparison(*group_seeds(runs)),
-    "ablation_bars": lambda runs: plots.ablation_bars(runs),
-    "model_scaling": lambda runs: plots.model_scaling(runs),
+    "ablation_bars": lambda runs: plots_settings.ablation_bars(runs),
+    "model_scaling": lambda runs: plots_settings.model_scaling(runs),
     "learning_rate_schedules": lambda runs: plots.learning_rate_schedules(runs),
     "expert_utilization": lambda runs: plots.expert_utilization(runs[0]),
     "spectral_norm_by_depth": plots_spectra.spectral_norm_by_depth,
@@ -72,6 +72,15 @@ def test_figures_of_a_run_with_only_its_initial_spectra_do_not_fail(name, tmp_pa
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
+def test_no_two_figures_of_a_report_share_a_file(runs, tmp_path):
+    more = [load_run(write_run(tmp_path / f"{seed}", lr=0.04, seed=seed)) for seed in (0, 1)]  # a second Muon
+    drawings = [*figures.curve_drawings([*runs, *more]), *figures.spectra_drawings([*runs, *more])]
+    stems = [drawing.picture.stem for drawing in drawings]
+    assert {"pair_grid_muon", "pair_grid_adamw", "rank_grid", "loss_curves", "ablation_bars"} <= set(stems)
+    assert len(set(stems)) == len(stems)
+    assert all(drawing.picture.how_to_read.endswith(".") for drawing in drawings)
+
+
 def test_curves_show_the_mean_over_seeds(runs):
     ax = plots.loss_curves(runs).axes[0]
     curves = {line.get_label(): line.get_ydata() for line in ax.lines}
@@ -81,16 +90,18 @@ def test_curves_show_the_mean_over_seeds(runs):
 
 def test_an_optimizer_keeps_its_colour_and_settings_differ_by_line_style(runs, tmp_path):
     other = load_run(write_run(tmp_path / "other", lr=0.04))
-    looks = {look.label: look for look in plots.looks(group_seeds([*runs, other]))}
-    assert set(looks) == {"Muon, lr 0.02", "Muon, lr 0.04", "AdamW"}
-    assert looks["Muon, lr 0.02"].color == looks["Muon, lr 0.04"].color != looks["AdamW"].color
-    assert looks["Muon, lr 0.02"].linestyle != looks["Muon, lr 0.04"].linestyle
+    styles = {style.label: style for style in plots.line_styles(group_seeds([*runs, other]))}
+    assert set(styles) == {"Muon, lr 0.02", "Muon, lr 0.04", "AdamW"}
+    assert styles["Muon, lr 0.02"].color == styles["Muon, lr 0.04"].color != styles["AdamW"].color
+    assert styles["Muon, lr 0.02"].linestyle != styles["Muon, lr 0.04"].linestyle
 
 
 def test_of_many_settings_the_best_of_each_optimizer_stands_out(tmp_path):
     losses = {0.01: 3.4, 0.02: 3.1, 0.04: 3.2, 0.08: 3.3, 0.16: 3.5}
     made = [write_run(tmp_path / f"{lr}", lr=lr, final=loss, spectra=False) for lr, loss in losses.items()]
-    strong = [look.label for look in plots.looks(group_seeds([load_run(path) for path in made])) if look.strong]
+    strong = [
+        style.label for style in plots.line_styles(group_seeds([load_run(path) for path in made])) if style.strong
+    ]
     assert strong == ["Muon, lr 0.02"]
 
 
@@ -98,7 +109,7 @@ def test_sensitivity_joins_the_best_at_each_rate_and_marks_failed_runs(tmp_path)
     made = [write_run(tmp_path / f"{lr}", lr=lr, final=loss) for lr, loss in ((0.01, 3.3), (0.02, 3.0), (0.04, 3.5))]
     made.append(write_run(tmp_path / "worse", lr=0.02, adamw_lr=0.1, final=3.2))
     made.append(write_run(tmp_path / "failed", lr=0.08, status="failed"))
-    figure = plots.learning_rate_sensitivity([load_run(path) for path in made])
+    figure = plots_settings.learning_rate_sensitivity([load_run(path) for path in made])
     loss, _, perplexity, _ = figure.axes
     joined = max(loss.lines, key=lambda line: len(line.get_xdata()))
     np.testing.assert_allclose(joined.get_xydata(), [(0.01, 3.3), (0.02, 3.0), (0.04, 3.5)])
