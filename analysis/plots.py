@@ -7,15 +7,14 @@ style, seeds are pooled into a mean and a band. A figure's caption is written ab
 """
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+os.environ["MPLBACKEND"] = "Agg"  # before the import, which refuses a notebook's backend outside of one
 import matplotlib
-
-matplotlib.use("Agg")
-
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
@@ -51,7 +50,7 @@ STYLE = {
     "svg.hashsalt": "muon-speedrun",  # the same figure is the same file
     "text.parse_math": False,  # names of runs may hold dollar signs
 }
-plt.rcParams.update(STYLE)
+plt.rcParams.update(matplotlib.rcParamsDefault | STYLE | {"backend": "Agg"})  # whatever the user's matplotlibrc says
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,9 @@
+"""Every figure draws what its runs hold, in the same style whatever Matplotlib is told elsewhere."""
+
+import os
+import subprocess
+import sys
+
 import matplotlib
 import numpy as np
 import pytest
@@ -7,6 +13,7 @@ from analysis import figures, plots, plots_layer, plots_settings, plots_spectra
 from analysis.runs import group_seeds, load_run
 from analysis.stats import chance_spread
 from bench.synthetic import write_run
+from engine.files import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -185,3 +192,22 @@ def test_files_of_a_figure_are_the_same_each_time(runs, tmp_path):
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     width = int.from_bytes((tmp_path / "a.png").read_bytes()[16:20], "big")
     assert width == 2 * 100 * plots.WIDTH
+
+
+def test_figures_are_drawn_the_same_whatever_matplotlib_is_told(tmp_path):
+    """A notebook's backend in the environment, and a matplotlibrc that asks for LaTeX and another font size."""
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom analysis import plots\nfrom analysis.runs import load_run\n"
+        "plots.save(plots.loss_curves([load_run(Path(sys.argv[1]))]), Path(sys.argv[2]), 'curves')\n"
+    )
+    run = write_run(tmp_path / "run")
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 30\nsavefig.dpi: 7\n")
+    told = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "MATPLOTLIBRC": str(tmp_path / "matplotlibrc")}
+    drawn = []
+    for name, more in (("plain", {}), ("told", told)):
+        (tmp_path / name).mkdir()
+        words = (sys.executable, "-c", script, str(run), str(tmp_path / name))
+        environment = {key: value for key, value in os.environ.items() if key not in told} | more
+        subprocess.run(words, cwd=ROOT, env=environment, check=True, timeout=60)
+        drawn.append((tmp_path / name / "curves.png").read_bytes())
+    assert drawn[0] == drawn[1]
