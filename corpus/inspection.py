@@ -1,6 +1,8 @@
-"""What a folder of token shards holds, and whether it is whole: python data.py inspect DIR, python data.py verify DIR.
+"""Describe a folder of token shards and find every damaged file in it.
 
-One pass over every byte, a few MB at a time. Unlike open_shards it goes on after a damaged file, so that all are named.
+    python data.py inspect DIR; python data.py verify DIR
+
+One pass over every byte, a few MB at a time. Unlike open_shards it continues after a damaged file, to name them all.
 """
 
 import contextlib
@@ -31,12 +33,12 @@ from corpus.shards import (
 )
 from engine.cli import BadInput
 
-FIRST_TOKENS = 120  # that are decoded and shown
+FIRST_TOKENS = 120  # decoded and shown
 
 
 @dataclass
-class Found:
-    """What one pass over a split's payloads saw."""
+class SplitContents:
+    """Counts from one pass over the tokens of a split."""
 
     tokens: int = 0
     lowest: int = 2**16
@@ -44,7 +46,7 @@ class Found:
     used: np.ndarray = field(default_factory=lambda: np.zeros(2**16, bool))
     starts: list[np.ndarray] = field(default_factory=list)
     shards: int = 0
-    unchecked: int = 0  # of them, those that carry no checksum
+    unchecked: int = 0  # shards without a checksum
 
     def add(self, tokens: np.ndarray, eot_id: int | None) -> None:
         if len(tokens):
@@ -60,8 +62,8 @@ class Found:
         return np.diff(starts, append=self.tokens)
 
 
-def check(path: Path, digests: dict[str, str], vocab_size: int, eot_id: int | None, found: Found) -> None:
-    """Read one shard whole into `found`; BadInput that says what is wrong with it."""
+def check(path: Path, digests: dict[str, str], vocab_size: int, eot_id: int | None, found: SplitContents) -> None:
+    """Read a whole shard and add it to `found`; BadInput names the damage."""
     header = read_header(path)
     crc, sha256, highest = 0, hashlib.sha256(header.tobytes()), -1
     for chunk in payload_chunks(path):
@@ -82,18 +84,18 @@ def check(path: Path, digests: dict[str, str], vocab_size: int, eot_id: int | No
 
 @dataclass
 class Examination:
-    """A whole folder: what was seen of each split, and a sentence for everything that is wrong."""
+    """The contents of each split of a folder, and a sentence for each damage."""
 
-    found: dict[str, Found]
+    found: dict[str, SplitContents]
     damaged: list[str]
-    shards: Shards | None  # None where they cannot be opened
+    shards: Shards | None  # None if they cannot be opened
 
 
 def examine(folder: Path, pattern: str = TRAIN_PATTERN) -> Examination:
-    """Read every byte of a folder of shards. BadInput where there are none."""
+    """Read every byte of a folder of shards. BadInput if it has none."""
     files = find_shards(folder, pattern)
     damaged, meta, shards = [], None, None
-    with contextlib.suppress(BadInput):  # what is wrong is found below, all of it
+    with contextlib.suppress(BadInput):  # the loop below names every damage
         shards = open_shards(folder, pattern)
     try:
         meta = read_meta(folder / META) if (folder / META).exists() else None
@@ -101,7 +103,7 @@ def examine(folder: Path, pattern: str = TRAIN_PATTERN) -> Examination:
             check_names(folder, set(meta["sha256"]), {path.name for paths in files.values() for path in paths})
     except BadInput as wrong:
         damaged.append(str(wrong))
-    found = {split: Found() for split in SPLITS}
+    found = {split: SplitContents() for split in SPLITS}
     for split in SPLITS:
         for path in files[split]:
             try:
@@ -122,30 +124,31 @@ def examine(folder: Path, pattern: str = TRAIN_PATTERN) -> Examination:
 
 
 def verify(folder: Path, pattern: str = TRAIN_PATTERN, say: Callable[[str], None] = print) -> int:
-    """Name everything that is damaged in a folder of shards; 1 if there is something, else 0."""
-    return _judge(folder, examine(folder, pattern), say)
+    """Print a line for each damage in a folder of shards, or that it is whole; returns the exit code, 1 if damaged."""
+    return _report(folder, examine(folder, pattern), say)
 
 
-def _judge(folder: Path, seen: Examination, say: Callable[[str], None]) -> int:
+def _report(folder: Path, seen: Examination, say: Callable[[str], None]) -> int:
     for line in seen.damaged:
         say(f"damaged: {line}")
     if seen.damaged:
         return 1
     unchecked, tokens = (sum(getattr(f, key) for f in seen.found.values()) for key in ("unchecked", "tokens"))
     count = sum(f.shards for f in seen.found.values())
-    few = f", {'none' if unchecked == count else count - unchecked} of them with a checksum to compare"
-    without = few if unchecked else ", every checksum matches"
-    say(f"{folder}: {plural(count)}, {tokens:,} tokens{without}")
+    checked = "every checksum matches"
+    if unchecked:
+        checked = f"{'none' if unchecked == count else count - unchecked} of them with a checksum to compare"
+    say(f"{folder}: {plural(count)}, {tokens:,} tokens, {checked}")
     return 0
 
 
 def inspect(folder: Path, pattern: str = TRAIN_PATTERN, say: Callable[[str], None] = print) -> int:
-    """Print counts, vocabulary range, document statistics and the first text of whole shards; then as `verify`."""
+    """Print counts, vocabulary range, document statistics and the first text of undamaged shards, then as `verify`."""
     seen = examine(folder, pattern)
     if seen.shards is not None and not seen.damaged:
         shards = seen.shards
         meta = read_meta(folder / META) if (folder / META).exists() else {}
-        say(f"{folder}: {meta.get('source', 'shards without meta.json, taken for GPT-2 tokens')}")
+        say(f"{folder}: {meta.get('source', 'shards without meta.json, assumed to hold GPT-2 tokens')}")
         eot = "unknown" if shards.eot_id is None else shards.eot_id
         say(f"vocabulary {shards.vocab_size:,}, end-of-text {eot}, fingerprint {shards.fingerprint}")
         for split in SPLITS:
@@ -153,15 +156,15 @@ def inspect(folder: Path, pattern: str = TRAIN_PATTERN, say: Callable[[str], Non
         text = first_text(folder, shards)
         if text is not None:
             say(f"first text: {text!r}")
-    return _judge(folder, seen, say)
+    return _report(folder, seen, say)
 
 
 def plural(shards: int) -> str:
     return f"{shards} shard{'s' * (shards != 1)}"
 
 
-def describe(split: str, shards: Shards, found: Found) -> str:
-    """A split in one line."""
+def describe(split: str, shards: Shards, found: SplitContents) -> str:
+    """A split's line."""
     used = int(found.used.sum())
     parts = [f"{split}: {found.tokens:,} tokens in {plural(len(shards.files[split]))}"]
     parts.append(f"ids {found.lowest} to {found.highest} ({used:,} different, {used / shards.vocab_size:.1%})")
@@ -176,7 +179,7 @@ def describe(split: str, shards: Shards, found: Found) -> str:
 
 
 def first_text(folder: Path, shards: Shards) -> str | None:
-    """The beginning of the training text, None without a tokenizer beside it."""
+    """The first tokens of the training text, decoded; None if the folder has no tokenizer."""
     if not (folder / TOKENIZER).exists():
         return None
     tokens: Any = np.fromfile(shards.files["train"][0], "<u2", FIRST_TOKENS, offset=HEADER_BYTES)
