@@ -18,8 +18,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from corpus import inspection
 from corpus.build import Part, build_shards
+from corpus.inspection import verify
 from corpus.shards import MAX_VOCAB_SIZE, TRAIN_PATTERN, digest
 from corpus.sources import (
     Column,
@@ -198,8 +198,7 @@ Command = (
 def main() -> int:
     command = tyro.cli(Command, description=__doc__, config=(tyro.conf.ConsolidateSubcommandArgs,))
     if isinstance(command, Inspect):
-        look = inspection.verify if isinstance(command, Verify) else inspection.inspect
-        return look(command.folder, command.data_pattern)
+        return verify(command.folder, command.data_pattern, describe=not isinstance(command, Verify))
     check_build(command)
     try:
         meta = build_shards(

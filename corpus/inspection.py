@@ -5,13 +5,10 @@
 One pass over every byte, a few MB at a time. Unlike open_shards it continues after a damaged file, to name them all.
 """
 
-import contextlib
 import hashlib
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -82,89 +79,78 @@ def check(path: Path, digests: dict[str, str], vocab_size: int, eot_id: int | No
     found.unchecked += not header[SLOT_CRC32] and path.name not in digests
 
 
-@dataclass
-class Examination:
-    """The contents of each split of a folder, and a sentence for each damage."""
+def examine(folder: Path, pattern: str) -> tuple[list[str], Shards | None, dict[str, SplitContents]]:
+    """Read every byte of a folder of shards: a sentence for each damage, the opened shards, the contents of each split.
 
-    found: dict[str, SplitContents]
-    damaged: list[str]
-    shards: Shards | None  # None if they cannot be opened
-
-
-def examine(folder: Path, pattern: str = TRAIN_PATTERN) -> Examination:
-    """Read every byte of a folder of shards. BadInput if it has none."""
+    BadInput if the folder has no shards; the shards can be None only if something is damaged.
+    """
     files = find_shards(folder, pattern)
-    damaged, meta, shards = [], None, None
-    with contextlib.suppress(BadInput):  # the loop below names every damage
+    damaged, meta, shards, refusal = [], None, None, ""
+    try:
         shards = open_shards(folder, pattern)
+    except BadInput as wrong:  # it stops at the first damage; the loop below names each
+        refusal = str(wrong)
     try:
         meta = read_meta(folder / META) if (folder / META).exists() else None
         if meta and pattern == TRAIN_PATTERN:
             check_names(folder, set(meta["sha256"]), {path.name for paths in files.values() for path in paths})
     except BadInput as wrong:
         damaged.append(str(wrong))
+    vocab_size, eot_id = (shards.vocab_size, shards.eot_id) if shards else (2**16, None)
     found = {split: SplitContents() for split in SPLITS}
     for split in SPLITS:
         for path in files[split]:
             try:
-                vocab_size = shards.vocab_size if shards else 2**16
-                eot_id = shards.eot_id if shards else None
                 check(path, meta["sha256"] if meta else {}, vocab_size, eot_id, found[split])
             except BadInput as wrong:
                 damaged.append(str(wrong))
         promised = meta and pattern == TRAIN_PATTERN and meta.get(f"{split}_tokens")
         if promised and not damaged and promised != found[split].tokens:
             damaged.append(f"{folder / META}: promises {promised} {split} tokens, the files hold {found[split].tokens}")
-    if not damaged and shards is None:
-        try:
-            open_shards(folder, pattern)
-        except BadInput as wrong:
-            damaged.append(str(wrong))
-    return Examination(found, damaged, shards)
+    if refusal and not damaged:
+        damaged.append(refusal)
+    return damaged, shards, found
 
 
-def verify(folder: Path, pattern: str = TRAIN_PATTERN, say: Callable[[str], None] = print) -> int:
-    """Print a line for each damage in a folder of shards, or that it is whole; returns the exit code, 1 if damaged."""
-    return _report(folder, examine(folder, pattern), say)
+def verify(folder: Path, pattern: str = TRAIN_PATTERN, describe: bool = False) -> int:
+    """Print a line for each damage in a folder of shards, or that it is whole; returns the exit code, 1 if damaged.
 
-
-def _report(folder: Path, seen: Examination, say: Callable[[str], None]) -> int:
-    for line in seen.damaged:
-        say(f"damaged: {line}")
-    if seen.damaged:
+    With `describe` print first, of whole shards, counts, vocabulary range, document statistics and the first text.
+    """
+    damaged, shards, found = examine(folder, pattern)
+    for line in damaged:
+        print(f"damaged: {line}")
+    if damaged:
         return 1
-    unchecked, tokens = (sum(getattr(f, key) for f in seen.found.values()) for key in ("unchecked", "tokens"))
-    count = sum(f.shards for f in seen.found.values())
+    if describe:
+        print_description(folder, shards, found)
+    unchecked, tokens = (sum(getattr(f, key) for f in found.values()) for key in ("unchecked", "tokens"))
+    count = sum(f.shards for f in found.values())
     checked = "every checksum matches"
     if unchecked:
         checked = f"{'none' if unchecked == count else count - unchecked} of them with a checksum to compare"
-    say(f"{folder}: {plural(count)}, {tokens:,} tokens, {checked}")
+    print(f"{folder}: {plural(count)}, {tokens:,} tokens, {checked}")
     return 0
 
 
-def inspect(folder: Path, pattern: str = TRAIN_PATTERN, say: Callable[[str], None] = print) -> int:
-    """Print counts, vocabulary range, document statistics and the first text of undamaged shards, then as `verify`."""
-    seen = examine(folder, pattern)
-    if seen.shards is not None and not seen.damaged:
-        shards = seen.shards
-        meta = read_meta(folder / META) if (folder / META).exists() else {}
-        say(f"{folder}: {meta.get('source', 'shards without meta.json, assumed to hold GPT-2 tokens')}")
-        eot = "unknown" if shards.eot_id is None else shards.eot_id
-        say(f"vocabulary {shards.vocab_size:,}, end-of-text {eot}, fingerprint {shards.fingerprint}")
-        for split in SPLITS:
-            say(describe(split, shards, seen.found[split]))
-        text = first_text(folder, shards)
-        if text is not None:
-            say(f"first text: {text!r}")
-    return _report(folder, seen, say)
+def print_description(folder: Path, shards: Shards, found: dict[str, SplitContents]) -> None:
+    meta = read_meta(folder / META) if (folder / META).exists() else {}
+    print(f"{folder}: {meta.get('source', 'shards without meta.json, assumed to hold GPT-2 tokens')}")
+    eot = "unknown" if shards.eot_id is None else shards.eot_id
+    print(f"vocabulary {shards.vocab_size:,}, end-of-text {eot}, fingerprint {shards.fingerprint}")
+    for split in SPLITS:
+        print(split_line(split, shards, found[split]))
+    if (folder / TOKENIZER).exists():
+        tokens = np.fromfile(shards.files["train"][0], "<u2", FIRST_TOKENS, offset=HEADER_BYTES).tolist()
+        text = load_tokenizer(str(folder / TOKENIZER)).decode(tokens, skip_special_tokens=False)
+        print(f"first text: {text!r}")
 
 
 def plural(shards: int) -> str:
     return f"{shards} shard{'s' * (shards != 1)}"
 
 
-def describe(split: str, shards: Shards, found: SplitContents) -> str:
-    """A split's line."""
+def split_line(split: str, shards: Shards, found: SplitContents) -> str:
     used = int(found.used.sum())
     parts = [f"{split}: {found.tokens:,} tokens in {plural(len(shards.files[split]))}"]
     parts.append(f"ids {found.lowest} to {found.highest} ({used:,} different, {used / shards.vocab_size:.1%})")
@@ -176,11 +162,3 @@ def describe(split: str, shards: Shards, found: SplitContents) -> str:
             f"95 % up to {most:,.0f}, longest {lengths.max():,})"
         )
     return "; ".join(parts)
-
-
-def first_text(folder: Path, shards: Shards) -> str | None:
-    """The first tokens of the training text, decoded; None if the folder has no tokenizer."""
-    if not (folder / TOKENIZER).exists():
-        return None
-    tokens: Any = np.fromfile(shards.files["train"][0], "<u2", FIRST_TOKENS, offset=HEADER_BYTES)
-    return load_tokenizer(str(folder / TOKENIZER)).decode(tokens.tolist(), skip_special_tokens=False)
