@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 from corpus import shards
-from corpus.build import Part, batches, build_shards
+from corpus.build import MixPart, batches, build_shards
 from corpus.documents import load_tokenizer
 from corpus.shards import open_shards
 from corpus.sources import TextFiles, embedded_documents
@@ -73,7 +73,7 @@ def builder(folder: Path, megabytes: float, repeats: int) -> dict[str, Any]:
     texts = texts_of(megabytes)
     source = folder / "text.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    parts = [Part("text", TextFiles([source]))]
+    parts = [MixPart("text", TextFiles([source]))]
     build_shards(lambda: iter(texts[:400]), folder / "first", source="bench", vocab_size=VOCAB_SIZE, val_fraction=0.1)
     tokenizer = str(folder / "first" / shards.TOKENIZER)
     encoder = load_tokenizer(tokenizer)
@@ -96,11 +96,11 @@ def builder(folder: Path, megabytes: float, repeats: int) -> dict[str, Any]:
 
 def documents_in(folder: Path) -> list[bytes]:
     """The documents of a folder of shards as token ids, sorted, without their end-of-text id."""
-    shards, found = open_shards(folder), []
+    opened, found = open_shards(folder), []
     for split in shards.SPLITS:
-        stream = TokenStream(shards, split)
+        stream = TokenStream(opened, split)
         tokens = stream.read(0, len(stream))
-        starts = np.flatnonzero(tokens == shards.eot_id)
+        starts = np.flatnonzero(tokens == opened.eot_id)
         found += [document[1:].tobytes() for document in np.split(tokens, starts[1:])]
     return sorted(found)
 

@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from corpus import build, commands, shards, sources
-from corpus.build import Part, build_shards
+from corpus.build import MixPart, build_shards
 from corpus.shards import open_shards
 from corpus.sources import Repeated, TextFiles
 from engine.cli import BadInput
@@ -71,7 +71,7 @@ def test_a_thousand_odd_texts_come_back_as_they_were(tmp_path):
     )
     rows = "".join(json.dumps({"text": text}, ensure_ascii=rng.random() < 0.5) + "\n" for text in texts)
     (tmp_path / "odd.jsonl").write_text(rows, encoding="utf-8", newline="")
-    parts = [Part("odd", TextFiles([tmp_path / "odd.jsonl"]))]
+    parts = [MixPart("odd", TextFiles([tmp_path / "odd.jsonl"]))]
     build_shards(parts, tmp_path / "s", source="odd", vocab_size=600, val_fraction=0.2)
     assert sorted(documents_of(tmp_path / "s")) == sorted(texts)
 
@@ -100,9 +100,9 @@ def three_parts(folder):
 
     pandas.DataFrame({"text": texts[1500:4000]}).to_parquet(folder / "c.parquet", row_group_size=50)
     return [
-        Part("a", TextFiles([folder / "a.jsonl"]), 0.5),
-        Part("b and c", TextFiles([folder / "b.txt.gz", folder / "c.parquet"]), 0.25),
-        Part("c again", TextFiles([folder / "c.parquet"]), 0.25),
+        MixPart("a", TextFiles([folder / "a.jsonl"]), 0.5),
+        MixPart("b and c", TextFiles([folder / "b.txt.gz", folder / "c.parquet"]), 0.25),
+        MixPart("c again", TextFiles([folder / "c.parquet"]), 0.25),
     ]
 
 
@@ -148,9 +148,9 @@ def small_pieces(build_module, shardfiles_module):
 
 
 def three_parts_again(folder, out):
-    paths = [Part("a", TextFiles([folder / "a.jsonl"]), 0.5)]
-    paths.append(Part("b and c", TextFiles([folder / "b.txt.gz", folder / "c.parquet"]), 0.25))
-    paths.append(Part("c again", TextFiles([folder / "c.parquet"]), 0.25))
+    paths = [MixPart("a", TextFiles([folder / "a.jsonl"]), 0.5)]
+    paths.append(MixPart("b and c", TextFiles([folder / "b.txt.gz", folder / "c.parquet"]), 0.25))
+    paths.append(MixPart("c again", TextFiles([folder / "c.parquet"]), 0.25))
     return build_shards(paths, out, source="three", vocab_size=300, val_fraction=0.1)
 
 
@@ -173,7 +173,7 @@ def test_a_mix_keeps_its_shares_and_no_document_twice(tmp_path):
     lists = (texts[:600], texts[300:900], texts[500:1200] + texts[:100])
     shares = (0.5, 0.3, 0.2)
     parts = [
-        Part(str(number), Repeated(lambda mine=mine: mine), share)
+        MixPart(str(number), Repeated(lambda mine=mine: mine), share)
         for number, (mine, share) in enumerate(zip(lists, shares, strict=True))
     ]
     most = 40_000
@@ -188,7 +188,7 @@ def test_a_mix_keeps_its_shares_and_no_document_twice(tmp_path):
 
 def test_a_mix_ends_where_a_part_is_used_up(tmp_path, capsys):
     texts = random_documents(300)
-    parts = [Part("short", Repeated(lambda: texts[:50])), Part("long", Repeated(lambda: texts[50:]))]
+    parts = [MixPart("short", Repeated(lambda: texts[:50])), MixPart("long", Repeated(lambda: texts[50:]))]
     meta = build_shards(parts, tmp_path / "s", source="mix", vocab_size=300, val_fraction=0.2)
     assert "short: used up" in capsys.readouterr().err
     assert meta["parts"]["short"]["documents"] == 50
