@@ -53,23 +53,23 @@ PRESETS = {
 @dataclass(kw_only=True)
 class Build:
     out: Path
-    """Folder to create for the shards."""
+    """Create this folder for the shards."""
     vocab_size: int = 49_152
-    """Entries of the tokenizer to train, 257 to 65,536; 4096 suits the nano model."""
+    """Train a tokenizer of this many entries, 257 to 65,536; 4096 suits the nano model."""
     tokenizer: str | None = None
-    """A tokenizer.json or a hub name to use instead of training one."""
+    """Use this tokenizer.json or hub name instead of training a tokenizer."""
     max_tokens: Count | None = None
     """Stop after this many tokens, both splits and end-of-text ids included."""
     val_fraction: float = 0.02
-    """Share of the documents that goes to validation, by the hash of their text."""
+    """Put this share of the documents into validation, by the hash of their text."""
 
 
 @dataclass(kw_only=True)
 class BuildFromRows(Build):
     text_column: str = "text"
-    """Column that holds the text; .txt files have none."""
+    """Read the text from this column; .txt files have none."""
     ids_column: str | None = None
-    """Column that holds token ids, for data that --tokenizer has tokenised already."""
+    """Read token ids from this column, if --tokenizer has tokenised the data already."""
 
     def column(self) -> Column:
         if self.ids_column is None:
@@ -104,7 +104,7 @@ class Text(BuildFromRows):
     """Build from local .txt and .jsonl (also .gz, .zst) and .parquet files, or folders of them."""
 
     paths: tyro.conf.Positional[tuple[Path, ...]]
-    """Files or folders; a row, or a 64 KiB piece of a .txt, is a document."""
+    """Read these files and folders; a row, or a 64 KiB piece of a .txt, is a document."""
 
     def parts(self) -> list[MixPart]:
         return [MixPart(self.source(), TextFiles(text_files(self.paths), self.column()))]
@@ -121,13 +121,13 @@ class Hub(BuildFromRows):
     """Build from streamed Hugging Face datasets: one, a mix of several, or smollm-mix, cosmopedia, fineweb-edu."""
 
     names: tyro.conf.Positional[tuple[str, ...]]
-    """Names of datasets on the hub, local folders that `datasets` understands, or one preset."""
+    """Stream these datasets: names on the hub, local folders that `datasets` understands, or one preset."""
     config: tuple[str, ...] = ()
-    """Configuration of each dataset."""
+    """Use this configuration of each dataset."""
     shares: tuple[float, ...] = ()
-    """Share of the tokens that comes from each dataset (default: equal shares)."""
+    """Take this share of the tokens from each dataset (default: equal shares)."""
     split: str = "train"
-    """Split of the datasets."""
+    """Read this split of the datasets."""
 
     def __post_init__(self) -> None:
         if self.preset():
@@ -177,9 +177,9 @@ class Inspect:
     """Describe a folder of shards and check all of it."""
 
     folder: tyro.conf.Positional[Path]
-    """Folder of shards, ours or llm.c's."""
+    """Read this folder of shards, ours or llm.c's."""
     data_pattern: str = TRAIN_PATTERN
-    """File names of the training shards; validation shards have val in place of train."""
+    """Match the file names of training shards; validation shards have val in place of train."""
 
 
 @dataclass(kw_only=True)
