@@ -177,12 +177,16 @@ class SpectraRecorder:
     events are lost. `seconds_blocked` is how long its calls held up the loop."""
 
     def __init__(
-        self, model: Transformer, path: Path, listener: Callable[[Sequence[dict[str, Any]]], None] | None = None
+        self,
+        model: Transformer,
+        path: Path,
+        listener: Callable[[Sequence[dict[str, Any]]], None] | None = None,
+        seconds_blocked: float = 0.0,
     ) -> None:
         self.model, self.writer, self.listener = model, JsonlWriter(path), listener
         self.device = model.embedding.device
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.seconds_blocked = 0.0
+        self.seconds_blocked = seconds_blocked
         self.before: list[Tensor] | None = None
         self.grad_norms: list[Tensor] | None = None
         self.failure: BaseException | None = None

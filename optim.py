@@ -28,25 +28,25 @@ WSD_DECAY_SHARE = 0.2
 MUON_BYTES, ADAMW_BYTES = 24, 28
 
 
-def lr_factor(update: int, updates: int, schedule: str, warmup: float, min_lr: float) -> float:
-    """Share of the peak rate for update 0 .. updates-1; `warmup` is a share of the run, `min_lr` a share of the peak.
+def lr_multiplier(step: int, steps: int, schedule: str, warmup: float, min_lr: float) -> float:
+    """What the peak rate is multiplied by at step 0 .. steps-1; `warmup` is a share of the run, `min_lr` of the peak.
 
-    Counts updates, never micro-steps, and is never zero at the first one.
+    Counts optimizer steps, never micro-batches, and is never zero at the first one.
     """
-    warmup_updates = round(warmup * updates)
-    if update < warmup_updates:
-        return (update + 1) / warmup_updates
-    x = (update - warmup_updates) / max(1, updates - 1 - warmup_updates)
+    warmup_steps = round(warmup * steps)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    x = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
     if schedule == "cosine":
         return min_lr + (1 - min_lr) * 0.5 * (1 + math.cos(math.pi * x))
     if schedule == "linear":
         return 1 - (1 - min_lr) * x
     if schedule == "step":
-        return 0.5 ** ((update >= 0.4 * updates) + (update >= 0.8 * updates))
+        return 0.5 ** ((step >= 0.4 * steps) + (step >= 0.8 * steps))
     if schedule == "wsd":
-        decay_updates = round(WSD_DECAY_SHARE * updates)
-        into_decay = update - (updates - 1 - decay_updates)
-        return 1 - (1 - min_lr) * max(0, into_decay) / decay_updates if decay_updates else 1.0
+        decay_steps = round(WSD_DECAY_SHARE * steps)
+        into_decay = step - (steps - 1 - decay_steps)
+        return 1 - (1 - min_lr) * max(0, into_decay) / decay_steps if decay_steps else 1.0
     if schedule == "constant":
         return 1.0
     raise ValueError(f"unknown schedule {schedule!r}; choose from {', '.join(SCHEDULES)}")
@@ -113,63 +113,8 @@ def parameter_layout(model: Transformer, optimizer: str) -> list[list[list[Tenso
     return [[[p] for p in banks], [others]] if optimizer == "muon" else [[others, banks]]
 
 
-def _check_state(o: torch.optim.Optimizer, number: int, p: Tensor, state: dict[int, dict[str, Tensor]]) -> None:
-    """ValueError unless a checkpoint has the state of a parameter, in its shape."""
-    for key in STATE[type(o).__name__]:
-        found = state.get(number, {}).get(key)
-        if found is None or found.shape != p.shape:
-            raise ValueError(f"{type(o).__name__} has no {key} of shape {tuple(p.shape)} for parameter {number}")
-
-
-STATE = {"Muon": ("momentum_buffer",), "AdamW": ("exp_avg", "exp_avg_sq")}  # tensors shaped like their parameter
-
-
-def whole_state(
-    optimizers: Sequence[torch.optim.Optimizer], layout: list[list[list[Tensor]]], sharding: Sharding
-) -> list[dict[str, Any]]:
-    """The state of every optimizer as one rank alone would hold it: {"state": {number of parameter: tensors}}. All
-    ranks must call it; empty before the first step."""
-    states = []
-    for o, groups in zip(optimizers, layout, strict=True):
-        state: dict[int, dict[str, Tensor]] = {}
-        for number, p in enumerate(p for group in groups for p in group):
-            share = sharding.share_of[id(p)]
-            mine = {} if share.own is None else o.state[share.own]
-            steps = sharding.largest(float(mine.get("step", 0.0)) if mine else -1.0)
-            if steps < 0:
-                continue
-            # On the other ranks each whole tensor goes as it came: only rank 0 writes.
-            kept = {key: sharding.whole(share, mine.get(key)) for key in STATE[type(o).__name__]}
-            kept = {key: tensor.cpu() for key, tensor in kept.items()} if sharding.rank == 0 else {}
-            if isinstance(o, torch.optim.AdamW):
-                kept["step"] = torch.tensor(steps)
-            state[number] = kept
-        states.append({"state": state})
-    return states
-
-
-def load_whole_state(
-    optimizers: Sequence[torch.optim.Optimizer],
-    layout: list[list[list[Tensor]]],
-    sharding: Sharding,
-    states: Sequence[dict[str, Any]],
-) -> None:
-    """Give every optimizer this rank's part of what `whole_state` returned, on any number of ranks."""
-    for o, groups, state in zip(optimizers, layout, states, strict=True):
-        mine, place = {}, 0
-        for number, p in enumerate(p for group in groups for p in group):
-            share = sharding.share_of[id(p)]
-            if share.own is None:
-                continue
-            if state["state"]:  # of a run that has made no update there is none
-                _check_state(o, number, p, state["state"])
-                mine[place] = {key: sharding.part(share, t) for key, t in state["state"][number].items()}
-            place += 1
-        o.load_state_dict({"state": mine, "param_groups": o.state_dict()["param_groups"]})
-
-
-def set_lr(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:
-    """Every group's rate becomes `factor` times its peak."""
+def set_lr(optimizers: Sequence[torch.optim.Optimizer], multiplier: float) -> None:
+    """Set every group's rate to `multiplier` times its peak."""
     for o in optimizers:
         for group in o.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+            group["lr"] = group["peak_lr"] * multiplier

@@ -11,14 +11,14 @@ import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
 from corpus.shards import TRAIN_PATTERN, Shards, open_shards
 from data import Packing
-from engine import files
-from engine.cli import BadInput, Count
+from engine.cli import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, BadInput, Count, Limit, check_limits, one_of
+from engine.files import is_safe_name
 from engine.identity import config_hash, provenance
 from engine.ranks import Rank
 from kernels.newton_schulz import COEFFICIENTS, METHODS
@@ -26,6 +26,7 @@ from kernels.optimizer import LR_SCALES
 from model import FLEX_MIN_HEAD_WIDTH, KERNELS, SIZES, ModelConfig, Transformer
 from optim import SCHEDULES
 
+RUN_NAME = Limit("must be letters, digits, '.', '_' and '-', not starting with a dot", is_safe_name)
 NANO = ("nano", "moe-nano")  # for a first look on a CPU
 # Peak learning rates: (block matrices, embedding and gains). nano: the winners of the sweep in bench/LOG.md, which
 # moe-nano borrows. The other sizes were not swept yet: Muon's are the 88M speedrun's of the prior work, AdamW's lie
@@ -43,7 +44,7 @@ LARGE_SPECTRA_PER_RUN = 4  # above nano: an event of the 88M model is 5 to 8 s o
 class Settings:
     """Train one language model with Muon or AdamW and log the spectra of its weights."""
 
-    model: str = "88m"
+    model: Annotated[str, one_of(SIZES)] = "88m"
     """Named size: nano, 11m, 16m, 29m, 50m, 88m, 108m, or with experts moe-nano, moe-79m."""
     layers: int | None = None
     """Blocks, instead of the size's."""
@@ -61,11 +62,11 @@ class Settings:
     """Experts per layer, instead of the size's; 0 = one dense feed-forward layer."""
     top_k: int | None = None
     """Experts that each token goes to, instead of the size's."""
-    balance: float = 0.01
+    balance: Annotated[float, NOT_NEGATIVE] = 0.01
     """Weight of the experts' load-balancing loss, which is part of the training loss."""
-    router_noise: float = 0.0
+    router_noise: Annotated[float, NOT_NEGATIVE] = 0.0
     """Standard deviation of the noise that training adds to the router's logits."""
-    dropout: float = 0.0
+    dropout: Annotated[float, BELOW_1] = 0.0
     """Probability of dropping an element of the embedding and of each block's outputs."""
     doc_mask: bool = False
     """Attention stays within a document, in training and validation; off = all earlier tokens of the sequence."""
@@ -77,57 +78,57 @@ class Settings:
     """File names of the training shards in it, such as fineweb_train_*.bin; with val for train the validation ones."""
     packing: Packing = "stream"
     """How sequences are cut from the tokens: end to end, or each from the start of a document, tails left out."""
-    tokens: Count = 2_015_232
+    tokens: Annotated[Count, AT_LEAST_1] = 2_015_232
     """Training tokens in all, rounded up to whole updates; 2e6 works too."""
-    batch_tokens: Count | None = None
+    batch_tokens: Annotated[Count, AT_LEAST_1] | None = None
     """Tokens per update over all ranks (default: 16,384; nano 8,192)."""
     micro_batch: Literal["auto"] | int = "auto"
     """Sequences per forward pass and rank; auto is the most that is counted to fit a GPU, 1k tokens on a CPU."""
-    seq_len: int | None = None
+    seq_len: Annotated[int, AT_LEAST_1] | None = None
     """Tokens per sequence, instead of the size's."""
-    seed: int = 0
+    seed: Annotated[int, Limit("must be 0 or more", lambda value: 0 <= value < 2**63)] = 0
     """Sets initialisation, data order and dropout."""
-    lr: float | None = None
+    lr: Annotated[float, POSITIVE] | None = None
     """Peak learning rate of the block matrices (default: muon 0.024, adamw 0.002; nano 0.04, 0.005)."""
-    adamw_lr: float | None = None
+    adamw_lr: Annotated[float, POSITIVE] | None = None
     """Peak learning rate of embedding, gains and router, under either optimizer (default: 0.006; nano 0.02)."""
-    momentum: float = 0.95
+    momentum: Annotated[float, BELOW_1] = 0.95
     """Muon's momentum."""
     nesterov: bool = True
     """Nesterov momentum in Muon."""
-    ns_steps: int = 5
+    ns_steps: Annotated[int, AT_LEAST_1] = 5
     """Newton-Schulz iterations."""
-    ns_coefficients: str = "polar_express"
+    ns_coefficients: Annotated[str, one_of(COEFFICIENTS)] = "polar_express"
     """Newton-Schulz polynomials: polar_express or quintic."""
-    ns_method: str = "auto"
+    ns_method: Annotated[str, one_of(METHODS)] = "auto"
     """How Newton-Schulz is computed: auto, standard or gram."""
-    lr_scale: str = "spectral"
+    lr_scale: Annotated[str, one_of(LR_SCALES)] = "spectral"
     """Scale of Muon's update by shape: spectral, rms or none."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     """Decoupled weight decay of the block matrices, times the learning rate per update."""
-    beta1: float = 0.9
+    beta1: Annotated[float, BELOW_1] = 0.9
     """AdamW's decay of the first moment."""
-    beta2: float = 0.95
+    beta2: Annotated[float, BELOW_1] = 0.95
     """AdamW's decay of the second moment."""
-    adam_eps: float = 1e-8
+    adam_eps: Annotated[float, POSITIVE] = 1e-8
     """AdamW's epsilon."""
-    schedule: str = "linear"
+    schedule: Annotated[str, one_of(SCHEDULES)] = "linear"
     """Learning rate over updates: constant, cosine, linear, step or wsd."""
-    warmup: float = 0.05
+    warmup: Annotated[float, SHARE] = 0.05
     """Share of the updates over which the rate rises from zero, 0 to 1."""
-    min_lr: float = 0.1
+    min_lr: Annotated[float, SHARE] = 0.1
     """Final rate of cosine, linear and wsd as a share of the peak, 0 to 1."""
-    grad_clip: float = 1.0
+    grad_clip: Annotated[float, NOT_NEGATIVE] = 1.0
     """Largest gradient norm over all parameters; 0 = off."""
-    eval_every: int | None = None
+    eval_every: Annotated[int, AT_LEAST_1] | None = None
     """Updates between validations (default: a twentieth of the run)."""
-    eval_tokens: Count | None = None
+    eval_tokens: Annotated[Count, AT_LEAST_1] | None = None
     """Validation tokens, always the same first ones (default: 131,072; nano 16,384)."""
-    spectra_every: int | None = None
+    spectra_every: Annotated[int, Limit("must be 0 (never) or more", lambda value: value >= 0)] | None = None
     """Updates between spectra events (default: a quarter of the run; nano a twentieth); 0 = never."""
-    checkpoint_every: int = 1000
+    checkpoint_every: Annotated[int, AT_LEAST_1] = 1000
     """Updates between checkpoints; the end always writes one."""
-    log_every: int = 10
+    log_every: Annotated[int, AT_LEAST_1] = 10
     """Updates between printed step lines; metrics.jsonl has every update."""
     log: Literal["jsonl", "tensorboard"] = "jsonl"
     """A live view beside the JSONL files; tensorboard needs that package installed."""
@@ -145,20 +146,20 @@ class Settings:
     """Only algorithms that repeat to the bit on the same GPU, slower; a CPU always does."""
     runs_dir: Path = Path("runs")
     """Where run folders are made."""
-    name: str | None = None
+    name: Annotated[str, RUN_NAME] | None = None
     """Name of the run's folder (default: model-optimizer-seed-UTC time)."""
     plots: bool = True
     """Draw the run's plots when it is finished."""
 
+    @property
+    def steps(self) -> int:
+        """Of the whole run, once `resolve` has filled in the batch."""
+        return math.ceil(self.tokens / self.batch_tokens)
+
 
 def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]:
     """Every setting checked and filled in, the model's shape, and the opened shards; BadInput names the flag."""
-    for flag, choices in (
-        *(("model", SIZES), ("schedule", SCHEDULES), ("ns_coefficients", COEFFICIENTS)),
-        *(("ns_method", METHODS), ("lr_scale", LR_SCALES)),
-    ):
-        if getattr(given, flag) not in choices:
-            raise BadInput(f"--{flag.replace('_', '-')} {getattr(given, flag)}: choose from {', '.join(choices)}")
+    check_limits(given)
     if given.resume and given.name is None:
         raise BadInput("--resume needs the --name of the run to continue")
     if given.log == "tensorboard" and find_spec("tensorboard") is None:
@@ -187,7 +188,6 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
         override = getattr(given, field)
         filled[field] = getattr(size, field) if override is None else override
     s = dataclasses.replace(given, **filled)
-    check_ranges(s)
     shape = {field.name: getattr(s, field.name) for field in dataclasses.fields(ModelConfig) if field.name != "qk_norm"}
     try:
         config = ModelConfig(**shape, qk_norm=size.qk_norm)
@@ -198,9 +198,8 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
     unit = f"--seq-len {s.seq_len} x {rank.count} rank{'s' * (rank.count > 1)}"
     if remainder or not sequences:
         raise BadInput(f"--batch-tokens {s.batch_tokens}: not divisible by {unit}")
-    updates = math.ceil(s.tokens / s.batch_tokens)
-    cadence = max(1, updates // EVENTS_PER_RUN)
-    spectra_cadence = cadence if nano else max(1, updates // LARGE_SPECTRA_PER_RUN)
+    cadence = max(1, s.steps // EVENTS_PER_RUN)
+    spectra_cadence = cadence if nano else max(1, s.steps // LARGE_SPECTRA_PER_RUN)
     s = dataclasses.replace(
         s,
         eval_every=cadence if s.eval_every is None else s.eval_every,
@@ -225,14 +224,12 @@ def identity(s: Settings, shards: Shards) -> dict[str, Any]:
     return flags | {"data_fingerprint": shards.fingerprint, "vocab_size": shards.vocab_size}
 
 
-def describe(
-    s: Settings, shards: Shards, model: Transformer, updates: int, ranks: int, device_name: str
-) -> dict[str, Any]:
+def describe(s: Settings, shards: Shards, model: Transformer, ranks: int, device_name: str) -> dict[str, Any]:
     """config.json: every resolved setting under its flag's name, and where the run comes from."""
     said = identity(s, shards)
     return {
         **said,
-        "steps": updates,
+        "steps": s.steps,
         "params": model.parameter_count(),
         "active_params": model.active_parameter_count(),
         "matmul_params": model.matmul_parameter_count(),
@@ -243,6 +240,13 @@ def describe(
         "config_hash": config_hash(said),
         **provenance(),
     }
+
+
+def optimizer_options(s: Settings) -> dict[str, Any]:
+    """The settings that `optim.build_optimizers` takes."""
+    muon = ("momentum", "nesterov", "ns_steps", "ns_coefficients", "ns_method", "lr_scale")
+    both = ("lr", "adamw_lr", "weight_decay", "adam_eps")
+    return {key: getattr(s, key) for key in (*both, *muon)} | {"betas": (s.beta1, s.beta2)}
 
 
 def chosen_kernels(flag: str, capability: tuple[int, int]) -> frozenset[str]:
@@ -258,28 +262,3 @@ def default_data(model: str) -> Path:
     small, large = Path("shards/embedded-4096"), Path("shards/embedded-49152")
     first, second = (small, large) if model in NANO else (large, small)
     return second if second.exists() and not first.exists() else first
-
-
-def check_ranges(s: Settings) -> None:
-    """BadInput for the first setting outside its range."""
-
-    def check(flag: str, ok: bool, range_text: str) -> None:
-        if not ok:
-            raise BadInput(f"--{flag.replace('_', '-')} {getattr(s, flag)}: must be {range_text}")
-
-    for flag in ("tokens", "batch_tokens", "seq_len", "ns_steps", "eval_tokens", "checkpoint_every", "log_every"):
-        check(flag, getattr(s, flag) >= 1, "at least 1")
-    if s.eval_every is not None:
-        check("eval_every", s.eval_every >= 1, "at least 1")
-    if s.spectra_every is not None:
-        check("spectra_every", s.spectra_every >= 0, "0 (never) or more")
-    check("seed", 0 <= s.seed < 2**63, "0 or more")
-    for flag in ("lr", "adamw_lr", "adam_eps"):
-        check(flag, 0 < getattr(s, flag) < math.inf, "a positive number")
-    for flag in ("weight_decay", "grad_clip", "balance", "router_noise"):
-        check(flag, 0 <= getattr(s, flag) < math.inf, "0 or a positive number")
-    for flag in ("momentum", "beta1", "beta2", "dropout"):
-        check(flag, 0 <= getattr(s, flag) < 1, "at least 0 and below 1")
-    for flag in ("warmup", "min_lr"):
-        check(flag, 0 <= getattr(s, flag) <= 1, "between 0 and 1")
-    check("name", files.is_safe_name(s.name), "letters, digits, '.', '_' and '-', not starting with a dot")

@@ -22,7 +22,7 @@ import tyro
 from corpus import shards
 from corpus.build import MixPart, batches, build_shards
 from corpus.documents import load_tokenizer
-from corpus.shards import open_shards
+from corpus.shards import SPLITS, open_shards
 from corpus.sources import TextFiles, embedded_documents
 from data import Loader, TokenStream
 from engine import files, identity
@@ -96,11 +96,11 @@ def builder(folder: Path, megabytes: float, repeats: int) -> dict[str, Any]:
 
 def documents_in(folder: Path) -> list[bytes]:
     """The documents of a folder of shards as token ids, sorted, without their end-of-text id."""
-    opened, found = open_shards(folder), []
-    for split in shards.SPLITS:
-        stream = TokenStream(opened, split)
+    shards, found = open_shards(folder), []
+    for split in SPLITS:
+        stream = TokenStream(shards, split)
         tokens = stream.read(0, len(stream))
-        starts = np.flatnonzero(tokens == opened.eot_id)
+        starts = np.flatnonzero(tokens == shards.eot_id)
         found += [document[1:].tobytes() for document in np.split(tokens, starts[1:])]
     return sorted(found)
 

@@ -33,11 +33,12 @@ from corpus.build import build_shards
 from corpus.shards import HEADER_BYTES, SLOT_CRC32, open_shards
 from data import TokenStream
 from engine import checkpoint, files
+from engine.checkpoint import Progress, load_optimizers, save_optimizers
 from engine.cli import BadInput, exit_with_a_sentence
 from engine.files import cut_jsonl
 from engine.ranks import Rank, Sharding
 from model import Transformer
-from optim import build_optimizers, load_whole_state, parameter_layout, whole_state
+from optim import build_optimizers, parameter_layout
 from report import run_row, summary_table
 from settings import Settings, resolve
 
@@ -191,12 +192,11 @@ class Checkpoints:
             optimizer.step()
         contents = {
             "model": self.model.state_dict(),
-            "optimizer": whole_state(optimizers, self.layout, self.sharding),
+            "optimizer": save_optimizers(optimizers, self.layout, self.sharding),
             **{"step": 3, "tokens": 192, "loader": {"epoch": 0, "position": 12}},
             "rng": {"torch": torch.get_rng_state(), "cuda": None},
             "config": {"config_hash": "0" * 16, "model": "nano"},
-            "clock": {"train_seconds": 1.0, "wall_seconds": 2.0},
-            "losses": {"best_val_loss": 5.0, "train_loss": 5.0, "val_loss": 5.0, "val_accuracy": 0.1},
+            "progress": vars(Progress(3, 1.0, 2.0, 0.0, 5.0, 5.0, 0.1, 5.0)),
         }
         for _ in range(2):
             checkpoint.save_checkpoint(folder, contents)
@@ -209,16 +209,15 @@ class Checkpoints:
         original = torch.load(whole / files.CHECKPOINT, weights_only=True)
         if contents["step"] != original["step"] or contents["config"] != original["config"]:
             raise Accepted("another step or config")
-        kept = contents["clock"] | contents["losses"]
-        numbers = ("train_seconds", "wall_seconds", "train_loss", "val_loss", "val_accuracy")
-        json.dumps([kept[key] for key in numbers], allow_nan=False)  # as in the summary of the run that goes on
+        kept = vars(Progress.of(contents)) | {"best_val_loss": None}  # which may be infinite
+        json.dumps(kept, allow_nan=False)  # as in the summary of the run that continues
         if any(type(contents["loader"][key]) is not int for key in ("epoch", "position")):
             raise Accepted("another place in the data")
         model = Transformer(self.model.config, len(self.model.embedding))
         optimizers = build_optimizers(model, "muon", lr=0.1, adamw_lr=0.1)
-        try:  # as Run.load does
+        try:  # as engine/checkpoint.py's restore does
             model.load_state_dict(contents["model"])
-            load_whole_state(optimizers, parameter_layout(model, "muon"), Sharding(model), contents["optimizer"])
+            load_optimizers(optimizers, parameter_layout(model, "muon"), Sharding(model), contents["optimizer"])
         except (RuntimeError, KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
             raise BadInput(f"the checkpoint does not fit: {type(error).__name__}") from error
         for name, weight in original["model"].items():

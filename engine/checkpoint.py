@@ -1,25 +1,152 @@
-"""Checkpoints: save one whole, verify it when it is read, fall back on the one before.
+"""Checkpoints: everything the rest of a run depends on, saved whole, verified when read, loaded on any number of ranks.
 
-save_checkpoint(folder, contents); contents, damaged = load_checkpoint(folder, print)
+    contents = state_of(work, layout, loader, progress); save_checkpoint(folder, contents | {"config": config})
+    contents, damaged = load_checkpoint(folder, print); restore(folder, contents, work, layout, loader)
+
+A checkpoint holds the optimizer state that a single rank would hold, whatever number of ranks wrote it.
 """
 
+import dataclasses
 import errno
 import math
 import os
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from engine.cli import BadInput, first_line
 from engine.files import CHECKPOINT, PREVIOUS_CHECKPOINT, sync_folder, writing, written
+from engine.ranks import Sharding
+from engine.step import TrainingStep
 
-CHECKPOINT_PARTS = {
-    **{"model": dict, "optimizer": list, "step": int, "tokens": int, "loader": dict, "rng": dict, "config": dict},
-    **{"clock": dict, "losses": dict},
-}
+Layout = list[list[list[Tensor]]]  # the parameters of each group of each optimizer
+STATE = {"Muon": ("momentum_buffer",), "AdamW": ("exp_avg", "exp_avg_sq")}  # tensors shaped like their parameter
+PARTS = {"model": dict, "optimizer": list, "step": int, "tokens": int, "loader": dict, "rng": dict, "config": dict}
+
+
+@dataclass
+class Progress:
+    """The one list of what survives a restart besides weights, optimizer state, loader and random numbers."""
+
+    step: int = 0
+    train_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    spectra_seconds_blocked: float = 0.0
+    train_loss: float | None = None
+    val_loss: float | None = None
+    val_accuracy: float | None = None
+    best_val_loss: float = math.inf
+
+    @classmethod
+    def of(cls, contents: dict[str, Any]) -> "Progress":
+        """The progress in a checkpoint; ValueError where it is not one. Older ones have it in two parts."""
+        parts = [contents.get(part) for part in ("clock", "losses")] if "progress" not in contents else []
+        parts.append(contents.get("progress", {"step": contents["step"]}))
+        if not all(isinstance(part, dict) for part in parts):
+            raise ValueError("its progress is not a dict")
+        fields = {key: value for part in parts for key, value in part.items()}
+        fields.setdefault("spectra_seconds_blocked", 0.0)
+        if wrong := fields.keys() ^ {field.name for field in dataclasses.fields(cls)}:
+            raise ValueError(f"its progress lacks or adds {', '.join(sorted(map(str, wrong)))}")
+        progress = cls(**fields)
+        for name, value in vars(progress).items():
+            absent = value is None and name in ("train_loss", "val_loss", "val_accuracy")
+            endless = name == "best_val_loss" and value == math.inf  # before there is one
+            if not absent and not endless and not _is_number(value):
+                raise ValueError(f"its {name} is not a number")
+        return progress
+
+
+class Resumable(Protocol):
+    """What a checkpoint asks of the loader."""
+
+    def state_dict(self) -> dict[str, int]: ...
+    def load_state_dict(self, state: dict[str, int]) -> None: ...
+
+
+def state_of(work: TrainingStep, layout: Layout, loader: Resumable, progress: Progress) -> dict[str, Any]:
+    """The contents of a checkpoint but for its config; every rank must call it, rank 0 writes what it gets."""
+    optimizer = save_optimizers(work.optimizers, layout, work.sharding)
+    cuda = torch.cuda.get_rng_state(work.device) if work.device.type == "cuda" else None
+    return {
+        "model": work.model.state_dict(),
+        "optimizer": optimizer,
+        "step": progress.step,
+        "loader": loader.state_dict(),
+        "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
+        "progress": dataclasses.asdict(progress),
+    }
+
+
+def restore(folder: object, contents: dict[str, Any], work: TrainingStep, layout: Layout, loader: Resumable) -> None:
+    """Take up a checkpoint of `folder`, so that the run continues as if it had never stopped; BadInput if it does not
+    fit."""
+    try:
+        work.model.load_state_dict(contents["model"])
+        load_optimizers(work.optimizers, layout, work.sharding, contents["optimizer"])
+        loader.load_state_dict(contents["loader"])
+        torch.set_rng_state(contents["rng"]["torch"])
+        if work.device.type == "cuda" and contents["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(contents["rng"]["cuda"], work.device)
+    except (RuntimeError, KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise BadInput(f"{folder}: its checkpoint does not fit this run ({first_line(error)})") from error
+
+
+def save_optimizers(
+    optimizers: Sequence[torch.optim.Optimizer], layout: Layout, sharding: Sharding
+) -> list[dict[str, Any]]:
+    """The state of every optimizer as one rank alone would hold it: {"state": {number of parameter: tensors}}.
+
+    All ranks must call it; empty before the first step.
+    """
+    states = []
+    for o, groups in zip(optimizers, layout, strict=True):
+        state: dict[int, dict[str, Tensor]] = {}
+        for number, p in enumerate(p for group in groups for p in group):
+            share = sharding.share_of[id(p)]
+            mine = {} if share.own is None else o.state[share.own]
+            steps = sharding.largest(float(mine.get("step", 0.0)) if mine else -1.0)
+            if steps < 0:  # no rank has made a step
+                continue
+            # Every rank sends its part; only rank 0, which writes, keeps the whole.
+            kept = {key: sharding.whole(share, mine.get(key)) for key in STATE[type(o).__name__]}
+            kept = {key: tensor.cpu() for key, tensor in kept.items()} if sharding.rank == 0 else {}
+            if isinstance(o, torch.optim.AdamW):
+                kept["step"] = torch.tensor(steps)
+            state[number] = kept
+        states.append({"state": state})
+    return states
+
+
+def load_optimizers(
+    optimizers: Sequence[torch.optim.Optimizer], layout: Layout, sharding: Sharding, states: Sequence[dict[str, Any]]
+) -> None:
+    """Give every optimizer this rank's part of what `save_optimizers` returned, on any number of ranks."""
+    for o, groups, state in zip(optimizers, layout, states, strict=True):
+        mine: dict[int, dict[str, Tensor]] = {}
+        place = 0
+        for number, p in enumerate(p for group in groups for p in group):
+            share = sharding.share_of[id(p)]
+            if share.own is None:
+                continue
+            if state["state"]:  # empty before the first step
+                _check_state(o, number, p, state["state"])
+                mine[place] = {key: sharding.part(share, t) for key, t in state["state"][number].items()}
+            place += 1
+        o.load_state_dict({"state": mine, "param_groups": o.state_dict()["param_groups"]})
+
+
+def _check_state(o: torch.optim.Optimizer, number: int, p: Tensor, state: dict[int, dict[str, Tensor]]) -> None:
+    """ValueError unless a checkpoint has the state of a parameter, in its shape."""
+    for key in STATE[type(o).__name__]:
+        found = state.get(number, {}).get(key)
+        if found is None or found.shape != p.shape:
+            raise ValueError(f"{type(o).__name__} has no {key} of shape {tuple(p.shape)} for parameter {number}")
 
 
 def save_checkpoint(folder: Path, contents: dict[str, Any], name: str = CHECKPOINT) -> None:
@@ -34,14 +161,16 @@ def save_checkpoint(folder: Path, contents: dict[str, Any], name: str = CHECKPOI
 
 
 def load_checkpoint(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, Any] | None, list[Path]]:
-    """The newest complete checkpoint of a run, on the CPU, None without one, and the damaged ones before it, which are
-    named. BadInput where all that there are, are damaged."""
+    """The newest complete checkpoint of a run, on the CPU, None without one, and the damaged ones that it passed over.
+
+    Names each damaged file; BadInput if every checkpoint is damaged, or one cannot be read now.
+    """
     damaged: list[Path] = []
     for path in (folder / CHECKPOINT, folder / PREVIOUS_CHECKPOINT):
         if not path.exists():
             continue
         try:
-            with zipfile.ZipFile(path) as archive:  # torch writes checksums and does not look at them
+            with zipfile.ZipFile(path) as archive:  # torch writes checksums but does not check them
                 if archive.testzip() is not None:
                     raise ValueError("a checksum in it does not match")
             contents = torch.load(path, map_location="cpu", weights_only=True)
@@ -59,32 +188,29 @@ def load_checkpoint(folder: Path, say: Callable[[str], None]) -> tuple[dict[str,
 
 
 def set_aside(damaged: Iterable[Path]) -> None:
-    """Rename damaged checkpoints to *.damaged, so that the next save does not put one in place of a good one."""
+    """Rename damaged checkpoints to *.damaged, so that the next save does not replace a good one by one of them."""
     for path in damaged:
         with writing(path):
             os.replace(path, path.with_suffix(".damaged"))
 
 
 def _check_checkpoint(contents: Any) -> None:
-    """ValueError unless a checkpoint has its parts, each of its kind, and the numbers that a run goes on with."""
+    """ValueError unless a checkpoint has its parts, each of its type, and the numbers that a run continues with."""
     if not isinstance(contents, dict):
         raise ValueError(f"it holds a {type(contents).__name__}")
-    for part, kind in CHECKPOINT_PARTS.items():
+    for part, kind in PARTS.items():
         if not isinstance(contents.get(part), kind):
-            raise ValueError(f"its {part} is no {kind.__name__}")
-    clock, losses, loader = contents["clock"], contents["losses"], contents["loader"]
-    for name, count in (("step", contents["step"]), *((key, loader.get(key)) for key in ("epoch", "position"))):
+            raise ValueError(f"its {part} is not a {kind.__name__}")
+    progress, loader = Progress.of(contents), contents["loader"]
+    counts = {"step": progress.step, "epoch": loader.get("epoch"), "position": loader.get("position")}
+    for name, count in counts.items():
         if type(count) is not int or count < 0:
-            raise ValueError(f"its {name} is no count")
-    seconds = {key: clock.get(key) for key in ("train_seconds", "wall_seconds")}
-    seconds["spectra_seconds_blocked"] = clock.get("spectra_seconds_blocked", 0.0)
-    results = {
-        key: losses.get(key, math.nan) for key in ("train_loss", "val_loss", "val_accuracy")
-    }  # None at the start
-    for name, number in (*seconds.items(), *((key, value) for key, value in results.items() if value is not None)):
-        if not isinstance(number, int | float) or not math.isfinite(number):
-            raise ValueError(f"its {name} is no number")
-    if not isinstance(losses.get("best_val_loss"), int | float):  # infinite before there is one
-        raise ValueError("its best_val_loss is no number")
+            raise ValueError(f"its {name} is not a count")
+    if progress.step != contents["step"]:
+        raise ValueError("its step is not that of its progress")
     if not isinstance(contents["config"].get("config_hash"), str):
         raise ValueError("its config has no config_hash")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -8,9 +8,9 @@ and one sentence in summary.json. A bug keeps its traceback.
 import functools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import tyro
 
@@ -87,3 +87,31 @@ def parse_count(text: str) -> int:
     if not math.isfinite(number) or number != int(number):
         raise ValueError(f"{text} is not a whole number")
     return int(number)
+
+
+class Limit(NamedTuple):
+    """What a flag's value must be, as the rest of a sentence and as a test; belongs into the type of the field:
+    `Annotated[int, AT_LEAST_1]`."""
+
+    sentence: str
+    holds: Callable[[Any], bool]
+
+
+AT_LEAST_1 = Limit("must be at least 1", lambda value: value >= 1)
+POSITIVE = Limit("must be a positive number", lambda value: 0 < value < math.inf)
+NOT_NEGATIVE = Limit("must be 0 or a positive number", lambda value: 0 <= value < math.inf)
+BELOW_1 = Limit("must be at least 0 and below 1", lambda value: 0 <= value < 1)
+SHARE = Limit("must be between 0 and 1", lambda value: 0 <= value <= 1)
+
+
+def one_of(names: Iterable[str]) -> Limit:
+    return Limit(f"choose from {', '.join(names)}", lambda value: value in names)
+
+
+def check_limits(flags: object) -> None:
+    """BadInput for the first field of a dataclass whose value breaks the limit in its type; None breaks none."""
+    for name, hint in get_type_hints(type(flags), include_extras=True).items():
+        value = getattr(flags, name)
+        for limit in (found for part in (hint, *get_args(hint)) for found in getattr(part, "__metadata__", ())):
+            if isinstance(limit, Limit) and value is not None and not limit.holds(value):
+                raise BadInput(f"--{name.replace('_', '-')} {value}: {limit.sentence}")

@@ -36,6 +36,14 @@ class Rank:
     local: int = 0
     """Its number on this machine, which is also its GPU's."""
 
+    def least(self, value: int, device: torch.device) -> int:
+        """The least of all ranks' values."""
+        if self.count == 1:
+            return value
+        shared = torch.tensor(value, device=device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MIN)
+        return int(shared)
+
 
 def join_ranks(device: str) -> Rank:
     """This process's place among those torchrun started; a process of its own otherwise."""
@@ -142,7 +150,7 @@ class Sharding:
         # Sent in this order on every rank: Muon's banks as it comes to them, then the rest.
         split = [share for share in self.shares if share.split]
         self.order = sorted(split, key=lambda share: id(share.parameter) not in in_banks)
-        self.under_way: list[tuple[Share, Tensor, dist.Work]] = []
+        self.in_flight: list[tuple[Share, Tensor, dist.Work]] = []
         self.bytes_sent = self.messages = 0  # since the beginning, by this rank
 
     def own(self, p: Tensor) -> list[Tensor]:
@@ -195,22 +203,22 @@ class Sharding:
         self._send_up_to(place + 1)
 
     def _send_up_to(self, count: int) -> None:
-        for share in self.order[len(self.under_way) : count]:
+        for share in self.order[len(self.in_flight) : count]:
             units = unit_view(share.parameter.detach())
             mine = units[share.start : share.stop]
             if len(mine) < share.chunk:
                 mine = torch.cat((mine, units.new_zeros(share.chunk - len(mine), *units.shape[1:])))
             everybody = units.new_empty(self.world_size * share.chunk, *units.shape[1:])
-            self.under_way.append((share, everybody, dist.all_gather_into_tensor(everybody, mine, async_op=True)))
+            self.in_flight.append((share, everybody, dist.all_gather_into_tensor(everybody, mine, async_op=True)))
             self._count(everybody)
 
     def gather(self) -> None:
         """Give every rank all weights as their owners updated them."""
         self._send_up_to(len(self.order))
-        for share, everybody, work in self.under_way:
+        for share, everybody, work in self.in_flight:
             work.wait()
             share.unpad(everybody, share.parameter.detach())
-        self.under_way.clear()
+        self.in_flight.clear()
 
     def traffic(self) -> tuple[int, int]:
         """Bytes that this rank sends in a ring, and messages, for the parameters of one update: counted from the shares

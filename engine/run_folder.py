@@ -1,13 +1,15 @@
-"""Writes runs/<name>/ while it trains: every rank looks into the folder, rank 0 writes its lines, log and summary.
+"""Writes runs/<name>/ while it trains: its lock, lines, log, live view and summary. Every rank looks, rank 0 writes.
 
     folder = RunFolder(Path("runs/name"), rank, device, resume=True); contents = folder.last_checkpoint(config)
-    folder.open(config, last_step); folder.write({"kind": "val", ...}); folder.save(contents)
+    folder.open(last_step); folder.log_validation(step, loss, accuracy, seconds); folder.save(contents)
 
 The names of the files are in files.py, checkpoints in checkpoint.py.
 """
 
+import fcntl
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +19,47 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from engine import files
-from engine.checkpoint import load_checkpoint, save_checkpoint, set_aside
-from engine.cli import BadInput, make_folder
-from engine.files import JsonlWriter, cut_jsonl, writing
+from engine.checkpoint import Progress, load_checkpoint, save_checkpoint, set_aside
+from engine.cli import BadInput, RunFailed, first_line, make_folder
+from engine.files import JsonlWriter, cut_jsonl, finite, writing
 from engine.identity import check_same_run
+from engine.memory import peak_bytes
 from engine.ranks import Rank
+from engine.speed import Speed
+from engine.step import StepStats
 
 SPECTRA_SHOWN = ("spectral_norm", "effective_rank", "stable_rank", "spectral_entropy", "left_alignment", "update_norm")
 
 
 class RunFolder:
-    """runs/<name>/; `out` is what the run says, to the terminal and, once the folder is open, to log.txt."""
+    """runs/<name>/; `out` prints to the terminal and, once the folder is open, to log.txt."""
 
     def __init__(
         self, path: Path, rank: Rank, device: torch.device, *, resume: bool = False, tensorboard: bool = False
     ) -> None:
         self.path, self.rank, self.device, self.resume, self.tensorboard = path, rank, device, resume, tensorboard
         self.out = Output(speaks=rank.index == 0)
+        self.config: dict[str, Any] = {}
+        self.is_open = False
         self.metrics: JsonlWriter | None = None  # rank 0 opens them
         self.live: TensorBoard | None = None
+        self.lock: int | None = None  # a descriptor of the folder itself, which leaves no file behind
 
     def __str__(self) -> str:
         return str(self.path)
 
     def last_checkpoint(self, config: dict[str, Any]) -> dict[str, Any] | None:
-        """The newest complete checkpoint, the same on every rank; None where the run is to start at the beginning.
+        """Lock the folder and return its newest complete checkpoint, the same on every rank; None to start afresh.
 
-        A damaged one is named and renamed to *.damaged. BadInput where the name is taken, the folder is no run's or
-        another run's than that of `config`, ranks read different checkpoints, or none can be read.
+        Names a damaged checkpoint and renames it to *.damaged. BadInput if the name is taken, another process trains
+        this run, the folder is not a run's or belongs to a run with other settings than `config`, ranks read
+        different checkpoints, or none can be read.
         """
-        contents, damaged = load_checkpoint(self.path, self.out.say) if self.may_go_on() else (None, [])
-        self.agree_on_checkpoint(contents)
+        self.config = config
+        exists = self._exists()
+        mine = not exists or self.rank.index != 0 or self._take_lock()
+        contents, damaged = load_checkpoint(self.path, self.out.say) if exists and mine else (None, [])
+        self._agree(contents, mine)
         if contents is not None:
             check_same_run(self.path.name, contents["config"], config)
         elif self.resume:
@@ -56,8 +68,8 @@ class RunFolder:
             set_aside(damaged)
         return contents
 
-    def may_go_on(self) -> bool:
-        """Whether the folder exists; BadInput where its name is taken or it is something else."""
+    def _exists(self) -> bool:
+        """Whether the folder exists; BadInput if its name is taken or it is something else than a run."""
         named, first = f"--name {self.path.name}: {self}", self.path / files.CONFIG
         try:
             if self.path.is_symlink():
@@ -70,34 +82,58 @@ class RunFolder:
         except OSError as error:
             raise BadInput(f"{named} cannot be read ({error.strerror})") from None
         if first not in inside and inside - {files.temporary(first)}:  # a run killed at once leaves no more
-            raise BadInput(f"{named} is no run's folder; choose another name")
+            raise BadInput(f"{named} is not a run's folder; choose another name")
         return True
 
-    def agree_on_checkpoint(self, contents: dict[str, Any] | None) -> None:
-        """BadInput on every rank unless all read the same checkpoint, or none; until all have looked none goes on."""
-        if self.rank.count == 1:
-            return
-        step = float(-1 if contents is None else contents["step"])
-        ends = torch.tensor((step, -step), device=self.device)
-        dist.all_reduce(ends, op=dist.ReduceOp.MAX)
-        if ends[0] != -ends[1]:
-            raise BadInput(f"{self}: ranks read different checkpoints in it; --runs-dir must be shared by all")
+    def _take_lock(self) -> bool:
+        """Whether this process is the only one that trains this run; holds the lock until `unlock` or its end."""
+        self.lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:  # some network file systems cannot lock
+            self.out.say(f"{self}: cannot be locked ({error.strerror}); do not start a second process on this run")
+        return True
 
-    def open(self, config: dict[str, Any], last_step: int) -> None:
-        """Make the folder, or cut its files back to `last_step`, -1 at the beginning; then lines can be written."""
+    def unlock(self) -> None:
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
+    def _agree(self, contents: dict[str, Any] | None, mine: bool) -> None:
+        """BadInput on every rank unless rank 0 has the lock and all read the same checkpoint, or none."""
+        step, locked_out = float(-1 if contents is None else contents["step"]), float(not mine)
+        if self.rank.count > 1:  # no rank continues before all have looked
+            shared = torch.tensor((step, -step, locked_out), device=self.device)
+            dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+            most, least, locked_out = shared[0].item(), -shared[1].item(), shared[2].item()
+            if most != least and not locked_out:
+                raise BadInput(f"{self}: ranks read different checkpoints in it; --runs-dir must be shared by all")
+        self._refuse_unless(not locked_out)
+
+    def _refuse_unless(self, mine: bool) -> None:
+        if not mine:
+            raise BadInput(f"--name {self.path.name}: another process is training {self}; wait for it or stop it")
+
+    def open(self, last_step: int) -> None:
+        """Make the folder, or cut its files back to `last_step` (-1: the beginning), so that lines can be written."""
         if self.rank.index != 0:
             return
         make_folder(self.path, exist_ok=self.resume)
+        if self.lock is None:
+            self._refuse_unless(self._take_lock())
         with writing(self.path / files.SUMMARY):
             (self.path / files.SUMMARY).unlink(missing_ok=True)  # of the part before
         for name in (files.METRICS, files.SPECTRA):
             cut_jsonl(self.path / name, last_step)
-        files.write_json(self.path / files.CONFIG, config)
+        files.write_json(self.path / files.CONFIG, self.config)
         with writing(self.path / files.LOG):
             self.out.log = (self.path / files.LOG).open("a", encoding="utf-8")
         self.metrics = JsonlWriter(self.path / files.METRICS)
         if self.tensorboard:
             self.live = TensorBoard(self.path, last_step)
+        self.is_open = True
 
     def write(self, record: dict[str, Any]) -> None:
         """A line of metrics.jsonl, and of the live view."""
@@ -105,22 +141,85 @@ class RunFolder:
             if writer is not None:
                 writer.write(record)
 
+    def log_step(
+        self,
+        step: int,
+        lr_multiplier: float,
+        stats: StepStats,
+        seconds: float,
+        mfu: float | None,
+        fields: dict[str, str],
+    ) -> None:
+        """A step's line in metrics.jsonl, the experts' shares, and every --log-every steps a printed line."""
+        c = self.config
+        tokens_per_second = c["batch_tokens"] / seconds
+        rates = {key: c[key] * lr_multiplier for key in ("lr", "adamw_lr")}
+        numbers = {"train_loss": stats.loss, "grad_norm": stats.grad_norm, **rates, "step_ms": 1e3 * seconds}
+        numbers = {key: finite(value) for key, value in (numbers | {"tokens_per_second": tokens_per_second}).items()}
+        self.write({"kind": "train", "step": step, "tokens": step * c["batch_tokens"], **numbers, "mfu": mfu})
+        if self.out.bar is not None:
+            self.out.bar.update()
+            self.out.bar.set_postfix_str(f"loss {stats.loss:.4f}, {tokens_per_second:,.0f} tok/s")
+        if step % c["log_every"] and step != c["steps"]:
+            return
+        for layer, counts in enumerate(stats.expert_counts or ()):
+            shares = [finite(count / sum(counts)) for count in counts]
+            self.write({"kind": "experts", "step": step, "layer": layer, "utilization": shares})
+        line = {
+            "step": f"{step}/{c['steps']}",
+            "train_loss": f"{stats.loss:.4f}",
+            "grad_norm": f"{stats.grad_norm:.3f}",
+            "lr": f"{rates['lr']:.5f}",
+            "step_ms": f"{1e3 * seconds:.1f}",
+            "tok/s": f"{tokens_per_second:.0f}",
+        }
+        self.out.line(line | fields, terminal=self.out.bar is None)  # on a terminal the bar shows them
+
+    def log_validation(self, step: int, loss: float, accuracy: float, train_seconds: float) -> None:
+        """A validation's line in metrics.jsonl, printed too."""
+        numbers = {"val_loss": finite(loss), "val_accuracy": accuracy, "train_seconds": finite(train_seconds)}
+        self.write({"kind": "val", "step": step, "tokens": step * self.config["batch_tokens"], **numbers})
+        line = {"step": f"{step}/{self.config['steps']}", "val_loss": f"{loss:.4f}", "val_accuracy": f"{accuracy:.4f}"}
+        self.out.line(line | {"train_seconds": f"{train_seconds:.1f}"})
+
     def save(self, contents: dict[str, Any]) -> None:
         """Write checkpoint.pt, after the lines that it vouches for are on disk."""
         if self.metrics is not None:
             self.metrics.sync()
-        save_checkpoint(self.path, contents)
+        tokens = contents["step"] * self.config["batch_tokens"]
+        save_checkpoint(self.path, contents | {"tokens": tokens, "config": self.config})
 
     def save_best(self, contents: dict[str, Any]) -> None:
         """Write best.pt."""
-        save_checkpoint(self.path, contents, files.BEST)
+        save_checkpoint(self.path, contents | {"config": self.config}, files.BEST)
 
     def has_summary(self) -> bool:
-        """Whether the run came to its end, however that was."""
+        """Whether the run ended, in whatever way."""
         return (self.path / files.SUMMARY).exists()
 
-    def summarize(self, summary: dict[str, Any]) -> None:
-        """Write summary.json."""
+    def summarize(self, status: str, reason: str | None, progress: Progress, speed: Speed) -> None:
+        """Write summary.json, from rank 0."""
+        if self.rank.index != 0:
+            return
+        tokens, seconds = progress.step * self.config["batch_tokens"], progress.train_seconds
+        tokens_per_second = tokens / seconds if tokens and seconds else None
+        summary = {
+            "status": status,
+            "reason": reason,
+            "final_train_loss": progress.train_loss,
+            "final_val_loss": progress.val_loss,
+            "best_val_loss": finite(progress.best_val_loss),
+            "final_val_accuracy": progress.val_accuracy,
+            "tokens": tokens,
+            "steps": progress.step,
+            "train_seconds": seconds,
+            "wall_seconds": progress.wall_seconds,
+            "spectra_seconds_blocked": progress.spectra_seconds_blocked,
+            "tokens_per_second": tokens_per_second,
+            "mfu": speed.mfu(tokens_per_second),
+            "peak_memory_bytes": peak_bytes(self.device),
+            **{key: self.config[key] for key in ("params", "data_fingerprint", "config_hash")},
+        }
         files.write_json(self.path / files.SUMMARY, summary)
 
     def close(self) -> None:
@@ -129,11 +228,21 @@ class RunFolder:
             self.live.close()
 
 
+def reason_of(error: BaseException, step: int, ranks: int, misfit: Callable[[], str]) -> str | None:
+    """The sentence for an expected failure, None for a bug; `misfit` says what memory would hold."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return misfit()
+    if isinstance(error, RunFailed | BadInput):
+        return str(error)
+    lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    return f"another rank was lost after step {step}: {first_line(error)}" if lost and ranks > 1 else None
+
+
 class TensorBoard:
-    """Scalars named kind/key and spectra/key/projection, against updates; a resumed run continues after `last_step`."""
+    """Scalars named kind/key and spectra/key/projection, against steps; a resumed run continues after `last_step`."""
 
     def __init__(self, folder: Path, last_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # where it is used: few have the package
+        from torch.utils.tensorboard import SummaryWriter  # an optional package
 
         self.writer = SummaryWriter(str(folder), purge_step=last_step + 1)
 
@@ -154,7 +263,7 @@ class TensorBoard:
 
 
 class Output:
-    """What rank 0 says: to the terminal, around the progress bar if there is one, and to log.txt."""
+    """Prints what rank 0 says: to the terminal, around the progress bar if there is one, and to log.txt."""
 
     def __init__(self, speaks: bool) -> None:
         self.speaks, self.log, self.bar = speaks, None, None
@@ -167,7 +276,7 @@ class Output:
         elif terminal:
             print(line, flush=True)
         if self.log is not None:
-            log, self.log = self.log, None  # not asked again where it fails
+            log, self.log = self.log, None  # not tried again after a failure
             with writing(log.name):
                 log.write(line + "\n")
                 log.flush()
@@ -175,7 +284,7 @@ class Output:
 
     def start_bar(self, done: int, total: int) -> None:
         if self.speaks and sys.stderr.isatty():
-            self.bar = tqdm(initial=done, total=total, unit="update")
+            self.bar = tqdm(initial=done, total=total, unit="step")
 
     def line(self, values: dict[str, Any], terminal: bool = True) -> None:
         """A line of `key:value` pairs."""

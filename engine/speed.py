@@ -62,14 +62,17 @@ class Times:
 
 
 class Stopwatch:
-    """Adds up the seconds between start and stop; the device's queue is drained at both ends."""
+    """Adds up the seconds between start and stop; drains the device's queue at both ends. Wall time runs on."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.total, self.started = device, 0.0, None
+    def __init__(self, device: torch.device, seconds: float = 0.0, wall_seconds: float = 0.0) -> None:
+        self.device, self.total, self.started = device, seconds, None
+        self.began = time.perf_counter() - wall_seconds
 
-    def start(self) -> None:
+    def start(self) -> Point:
+        """Start, and return this moment on the device's timeline."""
         self._drain()
         self.started = time.perf_counter()
+        return point(self.device)
 
     def stop(self) -> None:
         self._drain()
@@ -78,9 +81,16 @@ class Stopwatch:
     def seconds(self) -> float:
         return self.total + (time.perf_counter() - self.started if self.started is not None else 0.0)
 
+    def wall_seconds(self) -> float:
+        return time.perf_counter() - self.began
+
     def _drain(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 @dataclass(frozen=True)
@@ -140,7 +150,7 @@ class Speed:
         ranks: int = 1,
     ) -> None:
         self.model, self.batch_tokens, self.seq_len, self.ranks = model, batch_tokens, seq_len, ranks
-        self.device = find(name)
+        self.name, self.device = name, find(name)
         work = (model, step_cost, batch_tokens, seq_len)
         self.light_seconds = None if self.device is None else light_seconds(*work, self.device, ranks)
 

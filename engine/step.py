@@ -1,7 +1,7 @@
 """One training step that does not wait for the GPU (sm_80 or newer): gradients of a global batch, then every optimizer.
 
     step = TrainingStep(model, optimizers, micro_batch=8, grad_clip=1.0, compiled=True)
-    numbers = step.gradients(batch_BT1); times = step.apply()      # later: numbers.read(), times.milliseconds()
+    stats = step.gradients(batch_BT1); times = step.apply()      # later: stats.read(), times.milliseconds()
 
 A loss or gradient norm that is not finite turns the update into nothing on the device itself, so that the host may
 learn of it a step later. train.py runs this class and `evaluate`, bench/train.py times it.
@@ -22,6 +22,7 @@ from engine.files import ROOT
 from engine.ranks import Sharding
 from engine.speed import Times
 
+WARMUP_STEPS = 4  # the first makes optimizer state, the third captures Muon's step
 COMPILE_CACHE = ROOT / ".cache" / "inductor"
 
 
@@ -31,13 +32,13 @@ def prepare_torch() -> None:
     torch.set_float32_matmul_precision("high")
 
 
-class Numbers(NamedTuple):
+class StepStats(NamedTuple):
     """A step's results on the host. `not_finite` names the parameters whose gradients are not; `expert_counts` are a
     mixture's choices over the global batch, layer by layer, None of a dense model."""
 
     loss: float
     grad_norm: float
-    stop_asked: bool
+    stop_requested: bool
     not_finite: tuple[str, ...]
     expert_counts: list[list[float]] | None = None
 
@@ -46,8 +47,8 @@ class Numbers(NamedTuple):
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-class Deferred:
-    """Numbers on their way from the device; only `read` waits, and for them alone.
+class PendingStats:
+    """The statistics of a step on their way from the device; only `read` waits, and for them alone.
 
     `values` holds loss, norm, stop, a norm for each of `names`, and `layers` equal rows of counts.
     """
@@ -61,7 +62,7 @@ class Deferred:
             self.arrived = torch.cuda.Event()
             self.arrived.record()
 
-    def read(self) -> Numbers:
+    def read(self) -> StepStats:
         if self.arrived is not None:
             self.arrived.synchronize()
         loss, grad_norm, stop, *rest = self.values.tolist()
@@ -69,7 +70,7 @@ class Deferred:
         experts = len(flat) // self.layers if self.layers else 0
         counts = [flat[layer * experts : (layer + 1) * experts] for layer in range(self.layers)] or None
         bad = tuple(name for name, norm in zip(self.names, norms, strict=True) if not math.isfinite(norm))
-        return Numbers(loss, grad_norm, bool(stop), bad, counts)
+        return StepStats(loss, grad_norm, bool(stop), bad, counts)
 
 
 class TrainingStep:
@@ -96,7 +97,7 @@ class TrainingStep:
         self.device = model.embedding.device
         self.times = Times(self.device)
 
-    def gradients(self, batch_BT1: Tensor, stop_asked: bool = False, times: Times | None = None) -> Deferred:
+    def gradients(self, batch_BT1: Tensor, stop_requested: bool = False, times: Times | None = None) -> PendingStats:
         """Gradients of the mean loss over the global batch, accumulated over micro-batches and summed over ranks,
         of which each keeps its share.
 
@@ -119,7 +120,7 @@ class TrainingStep:
             loss += share.detach()
             if self.mixture:
                 counts += self.model.expert_counts
-        stop = torch.full((), float(stop_asked), device=self.device)
+        stop = torch.full((), float(stop_requested), device=self.device)
         self.sharding.reduce_gradients()
         shared = torch.cat((torch.stack((loss, stop)), self.sharding.squared_norms(), counts.flatten()))
         if self.world_size > 1:
@@ -132,7 +133,7 @@ class TrainingStep:
         for optimizer in self.optimizers:
             optimizer.grad_scale, optimizer.found_inf = clip, found_inf
         values = torch.cat((torch.stack((loss, grad_norm, stop)), norms, counts))
-        return Deferred(values, self.names, self.model.config.layers if self.mixture else 0)
+        return PendingStats(values, self.names, self.model.config.layers if self.mixture else 0)
 
     def apply(self) -> Times:
         """The optimizers' step on the gradients, clipped, or nothing where they are not finite; frees the gradients."""
@@ -142,6 +143,24 @@ class TrainingStep:
         self.sharding.gather()
         self.times.mark("optimizer")
         return self.times
+
+    def warm_up(self, tokens_BT1: Tensor) -> None:
+        """A few steps on made-up tokens, so that compilation and first launches come before the clock starts.
+
+        All are undone: weights, optimizer state and random numbers are as before a first step.
+        """
+        weights = [p.detach().clone() for p in self.model.parameters()]
+        cpu_rng, cuda_rng = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+        for _ in range(WARMUP_STEPS):
+            self.gradients(tokens_BT1)
+            self.apply()
+        with torch.no_grad():
+            for p, weight in zip(self.model.parameters(), weights, strict=True):
+                p.copy_(weight)
+            for tensor in (t for o in self.optimizers for state in o.state.values() for t in state.values()):
+                tensor.zero_()  # in place: a captured step keeps reading it
+        torch.set_rng_state(cpu_rng)
+        torch.cuda.set_rng_state_all(cuda_rng)
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Small shards, a small model, and a way to run the commands inside the test process."""
 
+import os
 import random
 import signal
 import sys
@@ -53,6 +54,29 @@ def run_main(monkeypatch, capsys):
     yield call
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def ask_to_stop():
+    """What a user's Ctrl-C or a scheduler's SIGTERM does to this process."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture
+def before_step(monkeypatch):
+    """before_step(3, action) calls `action` when 3 steps are done and the next begins (None: before every step);
+    returns how to take that back."""
+    multiplier = train.lr_multiplier
+
+    def install(done, action):
+        def watched(step, *rest):
+            if done is None or step == done:
+                action()
+            return multiplier(step, *rest)
+
+        monkeypatch.setattr(train, "lr_multiplier", watched)
+        return lambda: monkeypatch.setattr(train, "lr_multiplier", multiplier)
+
+    return install
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import torch
 
 import experiments
 import settings
+from engine.cli import BadInput
 from engine.files import ROOT
 from engine.ranks import Rank
 from kernels import configs
@@ -231,7 +232,7 @@ def test_one_run_per_free_gpu(tmp_path, monkeypatch):
     assert launcher.free_slots(None) == [{"CUDA_VISIBLE_DEVICES": "1"}]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     tool.write_text("#!/bin/sh\necho 'GPU-b, 20000, 24564'\n")
-    with pytest.raises(experiments.BadInput, match="every GPU"):
+    with pytest.raises(BadInput, match="every GPU"):
         launcher.free_slots(None)
     tool.write_text("#!/bin/sh\nexit 9\n")  # a driver without a GPU
     assert launcher.free_slots(2) == [{"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}] * 2

@@ -6,7 +6,6 @@ import os
 import re
 import resource
 import shutil
-import signal
 import socket
 import sys
 from pathlib import Path
@@ -17,9 +16,9 @@ import torch
 
 import data
 import metrics
-import train
 from corpus import shards
 from engine import checkpoint, cli, files
+from tests.conftest import ask_to_stop
 from tests.processes import REPOSITORY, TEN, command, run, steps_logged, summary
 
 
@@ -30,16 +29,10 @@ def files_of_at_most(count):
 
 @pytest.mark.parametrize("named", ["checkpoint.pt", "metrics.jsonl", "*"])
 def test_a_full_disk_ends_the_run_with_a_sentence_and_keeps_the_last_checkpoint(
-    train_small, shards_folder, tmp_path, monkeypatch, named
+    train_small, shards_folder, tmp_path, before_step, named
 ):
-    sixty, update = ("--tokens", str(60 * 256), "--spectra-every", "0", "--eval-every", "60"), train.Run.update
-
-    def stop_at_forty(run, event):
-        if run.step == 39:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return update(run, event)
-
-    monkeypatch.setattr(train.Run, "update", stop_at_forty)
+    sixty = ("--tokens", str(60 * 256), "--spectra-every", "0", "--eval-every", "60")
+    take_back = before_step(39, ask_to_stop)
     _, folder, _, _ = train_small("full", *sixty)
     good, logged = (folder / "checkpoint.pt").read_bytes(), (folder / "metrics.jsonl").stat().st_size
     most = {"checkpoint.pt": len(good) - 10_000, "metrics.jsonl": logged + 300, "*": 500}[named]
@@ -52,31 +45,28 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_keeps_the_last_checkpoint(
     assert not list(folder.glob("*.tmp"))
     if named == "metrics.jsonl":
         assert "metrics.jsonl: cannot be written" in summary(folder)["reason"]
-    monkeypatch.setattr(train.Run, "update", update)
+    take_back()
     code, *_ = train_small("full", *sixty, "--resume")
     assert code == 0
     assert steps_logged(folder) == list(range(1, 61))
 
 
 @pytest.mark.parametrize("fault", ["vanishes", "is cut short", "is rewritten"])
-def test_a_shard_that_changes_under_the_run(train_small, shards_folder, tmp_path, monkeypatch, fault):
+def test_a_shard_that_changes_under_the_run(train_small, shards_folder, tmp_path, before_step, fault):
     folder = tmp_path / "shards"
     shutil.copytree(shards_folder, folder)
     (shard,) = folder.glob("train_*.bin")
-    update = train.Run.update
 
-    def break_at_four(run, event):
-        if run.step == 3:
-            if fault == "vanishes":
-                shard.unlink()
-            elif fault == "is cut short":
-                os.truncate(shard, 2000)
-            else:
-                shutil.copy(shards_folder / shard.name, folder / "new")
-                os.replace(folder / "new", shard)
-        return update(run, event)
+    def damage():
+        if fault == "vanishes":
+            shard.unlink()
+        elif fault == "is cut short":
+            os.truncate(shard, 2000)
+        else:
+            shutil.copy(shards_folder / shard.name, folder / "new")
+            os.replace(folder / "new", shard)
 
-    monkeypatch.setattr(train.Run, "update", break_at_four)
+    before_step(3, damage)
     code, run_folder, _, err = train_small("run", *TEN, data_folder=folder)
     assert code == 2
     assert str(shard) in err
@@ -142,33 +132,29 @@ def test_a_spectra_worker_that_dies_ends_the_run_with_a_sentence(train_small, mo
     code, folder, out, _ = train_small("run", *TEN)
     assert code == 1
     assert "failed: spectra: the worker stopped unexpectedly" in out
-    assert "worker died" in summary(folder)["reason"]
+    assert "worker stopped" in summary(folder)["reason"]
 
 
 @pytest.mark.parametrize("end", ["finished", "stopped"])
-def test_a_worker_that_fails_last_costs_no_weights_at_the_end_and_no_line_at_a_stop(train_small, monkeypatch, end):
+def test_a_worker_that_fails_last_costs_no_weights_at_the_end_and_no_line_at_a_stop(
+    train_small, monkeypatch, before_step, end
+):
     """The last weights are kept; a stopped run repeats the updates whose spectra it lost."""
-    measure, update = metrics.SpectraRecorder._measure, train.Run.update
+    measure = metrics.SpectraRecorder._measure
 
     def fail_at_five(recorder, event):
         return 1 / 0 if event.step == 5 else measure(recorder, event)
 
-    def stop_at_five(run, event):
-        if run.step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return update(run, event)
-
     settings = ("--tokens", (5 if end == "finished" else 6) * 256, "--spectra-every", 5, "--checkpoint-every", 3)
     monkeypatch.setattr(metrics.SpectraRecorder, "_measure", fail_at_five)
-    if end == "stopped":
-        monkeypatch.setattr(train.Run, "update", stop_at_five)
+    take_back = before_step(4 if end == "stopped" else -1, ask_to_stop)
     code, folder, out, _ = train_small("run", *settings)
     assert code == 1
     assert "failed: spectra: ZeroDivisionError" in out
     assert summary(folder)["status"] == "failed"
     assert torch.load(folder / "checkpoint.pt")["step"] == (5 if end == "finished" else 3)
     monkeypatch.setattr(metrics.SpectraRecorder, "_measure", measure)
-    monkeypatch.setattr(train.Run, "update", update)
+    take_back()
     code, *_ = train_small("run", *settings, "--resume")
     assert code == 0
     measured = {json.loads(line)["step"] for line in (folder / "manifold_stats.jsonl").read_text().splitlines()}
@@ -209,12 +195,15 @@ def test_a_failed_write_of_a_checkpoint_leaves_both_earlier_ones(tmp_path, monke
 
 @pytest.mark.parametrize("calls", range(6))
 def test_a_kill_between_any_two_steps_of_a_save_leaves_a_checkpoint(tmp_path, monkeypatch, calls):
-    parts = {name: kind() for name, kind in checkpoint.CHECKPOINT_PARTS.items()}
-    parts["clock"], parts["config"] = {"train_seconds": 1.0, "wall_seconds": 2.0}, {"config_hash": "f00d"}
-    parts["loader"] = {"epoch": 0, "position": 0}
-    parts["losses"] = dict.fromkeys(("best_val_loss", "train_loss", "val_loss", "val_accuracy"), 0.5)
-    for step in (1, 2):
-        checkpoint.save_checkpoint(tmp_path, parts | {"step": step})
+    parts = {name: kind() for name, kind in checkpoint.PARTS.items()}
+    parts |= {"config": {"config_hash": "f00d"}, "loader": {"epoch": 0, "position": 0}}
+
+    def save(step):
+        progress = vars(checkpoint.Progress(step=step))
+        checkpoint.save_checkpoint(tmp_path, parts | {"step": step, "progress": progress})
+
+    save(1)
+    save(2)
 
     class Killed(BaseException):
         pass
@@ -233,7 +222,7 @@ def test_a_kill_between_any_two_steps_of_a_save_leaves_a_checkpoint(tmp_path, mo
         for name in ("fsync", "replace"):
             patch.setattr(os, name, until_killed(getattr(os, name)))
         try:
-            checkpoint.save_checkpoint(tmp_path, parts | {"step": 3})
+            save(3)
             finished = True
         except Killed:
             finished = False
@@ -351,7 +340,8 @@ def test_local_text_and_a_run_ask_no_network(train_small, tmp_path, monkeypatch)
 def test_a_checkpoint_of_another_shape_is_refused_with_a_sentence(train_small):
     _, folder, _, _ = train_small("run", *TEN)
     contents = torch.load(folder / "checkpoint.pt", weights_only=True)
-    contents["step"], name = 5, next(iter(contents["model"]))
+    name = next(iter(contents["model"]))
+    contents["step"] = contents["progress"]["step"] = 5
     contents["model"][name] = torch.zeros(3)
     torch.save(contents, folder / "checkpoint.pt")
     code, _, _, err = train_small("run", *TEN, "--resume")
@@ -402,3 +392,34 @@ def test_a_shard_that_was_swapped_before_its_first_read_is_noticed(tmp_path, tok
     write(tokens)
     with pytest.raises(shards.BadInput, match="changed since"):
         data.TokenStream(opened, "train").read(0, 50)
+
+
+def test_two_processes_do_not_train_one_run(train_small, shards_folder, tmp_path, before_step):
+    """The second --resume of one name gets a sentence and exit code 2 and touches nothing; the first ends as usual."""
+    words, second = command(shards_folder, tmp_path, "run", *TEN, "--resume"), []
+
+    def start_another():
+        before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+        second.append(run(words))
+        assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+    before_step(7, start_another)
+    code, folder, _, _ = train_small("run", *TEN, "--resume", "--checkpoint-every", "5")
+    assert code == 0
+    (refused,) = second
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines() == [
+        f"error: --name run: another process is training {folder}; wait for it or stop it"
+    ]
+    assert steps_logged(folder) == list(range(1, 11))
+    assert "nothing to do" in run(words).stdout  # the lock went with its process
+
+
+def test_a_file_system_that_cannot_lock_is_said_and_used(train_small, monkeypatch):
+    def no_locks(descriptor, operation):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("engine.run_folder.fcntl.flock", no_locks)
+    code, folder, out, _ = train_small("run", "--tokens", 256)
+    assert code == 0
+    assert f"{folder}: cannot be locked (Function not implemented)" in out

@@ -140,7 +140,7 @@ def test_any_settings_and_any_summary_are_refused_or_read(copy_of, name, draw):
     text = draw.draw(changed([json.loads((folder / name).read_text())]))
     (folder / name).write_text(text, encoding="utf-8")
     if is_read(fuzz.read_run, folder, folder):
-        read = runs.config if name == "config.json" else runs.summary
+        read = runs.read_config if name == "config.json" else runs.read_summary
         assert read(folder / name) == json.loads(text)
 
 
@@ -153,7 +153,7 @@ def test_any_line_among_good_ones_is_refused_or_read(copy_of, name, draw):
     place = draw.draw(st.integers(0, len(lines) - 1))
     lines[place] = draw.draw(changed([json.loads(line) for line in lines[:12]]))
     (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    read = runs.metrics if name == "metrics.jsonl" else runs.spectra
+    read = runs.read_metrics if name == "metrics.jsonl" else runs.read_spectra
     if is_read(read, folder / name) and place < len(lines) - 1:
         found = read(folder / name)
         assert found == [json.loads(line) for line in lines]
@@ -170,7 +170,7 @@ def test_a_projection_of_two_sizes_is_refused(copy_of):
     shorter = json.loads(last) | {"singular_values": [1.0]}
     path.write_text("\n".join([*lines, json.dumps(shorter)]) + "\n")
     with pytest.raises(BadInput, match="1 singular values where 8 were before"):
-        runs.spectra(path)
+        runs.read_spectra(path)
 
 
 @settings(max_examples=120)

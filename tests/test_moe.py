@@ -1,18 +1,16 @@
 """Mixtures of experts: the model, its optimizer and its run."""
 
 import json
-import os
-import signal
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import train
 from kernels.optimizer import scales_of
 from model import SIZES, ModelConfig, Transformer
 from optim import Muon, build_optimizers, step_cost
+from tests.conftest import ask_to_stop
 from tests.test_train import lines, losses, without_time
 
 SMALL = ModelConfig(d_model=32, layers=2, heads=4, kv_heads=4, d_ff=48, seq_len=24, ffn="silu", experts=4)
@@ -243,24 +241,17 @@ def test_a_run_of_a_mixture_logs_the_use_of_its_experts_and_their_spectra(train_
     assert experts == expected
     config = json.loads((folder / "config.json").read_text())
     assert config["active_params"] == config["params"] - 2 * 2 * 2 * 64 * 32
-    assert f"{config['params']:,} parameters, of which a token meets {config['active_params']:,}" in out
+    assert f"{config['params']:,} parameters, {config['active_params']:,} active per token" in out
     with_balance, pure = losses(folder)[0], lines(folder, kind="val")[0]["val_loss"]
     assert with_balance == pytest.approx(pure + 2 * 0.01, rel=0.02)
 
 
-def test_a_stopped_run_of_a_mixture_resumes_to_the_bit(train_small, monkeypatch):
+def test_a_stopped_run_of_a_mixture_resumes_to_the_bit(train_small, before_step):
     arguments = (*MOE, "--tokens", 8 * 256, "--router-noise", 0.5, "--log-every", 1, "--spectra-every", 4)
     _, whole, _, _ = train_small("whole", *arguments)
-    update = train.Run.update
-
-    def update_and_stop(run, event):
-        if run.step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        update(run, event)
-
-    monkeypatch.setattr(train.Run, "update", update_and_stop)
+    take_back = before_step(3, ask_to_stop)
     train_small("parts", *arguments)
-    monkeypatch.setattr(train.Run, "update", update)
+    take_back()
     code, parts, _, _ = train_small("parts", *arguments, "--resume")
     assert code == 0
     for name in ("metrics.jsonl", "manifold_stats.jsonl"):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kernels.newton_schulz import coefficient_schedule, orthogonalize
 from kernels.optimizer import update_scale
 from model import SIZES, Bank, ModelConfig, Transformer
-from optim import SCHEDULES, Muon, build_optimizers, lr_factor, set_lr
+from optim import SCHEDULES, Muon, build_optimizers, lr_multiplier, set_lr
 
 SMALL = ModelConfig(32, 2, 4, 2, 64, seq_len=16)
 
@@ -25,7 +25,7 @@ def take_gradients(model, seed=1):
 
 
 def rates(schedule, updates=100, warmup=0.1, min_lr=0.1):
-    return [lr_factor(t, updates, schedule, warmup, min_lr) for t in range(updates)]
+    return [lr_multiplier(t, updates, schedule, warmup, min_lr) for t in range(updates)]
 
 
 @given(schedule=st.sampled_from(SCHEDULES), updates=st.integers(1, 500), warmup=st.floats(0, 1), min_lr=st.floats(0, 1))

@@ -29,7 +29,7 @@ def test_ranks_that_see_different_checkpoints_refuse(shards_folder, tmp_path, mo
     assert run(words).returncode == 0
     (tmp_path / "run" / "summary.json").unlink()
     os.replace(tmp_path / "run" / "checkpoint.prev.pt", tmp_path / "run" / "checkpoint.pt")
-    blind = "import runfiles\nrunfiles.load_checkpoint = lambda folder, say: (None, [])\n"
+    blind = "from engine import run_folder\nrun_folder.load_checkpoint = lambda folder, say: (None, [])\n"
     on_rank_one(tmp_path, monkeypatch, blind)
     done = run([*words, "--resume"])
     assert done.returncode != 0
@@ -120,17 +120,17 @@ def test_a_gradient_that_one_rank_spoils_for_another_stops_both(shards_folder, t
     on_rank_one(
         tmp_path,
         monkeypatch,
-        "import step, train\n"
+        "from engine import step\n"
         "gradients, calls = step.TrainingStep.gradients, []\n"
         "def spoil(gradient):\n"
         "    gradient = gradient.clone()\n"
         "    gradient[0] = float('inf')\n"
         "    return gradient\n"
-        "def spoiled(work, *arguments):\n"
+        "def spoiled(work, *arguments, **more):\n"
         "    calls.append(1)\n"
-        "    if len(calls) == train.WARMUP_UPDATES + 3:\n"
+        "    if len(calls) == step.WARMUP_STEPS + 3:\n"
         "        work.model.weights['k_v'].register_hook(spoil)\n"
-        "    return gradients(work, *arguments)\n"
+        "    return gradients(work, *arguments, **more)\n"
         "step.TrainingStep.gradients = spoiled\n",
     )
     done = run(command(shards_folder, tmp_path, "run", *TEN, "--checkpoint-every", "2", ranks=2))

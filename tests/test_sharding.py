@@ -15,9 +15,11 @@ import data
 import train
 from bench import scaling
 from corpus import shards
+from engine.checkpoint import Progress, load_optimizers, save_optimizers
 from engine.ranks import Rank, Sharding, deal, unit_view
+from engine.speed import Stopwatch
 from model import SIZES, ModelConfig, Transformer
-from optim import build_optimizers, load_whole_state, parameter_layout, whole_state
+from optim import build_optimizers, parameter_layout
 from tests.conftest import SMALL_MODEL
 from tests.processes import REPOSITORY
 
@@ -204,15 +206,12 @@ def test_ranks_share_out_the_validation_and_each_batch_is_read_once(shards_folde
 
     monkeypatch.setattr(train, "evaluate", evaluate)
     stream, nothing = data.TokenStream(opened, "val"), lambda *_: None
+    settings = types.SimpleNamespace(eval_tokens=640, seq_len=32)
+    work = types.SimpleNamespace(model=None, device=torch.device("cpu"))
+    monkeypatch.setitem(train.VALIDATION_TOKENS, "cpu", 4 * 32)
     for index in range(world_size):
-        run = types.SimpleNamespace(
-            **{"val_stream": stream, "s": types.SimpleNamespace(eval_tokens=640, seq_len=32), "validation_rows": 4},
-            **{"rank": Rank(index, world_size), "model": None, "best_val_loss": 0.0, "step": 1, "updates": 2},
-            **{"progress": dict, "watch": types.SimpleNamespace(total=0.0)},
-            folder=types.SimpleNamespace(write=nothing, save_best=nothing),
-            out=types.SimpleNamespace(line=nothing),
-        )
-        train.Run.validate(run)
+        folder = types.SimpleNamespace(rank=Rank(index, world_size), log_validation=nothing, save_best=nothing)
+        train.validate(settings, work, stream, folder, Progress(), Stopwatch(work.device))
     whole = [batch.tobytes() for batch in data.validation_batches(stream, 640, 32, 4)]
     assert len(whole) == 5
     assert sorted(itertools.chain(*read)) == sorted(whole)
@@ -249,13 +248,13 @@ def test_state_that_does_not_fit_is_refused(fault):
         p.grad = torch.randn_like(p)
     for o in optimizers:
         o.step()
-    states = whole_state(optimizers, layout, alone)
+    states = save_optimizers(optimizers, layout, alone)
     if fault == "missing":
         del states[0]["state"][1]
     else:
         states[0]["state"][1]["momentum_buffer"] = torch.zeros(2, 2)
     with pytest.raises(ValueError, match="momentum_buffer"):
-        load_whole_state(optimizers, layout, alone, states)
+        load_optimizers(optimizers, layout, alone, states)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -268,9 +267,9 @@ def test_state_goes_through_a_checkpoint_of_one_rank_unchanged(optimizer):
         p.grad = torch.randn_like(p)
     for o in optimizers:
         o.step()
-    states = whole_state(optimizers, layout, alone)
+    states = save_optimizers(optimizers, layout, alone)
     again = build_optimizers(model, optimizer, lr=0.02, adamw_lr=0.01)
-    load_whole_state(again, layout, alone, states)
+    load_optimizers(again, layout, alone, states)
     for a, b in zip(optimizers, again, strict=True):
         assert a.state.keys() == b.state.keys()
         for p, state in a.state.items():

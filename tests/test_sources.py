@@ -23,7 +23,7 @@ def hub(tmp_path, monkeypatch):
     folder.mkdir()
 
     def command(address, *words):
-        script = "import sys, time; from corpus import commands; time.sleep = lambda s: None; sys.exit(commands.main())"
+        script = "import sys, time; from corpus import commands; time.sleep = lambda _: None; sys.exit(commands.main())"
         env = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
         words = [sys.executable, "-c", script, *map(str, words)]
         return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=200)

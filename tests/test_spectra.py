@@ -1,8 +1,6 @@
 """The recorder: what it measures is this update, and nothing of it is lost, reordered or hidden."""
 
 import json
-import os
-import signal
 import sys
 import threading
 import time
@@ -13,12 +11,13 @@ import torch
 
 import metrics
 import settings
-import train
 from engine import run_folder
 from engine.ranks import Sharding
+from engine.step import WARMUP_STEPS, TrainingStep
 from metrics import QUEUE_EVENTS, SpectraRecorder, WorkerFailed, decompose, projection_record
 from model import ModelConfig, Transformer
 from optim import build_optimizers
+from tests.conftest import ask_to_stop
 
 CONFIG = ModelConfig(32, 2, 4, 2, 48, seq_len=16)
 
@@ -232,14 +231,14 @@ def test_tensorboard_gets_scalars_and_means_over_layers(monkeypatch, tmp_path):
 
 def test_a_checkpoint_waits_for_the_spectra_before_it(train_small, monkeypatch):
     written = []
-    save = train.runfiles.save_checkpoint
+    save = run_folder.save_checkpoint
 
     def look(folder, contents, *name):
         if not name:
             written.append((contents["step"], {line["step"] for line in lines_of(folder / "manifold_stats.jsonl")}))
         save(folder, contents, *name)
 
-    monkeypatch.setattr(train.runfiles, "save_checkpoint", look)
+    monkeypatch.setattr(run_folder, "save_checkpoint", look)
     train_small("run", "--tokens", 1024, "--checkpoint-every", 1, "--spectra-every", 1)
     assert written == [(step, set(range(step + 1))) for step in range(1, 5)]
 
@@ -253,20 +252,20 @@ def test_tensorboard_without_the_package_is_one_sentence(train_small, monkeypatc
 
 
 def test_sigterm_in_the_middle_of_an_event_loses_no_line(train_small, monkeypatch):
-    slow_bank, update = metrics.decompose_bank, train.Run.update
+    slow_bank, record = metrics.decompose_bank, metrics.SpectraRecorder.record
 
     def slow(bank):
         time.sleep(0.03)
         return slow_bank(bank)
 
-    def interrupted(run, keep):
-        update(run, keep)
-        if run.step == 3:  # the worker is still busy with the events before
-            assert run.spectra.events.unfinished_tasks
-            os.kill(os.getpid(), signal.SIGTERM)
+    def interrupted(recorder, step, tokens):
+        if step == 3:  # the worker is still busy with the events before
+            assert recorder.events.unfinished_tasks
+            ask_to_stop()
+        record(recorder, step, tokens)
 
     monkeypatch.setattr(metrics, "decompose_bank", slow)
-    monkeypatch.setattr(train.Run, "update", interrupted)
+    monkeypatch.setattr(metrics.SpectraRecorder, "record", interrupted)
     code, folder, _, _ = train_small("run", "--tokens", 2560, "--spectra-every", 1)
     assert code == 0
     summary = json.loads((folder / "summary.json").read_text())
@@ -276,14 +275,15 @@ def test_sigterm_in_the_middle_of_an_event_loses_no_line(train_small, monkeypatc
 
 
 def test_an_update_that_failed_leaves_no_event(train_small, monkeypatch):
-    update = train.Run.update
+    gradients, calls = TrainingStep.gradients, []
 
-    def poisoned(run, keep):
-        if run.step == 2:
-            run.model.embedding.data[:] = torch.nan
-        update(run, keep)
+    def poisoned(step, *rest, **more):
+        calls.append(step)
+        if len(calls) == WARMUP_STEPS + 3:
+            step.model.embedding.data[:] = torch.nan
+        return gradients(step, *rest, **more)
 
-    monkeypatch.setattr(train.Run, "update", poisoned)
+    monkeypatch.setattr(TrainingStep, "gradients", poisoned)
     code, folder, _, _ = train_small("run", "--tokens", 2560, "--spectra-every", 1)
     assert code == 1
     assert json.loads((folder / "summary.json").read_text())["steps"] == 2

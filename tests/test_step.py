@@ -87,7 +87,7 @@ def test_validation_never_runs_the_kernels(monkeypatch):
 def test_two_steps_equal_plain_pytorch_with_clipping(optimizer, grad_clip):
     step, plain = build(optimizer=optimizer, grad_clip=grad_clip), build(optimizer=optimizer)
     for seed in range(2):
-        numbers = step.gradients(rows(seed)).read()
+        stats = step.gradients(rows(seed)).read()
         step.apply()
         loss = plain.model(rows(seed)[:, :-1], rows(seed)[:, 1:])  # all micro-batches at once
         loss.backward()
@@ -95,8 +95,8 @@ def test_two_steps_equal_plain_pytorch_with_clipping(optimizer, grad_clip):
         for o in plain.optimizers:
             o.step()
             o.zero_grad()
-        assert numbers.loss == pytest.approx(loss.item(), rel=1e-5)
-        assert numbers.grad_norm == pytest.approx(norm.item(), rel=1e-5)
+        assert stats.loss == pytest.approx(loss.item(), rel=1e-5)
+        assert stats.grad_norm == pytest.approx(norm.item(), rel=1e-5)
         assert norm > 0.05
     for p, q in zip(step.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
@@ -110,11 +110,11 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_named(optimizer):
     weights = [p.detach().clone() for p in step.model.parameters()]
     moments = [t.clone() for o in step.optimizers for s in o.state.values() for t in s.values()]
     hook = step.model.weights["k_v"].register_hook(lambda gradient: gradient * torch.inf)
-    numbers = step.gradients(rows(1)).read()
+    stats = step.gradients(rows(1)).read()
     step.apply()
     hook.remove()
-    assert not numbers.finite
-    assert numbers.not_finite == ("weights.k_v",)
+    assert not stats.finite
+    assert stats.not_finite == ("weights.k_v",)
     assert all(torch.equal(p, old) for p, old in zip(step.model.parameters(), weights, strict=True))
     after = [t for o in step.optimizers for s in o.state.values() for t in s.values()]
     assert all(torch.equal(t, old) for t, old in zip(after, moments, strict=True))
@@ -190,7 +190,7 @@ def test_the_speed_of_light_equals_a_count_by_hand():
 def test_every_step_line_splits_the_step(train_small):
     code, _, out, _ = train_small("run", "--tokens", 512, "--log-every", 1)
     assert code == 0
-    assert "memory of one update: 0." in out
+    assert "memory of one step: 0." in out
     line = next(line for line in out.splitlines() if line.startswith("step:1/2 train_loss"))
     fields = dict(pair.split(":") for pair in line.split())
     parts = sum(float(fields[f"{phase}_ms"]) for phase in ("forward", "backward", "optimizer"))
@@ -219,17 +219,16 @@ def test_a_step_never_waits_for_the_gpu(kernels):
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(2):
-            numbers = step.gradients(batch)
+            stats = step.gradients(batch)
             step.apply()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert numbers.read().finite
+    assert stats.read().finite
 
 
-def test_the_collector_is_frozen_while_training_and_only_then(train_small, monkeypatch):
+def test_the_collector_is_frozen_while_training_and_only_then(train_small, before_step):
     frozen = []
-    update = train.Run.update
-    monkeypatch.setattr(train.Run, "update", lambda *a: (frozen.append(gc.get_freeze_count()), update(*a)))
+    before_step(None, lambda: frozen.append(gc.get_freeze_count()))
     assert train_small("run", "--tokens", 256)[0] == 0
     assert frozen[0] > 1000
     assert gc.get_freeze_count() == 0

@@ -6,8 +6,9 @@ import re
 
 import pytest
 
-import experiments
 from bench.synthetic import write_run
+from engine.cli import BadInput
+from engine.files import write_json
 from settings import Settings
 from suites import planner
 from suites.catalog import MUON_ABLATIONS, SCALES, SUITES, Condition, Suite, with_needs
@@ -135,14 +136,12 @@ def test_the_winner_has_the_least_mean_and_no_diverged_seed(tmp_path, shards_fol
         for job, final in zip(p.jobs, finals[p.condition.fields["lr"]], strict=True):
             folder = write_run(job.folder, final=final or 3.0, status="finished" if final else "failed", spectra=False)
             if final:
-                experiments.runfiles.write_json(
-                    folder / "summary.json", {"status": "finished", "final_val_loss": final}
-                )
+                write_json(folder / "summary.json", {"status": "finished", "final_val_loss": final})
             else:
-                experiments.runfiles.write_json(folder / "summary.json", {"status": "failed", "final_val_loss": None})
+                write_json(folder / "summary.json", {"status": "failed", "final_val_loss": None})
     assert plan.winner("sweep", "muon")["lr"] == 0.2
     (job.folder / "summary.json").unlink()
-    with pytest.raises(experiments.BadInput, match="has not finished"):
+    with pytest.raises(BadInput, match="has not finished"):
         plan_of(tmp_path, shards_folder).winner("sweep", "muon")
 
 

@@ -1,7 +1,6 @@
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 
@@ -12,8 +11,8 @@ import torch
 import train
 from corpus import build
 from engine.files import ROOT as REPOSITORY
-from engine.step import TrainingStep
-from tests.conftest import SMALL_MODEL, random_documents
+from engine.step import WARMUP_STEPS, TrainingStep
+from tests.conftest import SMALL_MODEL, ask_to_stop, random_documents
 from tests.test_data import damage
 
 
@@ -139,35 +138,35 @@ def test_micro_batches_do_not_change_the_run(train_small):
 
 def test_warm_up_leaves_no_trace(train_small, monkeypatch):
     warm = train_small("warm", "--tokens", 1280, "--dropout", 0.1)[1]
-    monkeypatch.setattr(train, "WARMUP_UPDATES", 0)
+    monkeypatch.setattr("engine.step.WARMUP_STEPS", 0)
     cold = train_small("cold", "--tokens", 1280, "--dropout", 0.1)[1]
     assert losses(warm) == losses(cold)
 
 
 def test_warm_up_restores_the_random_numbers(train_small, monkeypatch):
-    states, warm_up = [], train.Run.warm_up
+    states, warm_up = [], TrainingStep.warm_up
 
-    def watched(run):
+    def watched(work, tokens):
         states.append(torch.get_rng_state())
-        warm_up(run)
+        warm_up(work, tokens)
         states.append(torch.get_rng_state())
 
-    monkeypatch.setattr(train.Run, "warm_up", watched)
+    monkeypatch.setattr(TrainingStep, "warm_up", watched)
     train_small("run", "--tokens", 256, "--dropout", 0.1)
     assert torch.equal(*states)
 
 
 def test_a_run_stopped_in_warm_up_resumes_without_repeating_lines(train_small, monkeypatch):
-    warm_up = train.Run.warm_up
+    warm_up = TrainingStep.warm_up
 
-    def interrupted(run):
-        os.kill(os.getpid(), signal.SIGTERM)
-        warm_up(run)
+    def interrupted(work, tokens):
+        ask_to_stop()
+        warm_up(work, tokens)
 
-    monkeypatch.setattr(train.Run, "warm_up", interrupted)
+    monkeypatch.setattr(TrainingStep, "warm_up", interrupted)
     _, folder, _, _ = train_small("run", "--tokens", 1024)
     assert json.loads((folder / "summary.json").read_text())["steps"] == 0
-    monkeypatch.setattr(train.Run, "warm_up", warm_up)
+    monkeypatch.setattr(TrainingStep, "warm_up", warm_up)
     code, folder, _, _ = train_small("run", "--tokens", 1024, "--resume")
     assert code == 0
     assert [record["step"] for record in lines(folder, kind="val")] == [0, 1, 2, 3, 4]
@@ -189,23 +188,16 @@ def test_logged_gradient_norm_is_the_one_before_clipping(train_small):
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_a_stopped_run_resumes_to_the_bit(train_small, monkeypatch, optimizer):
+def test_a_stopped_run_resumes_to_the_bit(train_small, before_step, optimizer):
     arguments = ("--optimizer", optimizer, "--tokens", 20 * 256, "--dropout", 0.1, "--spectra-every", 3)
     _, whole, _, _ = train_small("whole", *arguments)
-    update = train.Run.update
-
-    def update_and_stop(run, event):
-        if run.step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return update(run, event)
-
-    monkeypatch.setattr(train.Run, "update", update_and_stop)
+    take_back = before_step(6, ask_to_stop)
     code, parts, out, _ = train_small("parts", *arguments)
     assert code == 0
     assert json.loads((parts / "summary.json").read_text())["status"] == "stopped"
     with (parts / "metrics.jsonl").open("a") as file:
         file.write('{"kind":"train","step":8,"train_loss":0}\n{"kind":"tr')  # written after the checkpoint, then killed
-    monkeypatch.setattr(train.Run, "update", update)
+    take_back()
     code, parts, out, _ = train_small("parts", *arguments, "--resume")
     assert code == 0
     assert "resuming at step 7" in out
@@ -218,99 +210,64 @@ def test_a_stopped_run_resumes_to_the_bit(train_small, monkeypatch, optimizer):
     assert "nothing to do" in out
 
 
-def stop_at(monkeypatch, step):
-    """A signal reaches the run during this update; returns how to take that back."""
-    update = train.Run.update
-
-    def update_and_stop(run, event):
-        if run.step == step - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return update(run, event)
-
-    monkeypatch.setattr(train.Run, "update", update_and_stop)
-    return lambda: monkeypatch.setattr(train.Run, "update", update)
-
-
-def test_a_resumed_run_takes_up_the_random_state_of_the_checkpoint(train_small, monkeypatch):
+def test_a_resumed_run_takes_up_the_random_state_of_the_checkpoint(train_small, before_step):
     arguments = ("--tokens", 4 * 256, "--dropout", 0.1)
-    go_on = stop_at(monkeypatch, 2)
+    take_back = before_step(1, ask_to_stop)
     _, folder, _, _ = train_small("run", *arguments)
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)["rng"]["torch"]
-    go_on()
-    update, states = train.Run.update, []
-
-    def watched(run, event):
-        states.append(torch.get_rng_state())
-        update(run, event)
-
-    monkeypatch.setattr(train.Run, "update", watched)
+    take_back()
+    states = []
+    before_step(None, lambda: states.append(torch.get_rng_state()))
     train_small("run", *arguments, "--resume")
     assert len(states) == 2
     assert torch.equal(states[0], saved)
     assert not torch.equal(states[1], saved)
 
 
-def test_dropout_depends_on_seed_step_and_rank_alone(train_small, monkeypatch):
+def test_dropout_depends_on_seed_step_and_rank_alone(train_small, monkeypatch, before_step):
     """Only rank 0's random state is in a checkpoint: the other ranks draw the same again without it."""
     arguments = ("--tokens", 4 * 256, "--dropout", 0.1)
     _, undisturbed, _, _ = train_small("undisturbed", *arguments)
     gradients, seeds = TrainingStep.gradients, []
 
-    def watched(step, *rest):
+    def watched(step, *rest, **more):
         seeds.append(torch.initial_seed())
-        return gradients(step, *rest)
-
-    update = train.Run.update
-
-    def disturbed(run, event):
-        torch.rand(3)
-        update(run, event)
+        return gradients(step, *rest, **more)
 
     monkeypatch.setattr(TrainingStep, "gradients", watched)
-    monkeypatch.setattr(train.Run, "update", disturbed)
+    before_step(None, lambda: torch.rand(3))
     _, folder, _, _ = train_small("disturbed", *arguments)
     assert losses(folder) == losses(undisturbed)
-    drawn = seeds[train.WARMUP_UPDATES :]
+    drawn = seeds[WARMUP_STEPS:]
     assert drawn == [int(np.random.SeedSequence([0, step, 0]).generate_state(1)[0]) for step in range(4)]
     seeds.clear()
-
-    def as_the_other_rank(run, event):
-        run.rank = train.Rank(index=1)
-        update(run, event)
-        run.rank = train.Rank()
-
-    monkeypatch.setattr(train.Run, "update", as_the_other_rank)
+    monkeypatch.setattr(train, "join_ranks", lambda device: train.Rank(index=1))  # which then has no rank 0 beside it
+    monkeypatch.setattr(train.Sharding, "reduce_gradients", lambda sharding: None)
     train_small("other-rank", *arguments)
-    assert not set(seeds[train.WARMUP_UPDATES :]) & set(drawn)
+    assert not set(seeds[WARMUP_STEPS:]) & set(drawn)
 
 
-def test_the_summary_of_the_part_before_is_gone_while_the_run_goes_on(train_small, monkeypatch):
+def test_the_summary_of_the_part_before_is_gone_while_the_run_goes_on(train_small, before_step, tmp_path):
     """Or it would speak for a run that was killed later."""
-    seen, take_back = [], stop_at(monkeypatch, 3)
+    seen, take_back = [], before_step(2, ask_to_stop)
     train_small("run", "--tokens", 10 * 256)
     take_back()
-    update = train.Run.update
-
-    def watched(run, event):
-        seen.append((run.folder.path / "summary.json").exists())
-        return update(run, event)
-
-    monkeypatch.setattr(train.Run, "update", watched)
+    before_step(None, lambda: seen.append((tmp_path / "run" / "summary.json").exists()))
     _, folder, _, _ = train_small("run", "--tokens", 10 * 256, "--resume")
     assert seen == [False] * 7
     assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
 
 
-def test_the_best_weights_are_kept_also_over_a_resume(train_small, monkeypatch):
+def test_the_best_weights_are_kept_also_over_a_resume(train_small, monkeypatch, before_step):
     evaluated = iter((9.0, 5.0, 3.0, 4.0, 6.0))
     monkeypatch.setattr(train, "evaluate", lambda *_: (next(evaluated), 0.5))
-    go_on = stop_at(monkeypatch, 3)
+    take_back = before_step(2, ask_to_stop)
     arguments = ("--tokens", 4 * 256, "--eval-every", 1)
     _, folder, _, _ = train_small("run", *arguments)
     best = (folder / "best.pt").read_bytes()
     found = torch.load(folder / "best.pt", weights_only=True)
     assert (found["step"], found["val_loss"]) == (2, 3.0)
-    go_on()
+    take_back()
     train_small("run", *arguments, "--resume")
     assert list(evaluated) == []
     assert (folder / "best.pt").read_bytes() == best
@@ -333,14 +290,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(train_small):
 def test_a_non_finite_loss_stops_before_the_update(train_small, monkeypatch):
     gradients, calls = TrainingStep.gradients, []
 
-    def poisoned(step, *arguments):
+    def poisoned(step, *arguments, **more):
         calls.append(step)
-        if len(calls) != train.WARMUP_UPDATES + 6:
-            return gradients(step, *arguments)
+        if len(calls) != WARMUP_STEPS + 6:
+            return gradients(step, *arguments, **more)
         hook = step.model.weights["k_v"].register_hook(lambda gradient: gradient * torch.nan)
-        numbers = gradients(step, *arguments)
+        stats = gradients(step, *arguments, **more)
         hook.remove()
-        return numbers
+        return stats
 
     monkeypatch.setattr(TrainingStep, "gradients", poisoned)
     code, folder, out, _ = train_small("run", "--tokens", 2560, "--checkpoint-every", 5)
@@ -425,7 +382,7 @@ def test_a_folder_that_is_no_run_is_left_alone(train_small, tmp_path):
     (tmp_path / "report" / "report.html").write_text("mine")
     code, _, _, err = train_small("report", "--tokens", 512, "--resume")
     assert code == 2
-    assert "no run's folder" in err
+    assert "not a run's folder" in err
     assert [path.name for path in (tmp_path / "report").iterdir()] == ["report.html"]
 
 
