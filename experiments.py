@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from engine.cli import exit_with_a_sentence, make_folder
+from engine.cli import AT_LEAST_1, check_limits, exit_with_a_sentence, make_folder
 from suites.catalog import SCALES, SUITES, with_needs
 from suites.launcher import OVER, Interrupted, Job, LaterStages, free_slots, is_held, run_here, submit
 from suites.planner import NotYet, Planner, Selection, UnknownRates, unique
@@ -39,7 +39,7 @@ class RunArguments(Selection):
     """Print what would be trained, and stop."""
     retry: bool = False
     """Try failed runs again."""
-    jobs: int | None = None
+    jobs: Annotated[int, AT_LEAST_1] | None = None
     """Train so many runs at a time (default: one per free GPU, or one per core, each with one thread)."""
     submit: Literal["slurm", "local"] | None = None
     """Hand each run to a scheduler through submitit; local starts all of them here at once."""
@@ -190,6 +190,7 @@ def main() -> int | None:
         description=__doc__,
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
     )
+    check_limits(arguments)
     commands = {ListArguments: list_suites, RunArguments: run, StatusArguments: status, ReportArguments: report}
     return commands[type(arguments)](arguments)
 

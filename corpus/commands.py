@@ -31,7 +31,7 @@ from corpus.sources import (
     stamp,
     text_files,
 )
-from engine.cli import BadInput, CannotWrite, Count, exit_with_a_sentence
+from engine.cli import AT_LEAST_1, BadInput, CannotWrite, Count, Limit, check_limits, exit_with_a_sentence
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Preset:
     tokenizer: str = "HuggingFaceTB/SmolLM2-135M"  # vocabulary 49,152
 
 
+VOCAB_SIZES = Limit(f"must be 257 to {MAX_VOCAB_SIZE:,}; a token is a uint16", lambda n: 257 <= n <= MAX_VOCAB_SIZE)
+PROPER_SHARE = Limit("must be above 0 and below 1", lambda share: 0 < share < 1)
 SMOLLM = "HuggingFaceTB/smollm-corpus"
 PRESETS = {
     "smollm-mix": Preset(((SMOLLM, "fineweb-edu-dedup", 0.7), (SMOLLM, "cosmopedia-v2", 0.3))),
@@ -54,13 +56,13 @@ PRESETS = {
 class Build:
     out: Path
     """Create this folder for the shards."""
-    vocab_size: int = 49_152
+    vocab_size: Annotated[int, VOCAB_SIZES] = 49_152
     """Train a tokenizer of this many entries, 257 to 65,536; 4096 suits the nano model."""
     tokenizer: str | None = None
     """Use this tokenizer.json or hub name instead of training a tokenizer."""
-    max_tokens: Count | None = None
+    max_tokens: Annotated[Count, AT_LEAST_1] | None = None
     """Stop after this many tokens, both splits and end-of-text ids included."""
-    val_fraction: float = 0.02
+    val_fraction: Annotated[float, PROPER_SHARE] = 0.02
     """Put this share of the documents into validation, by the hash of their text."""
 
 
@@ -107,6 +109,8 @@ class Text(BuildFromRows):
     """Read these files and folders; a row, or a 64 KiB piece of a .txt, is a document."""
 
     def parts(self) -> list[MixPart]:
+        if not self.paths:
+            raise BadInput("text: name at least one file or folder")
         return [MixPart(self.source(), TextFiles(text_files(self.paths), self.column()))]
 
     def source(self) -> str:
@@ -201,7 +205,7 @@ def main() -> int:
     command = tyro.cli(Command, description=__doc__, config=(tyro.conf.ConsolidateSubcommandArgs,))
     if isinstance(command, Inspect):
         return verify(command.folder, command.data_pattern, describe=not isinstance(command, Verify))
-    check_build(command)
+    check_limits(command)
     try:
         meta = build_shards(
             command.parts(),
@@ -230,15 +234,3 @@ def main() -> int:
         print(f"{name}: {part['tokens']:,} tokens ({share:.2%}) from {part['documents']:,} documents")
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MiB")
     return 0
-
-
-def check_build(build: Build) -> None:
-    """BadInput for the first flag that is out of range."""
-    if not 257 <= build.vocab_size <= MAX_VOCAB_SIZE:
-        raise BadInput(f"--vocab-size {build.vocab_size}: must be 257 to {MAX_VOCAB_SIZE:,}; a token is a uint16")
-    if build.max_tokens is not None and build.max_tokens < 1:
-        raise BadInput(f"--max-tokens {build.max_tokens}: must be positive")
-    if isinstance(build, Text) and not build.paths:
-        raise BadInput("text: name at least one file or folder")
-    if not 0 < build.val_fraction < 1:
-        raise BadInput(f"--val-fraction {build.val_fraction}: must be between 0 and 1")

@@ -172,11 +172,7 @@ def free_slots(jobs: int | None) -> list[dict[str, str]]:
         raise BadInput("every GPU has more than a tenth of its memory in use; wait, or set CUDA_VISIBLE_DEVICES")
     else:
         slots = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus]
-    if jobs is None:
-        return slots
-    if jobs < 1:
-        raise BadInput(f"--jobs {jobs}: must be at least 1")
-    return [slots[i % len(slots)] for i in range(jobs)]
+    return slots if jobs is None else [slots[i % len(slots)] for i in range(jobs)]
 
 
 def _free_gpus() -> list[str] | None:

@@ -236,8 +236,8 @@ def test_different_seeds_give_a_different_order(split_shards):
 
 
 def test_iteration_gives_the_pure_batches_and_resumes_anywhere(split_shards):
-    said = []
-    loader = Loader(TokenStream(split_shards, "train"), 8, 64, seed=0, say=said.append)
+    lines = []
+    loader = Loader(TokenStream(split_shards, "train"), 8, 64, seed=0, say=lines.append)
     steps = 2 * loader.windows // 8 + 3
     for i in range(steps):
         np.testing.assert_array_equal(next(loader).numpy(), loader.batch(i))
@@ -249,10 +249,10 @@ def test_iteration_gives_the_pure_batches_and_resumes_anywhere(split_shards):
             other.load_state_dict(state)
             np.testing.assert_array_equal(next(other).numpy(), loader.batch(i + 1))
             other.close()
-            assert len(again) == ((i + 1) * 8 <= loader.windows < (i + 2) * 8)  # not said before it was stopped
+            assert len(again) == ((i + 1) * 8 <= loader.windows < (i + 2) * 8)  # not printed before it was stopped
     loader.close()
-    assert len(said) == 1
-    assert "starting another epoch" in said[0]
+    assert len(lines) == 1
+    assert "starting another epoch" in lines[0]
 
 
 def test_validation_is_always_the_first_tokens(split_shards):

@@ -71,9 +71,9 @@ def test_an_interrupted_suite_stops_its_runs_and_can_be_continued(tmp_path, shar
     )
     wait_until(lambda: len(list(tmp_path.glob("*/metrics.jsonl"))) >= 2)
     suite.send_signal(signal.SIGINT)
-    _, said = suite.communicate(timeout=60)
+    _, err = suite.communicate(timeout=60)
     assert suite.returncode == 130
-    assert "interrupted; run the same command to continue" in said
+    assert "interrupted; run the same command to continue" in err
     for folder in (path.parent for path in tmp_path.glob("*/metrics.jsonl")):
         assert (folder / "checkpoint.pt").exists()
         assert json.loads((folder / "summary.json").read_text())["status"] in ("stopped", "finished")
