@@ -257,64 +257,47 @@ def moe_base(scale: Scale, winners: Winners, optimizer: str) -> Fields:
     return {**scale.moe, "optimizer": optimizer, "lr": rate}
 
 
-def ablation(name: str, question: str, *, choices: Mapping[str, Fields], default: str) -> None:
-    """A suite that changes one setting of Muon on the mixture of experts and tests each choice against S4's, `default`,
-    at the best rate of Muon's sweep."""
-    (varies,) = {key for fields in choices.values() for key in fields}
+def ablation(
+    name: str, question: str, *, default: Any, labels: Mapping[Any, str] | None = None, **varied: tuple[Any, ...]
+) -> None:
+    """A suite that varies one setting of Muon on the mixture of experts, at the best rate of Muon's sweep.
 
-    @suite(name, question, source="S4", varies=varies, needs=("moe-lr-muon",))
+    Each value is tested against S4's, `default`. `labels` names values that read badly as setting and number.
+    """
+    ((setting, values),) = varied.items()
+    names = {v: v if isinstance(v, str) else f"{setting} {v:g}" for v in values} | (labels or {})
+
+    @suite(name, question, source="S4", varies=setting, needs=("moe-lr-muon",))
     def plan(scale: Scale, winners: Winners) -> list[Condition]:
         base = moe_base(scale, winners, "muon")
-        return [Condition(c, {**base, **f}, None if c == default else default) for c, f in choices.items()]
+        return [Condition(names[v], {**base, setting: v}, None if v == default else names[default]) for v in values]
 
 
-def _each(key: str, *values: Any) -> dict[str, Fields]:
-    return {f"{key} {value:g}" if isinstance(value, float | int) else str(value): {key: value} for value in values}
-
-
-ablation(
-    "moe-momentum",
-    "Which momentum should Muon have?",
-    choices=_each("momentum", 0.85, 0.9, 0.92, 0.95, 0.97, 0.99),
-    default="momentum 0.9",
-)
-ablation(
-    "moe-weight-decay",
-    "How much weight decay should Muon have?",
-    choices=_each("weight_decay", 0.0, 0.05, 0.1, 0.2),
-    default="weight_decay 0.1",
-)
-ablation(
-    "moe-ns-steps",
-    "How many Newton-Schulz steps are enough?",
-    choices=_each("ns_steps", 3, 5, 7, 10),
-    default="ns_steps 5",
-)
+ablation("moe-momentum", "Which momentum should Muon have?", momentum=(0.85, 0.9, 0.92, 0.95, 0.97, 0.99), default=0.9)
+ablation("moe-weight-decay", "How much weight decay should Muon have?", weight_decay=(0.0, 0.05, 0.1, 0.2), default=0.1)
+ablation("moe-ns-steps", "How many Newton-Schulz steps are enough?", ns_steps=(3, 5, 7, 10), default=5)
 ablation(
     "moe-nesterov",
     "Does Nesterov momentum help Muon?",
-    choices={"with Nesterov": {"nesterov": True}, "without Nesterov": {"nesterov": False}},
-    default="with Nesterov",
+    nesterov=(True, False),
+    default=True,
+    labels={True: "with Nesterov", False: "without Nesterov"},
 )
-ablation(
-    "moe-warmup",
-    "How long should the rate warm up, in steps?",
-    choices=_each("warmup", 0.0, 0.05, 0.1, 0.2),
-    default="warmup 0.05",
-)
+ablation("moe-warmup", "How long should the rate warm up, in steps?", warmup=(0.0, 0.05, 0.1, 0.2), default=0.05)
 ablation(
     "moe-schedule",
     "Which schedule is best for Muon?",
-    choices=_each("schedule", "cosine", "linear", "step", "constant"),
+    schedule=("cosine", "linear", "step", "constant"),
     default="cosine",
 )
 ablation(
     "moe-clip",
     "Does clipping the gradient matter to Muon?",
-    choices=_each("grad_clip", 0.5, 1.0, 2.0) | {"no clipping": {"grad_clip": 0.0}},
-    default="grad_clip 1",
+    grad_clip=(0.5, 1.0, 2.0, 0.0),
+    default=1.0,
+    labels={0.0: "no clipping"},
 )
-ablation("moe-min-lr", "How far should the rate fall?", choices=_each("min_lr", 0.01, 0.1, 0.5), default="min_lr 0.1")
+ablation("moe-min-lr", "How far should the rate fall?", min_lr=(0.01, 0.1, 0.5), default=0.1)
 
 
 @suite(
