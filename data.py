@@ -1,13 +1,12 @@
-"""uint16 shards -> batches: windows of the token stream, shuffled, filled by a thread; the validation tokens in order.
+"""uint16 shards -> batches: a token stream, cut into windows, shuffled, and read ahead by a thread.
 
     loader = Loader(TokenStream(open_shards(folder), "train"), batch_size=8, seq_len=2048, seed=0); next(loader)
-    python data.py embedded --out shards/mine          # the commands that build shards are in corpus/
+    python data.py embedded --out shards/mine          # commands that build and inspect shards, in corpus/
 
-Global batch i is a pure function of (files, seed, i, batch size), the same for every number of ranks; the whole state
-is two integers.
+Global batch i is a pure function of (files, seed, i, batch size), the same for every world size; the loader's state is
+two integers.
 """
 
-import queue
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,23 +19,23 @@ import numpy as np
 from corpus.shards import CHECKED_AT_ONCE_BYTES, HEADER_BYTES, SLOT_CRC32, Shards, check_payload, read_header
 from engine.cli import BadInput, RunFailed
 
-pass
-
 Packing = Literal["stream", "bos-aligned"]
 BATCHES_AHEAD = 2
-CHUNK_TOKENS = 2**21  # that are searched for documents at a time
+CHUNK_TOKENS = 2**21  # searched for documents at a time
 
 
 class TokenStream:
-    """One split's shards as one sequence of tokens, mapped into memory, each checked when it is first touched: a small
-    one before a token of it is given, a large one by a thread behind the reader."""
+    """One split's shards as one sequence of tokens, mapped into memory.
+
+    Each shard's checksum is checked at the first read from it: at once if it is small, else by a background thread.
+    """
 
     def __init__(self, shards: Shards, split: str) -> None:
         self.paths, self.vocab_size, self.eot_id = shards.files[split], shards.vocab_size, shards.eot_id
-        self.starts = np.concatenate(([0], np.cumsum(shards.counts[split])))
+        self.starts = np.concatenate(([0], np.cumsum(shards.counts[split])))  # of each shard in the stream, and the end
         self.maps: dict[int, tuple[np.ndarray, tuple[int, int, int]]] = {}
         self.damaged: BadInput | None = None
-        self._to_check: queue.Queue[tuple[Path, int]] = queue.Queue()
+        self._to_check: Queue[tuple[Path, int]] = Queue()
         self._checker: Thread | None = None
 
     def __len__(self) -> int:
@@ -58,8 +57,8 @@ class TokenStream:
         return out
 
     def payload(self, shard: int) -> np.ndarray:
-        """A shard's tokens; BadInput where the file is damaged, or is no longer the one that was opened: to read on in
-        one that was cut short would kill the process."""
+        """A shard's tokens; BadInput if the file is damaged or has changed since it was opened: reading the lost part
+        of a mapped file kills the process."""
         if self.damaged is not None:
             raise self.damaged
         path = self.paths[shard]
@@ -67,17 +66,17 @@ class TokenStream:
             found = path.stat()
             now = found.st_size, found.st_mtime_ns, found.st_ino
         except OSError as error:
-            raise BadInput(f"{path}: vanished while it was read ({error.strerror})") from None
+            raise BadInput(f"{path}: vanished while the run read it ({error.strerror})") from None
         if shard not in self.maps:
             header, payload = read_header(path), np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES)
             if len(payload) != self.starts[shard + 1] - self.starts[shard]:
-                raise BadInput(f"{path}: changed since the run opened it; start again with --resume when it is whole")
+                raise BadInput(f"{path}: changed since the run opened it; restore it and continue with --resume")
             self.maps[shard] = payload, now
             if header[SLOT_CRC32]:
                 self._check(path, int(header[SLOT_CRC32]), payload.nbytes)
         payload, opened = self.maps[shard]
         if now != opened:
-            raise BadInput(f"{path}: changed while it was read; start again with --resume when it is whole")
+            raise BadInput(f"{path}: changed while the run read it; restore it and continue with --resume")
         return payload
 
     def _check(self, path: Path, crc32: int, size: int) -> None:
@@ -99,35 +98,14 @@ class TokenStream:
                 self._to_check.task_done()
 
     def wait_until_checked(self) -> None:
-        """Return when every shard touched so far was checked; BadInput where one is damaged."""
+        """Return when every shard read so far has been checked; BadInput if one is damaged."""
         self._to_check.join()
         if self.damaged is not None:
             raise self.damaged
 
 
-def shuffle_index(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """A random bijection of 0 .. n-1, evaluated at `index` without ever holding the permutation.
-
-    A six-round Feistel network on the next even power of two, walked until the value falls below n.
-    """
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    keys = np.random.SeedSequence([seed, epoch]).generate_state(6, np.uint64)
-    out = index.astype(np.uint64)
-    walking = np.ones(len(out), dtype=bool)
-    while walking.any():
-        left, right = out[walking] >> half, out[walking] & mask
-        for key in keys:
-            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)
-            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
-        out[walking] = (left << half) | right
-        walking &= out >= n
-    return out.astype(np.int64)
-
-
 def document_starts(stream: TokenStream, eot_id: int) -> np.ndarray:
-    """Where the documents of a stream begin, int64: 8 bytes per document; reads every token once."""
+    """Positions of the documents' first tokens in a stream, int64; reads every token once."""
     found = [np.empty(0, np.int64)]
     for shard, first in enumerate(stream.starts[:-1]):
         for at in range(0, int(stream.starts[shard + 1] - first), CHUNK_TOKENS):
@@ -137,8 +115,8 @@ def document_starts(stream: TokenStream, eot_id: int) -> np.ndarray:
 
 
 def aligned_windows(starts: np.ndarray, tokens: int, seq_len: int) -> np.ndarray:
-    """First tokens of windows that each begin at a document and do not overlap: after a window comes the first document
-    that begins where it ends or later, so what is left of the one cut off is never seen."""
+    """Starts of windows that each begin at a document and do not overlap: the next window begins at the first document
+    that starts at or after the end of the last, so the rest of a document that was cut is not used."""
     following = np.searchsorted(starts, starts + seq_len)
     chosen, document = np.zeros(len(starts), bool), 0
     while document < len(starts) and starts[document] + seq_len < tokens:
@@ -147,16 +125,38 @@ def aligned_windows(starts: np.ndarray, tokens: int, seq_len: int) -> np.ndarray
     return starts[chosen]
 
 
+def shuffle_index(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """A random permutation of 0 .. n-1, evaluated at `index` without storing the permutation.
+
+    A six-round Feistel network permutes 0 .. 4^h - 1, the least such range that holds n; a value >= n is permuted again
+    until it is below n (cycle walking).
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = np.random.SeedSequence([seed, epoch]).generate_state(6, np.uint64)
+    out = index.astype(np.uint64)
+    walking = np.ones(len(out), dtype=bool)
+    while walking.any():
+        left, right = out[walking] >> half, out[walking] & mask
+        for key in keys:  # a round XORs the left half with a hash of right half and key, then swaps the halves
+            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+        out[walking] = (left << half) | right
+        walking &= out >= n
+    return out.astype(np.int64)
+
+
 class LoaderDied(RunFailed):
-    """No batch will come any more."""
+    """The data thread ended without a batch."""
 
 
 class Loader:
-    """Shuffled training batches, filled by a background thread.
+    """Shuffled training batches, read ahead by a background thread.
 
-    `packing` cuts the stream into windows of seq_len + 1 tokens: "stream" starts them seq_len apart, so that every
-    token is predicted once per epoch; "bos-aligned" starts each at a document, by the shards' eot_id, and leaves out
-    the `waste`, a share of the tokens. A rank reads its slice of the rows. The state is (epoch, position), in windows.
+    A window is seq_len + 1 tokens. With `packing` "stream" windows start seq_len apart, so each token is predicted once
+    per epoch; with "bos-aligned" each starts at a document, and `waste` is the share of tokens that this leaves out. A
+    rank reads its slice of the rows. The state is (epoch, position), in windows.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class Loader:
         self.windows = (len(stream) - 1) // seq_len
         if packing == "bos-aligned":
             if stream.eot_id is None:
-                raise BadInput(f"--packing bos-aligned: {folder} does not say by which token a document begins")
+                raise BadInput(f"--packing bos-aligned: {folder} does not name the token that begins a document")
             self.starts = aligned_windows(document_starts(stream, stream.eot_id), len(stream), seq_len)
             self.windows = len(self.starts)
         if self.windows < 1:
@@ -185,7 +185,7 @@ class Loader:
         self.waste = 1 - self.windows * seq_len / (len(stream) - 1)
         self.stream, self.batch_size, self.seq_len, self.seed = stream, batch_size, seq_len, seed
         self.rank, self.world_size, self.pin_memory, self.say = rank, world_size, pin_memory, say
-        self.consumed, self.said_wrap = 0, False
+        self.consumed, self.announced_epoch = 0, False  # windows given out by all ranks
         self._queue: Queue = Queue(maxsize=BATCHES_AHEAD)
         self._stop, self._thread = Event(), None
 
@@ -194,18 +194,19 @@ class Loader:
         return self._rows(i * self.batch_size)
 
     def _rows(self, first: int) -> np.ndarray:
+        """This rank's rows of the global batch that begins at window number `first`, counted over all epochs."""
         rows = self.batch_size // self.world_size
         counters = first + self.rank * rows + np.arange(rows)
         epochs, positions = np.divmod(counters, self.windows)
         windows = np.empty(rows, dtype=np.int64)
-        for epoch in np.unique(epochs):
+        for epoch in np.unique(epochs):  # two, if the batch crosses the end of one
             now = epochs == epoch
             windows[now] = shuffle_index(positions[now], self.windows, self.seed, int(epoch))
         starts = windows * self.seq_len if self.starts is None else self.starts[windows]
         return np.stack([self.stream.read(int(start), self.seq_len + 1) for start in starts])
 
     def __next__(self):
-        """The next batch as a CPU tensor, int32 (rows, seq_len + 1), pinned if asked for."""
+        """The next batch as a CPU tensor, int32 (rows, seq_len + 1), in pinned memory with `pin_memory`."""
         if self._thread is None:
             self._stop.clear()
             self._thread = Thread(target=self._fill, args=(self.consumed,), daemon=True, name="loader")
@@ -220,9 +221,10 @@ class Loader:
         if isinstance(item, BaseException):
             raise item
         self.consumed += self.batch_size
-        if self.consumed > self.windows and not self.said_wrap:
-            self.said_wrap = True
-            self.say(f"data: all {self.windows * self.seq_len:,} training tokens were seen once; going round again")
+        if self.consumed > self.windows and not self.announced_epoch:
+            self.announced_epoch = True
+            tokens = self.windows * self.seq_len
+            self.say(f"data: all {tokens:,} training tokens were seen once; starting another epoch")
         return item
 
     def _fill(self, first: int) -> None:
@@ -232,7 +234,7 @@ class Loader:
             try:
                 item = torch.from_numpy(self._rows(first))
                 item = item.pin_memory() if self.pin_memory else item
-            except Exception as error:  # handed to the consumer, who raises it
+            except Exception as error:  # raised by __next__
                 item = error
             while not self._stop.is_set():
                 try:
@@ -258,11 +260,11 @@ class Loader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.close()
         self.consumed = state["epoch"] * self.windows + state["position"]
-        self.said_wrap = self.consumed > self.windows
+        self.announced_epoch = self.consumed > self.windows
 
 
 def validation_batches(stream: TokenStream, tokens: int, seq_len: int, rows: int) -> Iterator[np.ndarray]:
-    """The first `tokens` tokens of the stream in order, int32 (<= rows, seq_len + 1); the same for every run."""
+    """The stream's first `tokens` tokens in order, as int32 (<= rows, seq_len + 1); the same for every run."""
     windows = min(tokens, len(stream) - 1) // seq_len
     for first in range(0, windows, rows):
         last = min(first + rows, windows)
@@ -270,6 +272,6 @@ def validation_batches(stream: TokenStream, tokens: int, seq_len: int, rows: int
 
 
 if __name__ == "__main__":
-    from corpus.commands import main  # tokenizers and datasets may be absent where shards are only read
+    from corpus.commands import main  # imported here: a machine that only trains needs neither tokenizers nor datasets
 
     sys.exit(main())

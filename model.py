@@ -24,10 +24,10 @@ from kernels.relu2_mlp import relu2_mlp
 
 INIT_STD = 0.02
 ROPE_BASE = 10_000.0
-EXPERT_PROJECTIONS = ("gate", "up", "down")  # those of which each expert has its own
+EXPERT_PROJECTIONS = ("gate", "up", "down")  # each expert has its own
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # gate: swiglu only
 KERNELS = frozenset(("cross_entropy", "relu2_mlp"))  # fused kernels that a training loss can use
-FLEX_MIN_HEAD_WIDTH = 16  # that Triton's dot takes; FlexAttention pads widths that are no power of two, as 48
+FLEX_MIN_HEAD_WIDTH = 16  # the least that Triton's dot takes; FlexAttention pads other widths, as 48, to a power of two
 # Stored (d_ff, d) like `up`, so that both are one batch for Muon; the map is the transpose.
 STORED_TRANSPOSED = ("down",)
 
@@ -36,8 +36,8 @@ STORED_TRANSPOSED = ("down",)
 class ModelConfig:
     """Shape of a model; every field is a count except `ffn` (activation) and `dropout` (probability).
 
-    `experts` 0 is a dense model. Of a mixture, each token goes to `top_k` experts, `balance` weighs the load-balancing
-    loss and `router_noise` is the standard deviation of what training adds to the router's logits.
+    `experts` 0 is a dense model. In a mixture each token goes to `top_k` experts, `balance` weighs the load-balancing
+    loss, and `router_noise` is the standard deviation of the noise that training adds to the router's logits.
     """
 
     d_model: int
@@ -81,19 +81,19 @@ ACTIVATIONS = {
     "silu": F.silu,
     "relu": F.relu,
     "gelu": F.gelu,
-    "swiglu": F.silu,  # of the gate, which then multiplies `up`
+    "swiglu": F.silu,  # applied to the gate, which then multiplies `up`
 }
 
 SIZES = {
-    "nano": ModelConfig(128, 4, 4, 2, 512, seq_len=256, ffn="relu2", qk_norm=True),
-    "11m": ModelConfig(192, 4, 6, 6, 768, seq_len=512),
-    "16m": ModelConfig(256, 4, 8, 8, 1024, seq_len=256),
-    "29m": ModelConfig(384, 6, 8, 8, 1536, seq_len=512),
-    "50m": ModelConfig(512, 8, 8, 8, 2048, seq_len=512),
-    "88m": ModelConfig(512, 22, 8, 4, 2048, seq_len=2048, ffn="relu2", qk_norm=True),
-    "108m": ModelConfig(768, 10, 16, 16, 3072, seq_len=512),
-    "moe-79m": ModelConfig(384, 6, 8, 8, 1536, seq_len=512, experts=8),
-    "moe-nano": ModelConfig(128, 2, 4, 4, 256, seq_len=256, qk_norm=True, experts=4),
+    "nano": ModelConfig(d_model=128, layers=4, heads=4, kv_heads=2, d_ff=512, seq_len=256, ffn="relu2", qk_norm=True),
+    "11m": ModelConfig(d_model=192, layers=4, heads=6, kv_heads=6, d_ff=768, seq_len=512),
+    "16m": ModelConfig(d_model=256, layers=4, heads=8, kv_heads=8, d_ff=1024, seq_len=256),
+    "29m": ModelConfig(d_model=384, layers=6, heads=8, kv_heads=8, d_ff=1536, seq_len=512),
+    "50m": ModelConfig(d_model=512, layers=8, heads=8, kv_heads=8, d_ff=2048, seq_len=512),
+    "88m": ModelConfig(d_model=512, layers=22, heads=8, kv_heads=4, d_ff=2048, seq_len=2048, ffn="relu2", qk_norm=True),
+    "108m": ModelConfig(d_model=768, layers=10, heads=16, kv_heads=16, d_ff=3072, seq_len=512),
+    "moe-79m": ModelConfig(d_model=384, layers=6, heads=8, kv_heads=8, d_ff=1536, seq_len=512, experts=8),
+    "moe-nano": ModelConfig(d_model=128, layers=2, heads=4, kv_heads=4, d_ff=256, seq_len=256, experts=4, qk_norm=True),
 }
 
 
@@ -137,11 +137,13 @@ class Bank(NamedTuple):
 
 
 def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
+    """x / sqrt(mean(x²)) along the last axis, times a learned gain."""
     return F.rms_norm(x, x.shape[-1:]) * gain.to(x.dtype)
 
 
 def rotary_table(seq_len: int, head_width: int) -> tuple[Tensor, Tensor]:
     """cos and sin (seq_len, head_width / 2) of position x frequency, positions along the time axis."""
+    # Pair i turns by base^(-2i / E) radians per position: the first pair fastest, the last slowest.
     frequencies = ROPE_BASE ** -(torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
     angles = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequencies)
     return angles.cos().float(), angles.sin().float()
@@ -150,24 +152,24 @@ def rotary_table(seq_len: int, head_width: int) -> tuple[Tensor, Tensor]:
 def rotate(x_BTHE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
     """Rotate the pairs (x_i, x_{i + E/2}) of every head by the angle of their time step."""
     cos, sin = cos_TE[:, None].to(x_BTHE.dtype), sin_TE[:, None].to(x_BTHE.dtype)
-    first, second = x_BTHE.chunk(2, dim=-1)
+    first, second = x_BTHE.chunk(2, dim=-1)  # a pair is one number of each half
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
 
 
 def fuses_masks(x: Tensor) -> bool:
-    """Whether FlexAttention applies a document mask and skips the blocks that it empties: where it is compiled for a
-    GPU. On a CPU it has no backward pass and eagerly it is slow; there SDPA reads the same mask, written out."""
+    """Whether FlexAttention applies a document mask and skips empty blocks: only where it is compiled for a GPU. On a
+    CPU it has no backward pass and without compilation it is slow, so SDPA reads the same mask as booleans there."""
     return x.is_cuda and torch.compiler.is_compiling()
 
 
 def document_mask(tokens_BT: Tensor, start: int) -> BlockMask | Tensor:
-    """What each token attends to: itself and what precedes it in its document, which begins at the last `start`.
+    """The keys that each token attends to: itself and the earlier tokens of its document.
 
-    Blocks for FlexAttention, or (B, 1, T, T) booleans for SDPA. What precedes the first `start` of a row is the rest of
-    a document.
+    Returns blocks for FlexAttention, or (B, 1, T, T) booleans for SDPA. A document begins at each `start`; the tokens
+    before the first `start` of a row are the rest of a document.
     """
     B, T = tokens_BT.shape
-    document_BT = (tokens_BT == start).cumsum(1)
+    document_BT = (tokens_BT == start).cumsum(1)  # numbers the documents of a row: +1 at each start
 
     def visible(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (document_BT[b, query] == document_BT[b, key])
@@ -179,8 +181,8 @@ def document_mask(tokens_BT: Tensor, start: int) -> BlockMask | Tensor:
 class Transformer(nn.Module):
     """A decoder of `config`'s shape. Weights are fp32; activations have `compute_dtype` (fp32 unless set).
 
-    `kernels` names the fused ones (of KERNELS) that training runs; validation runs none, so that none flatters a score.
-    With `document_start`, the token that documents begin with, attention stays within a document.
+    `kernels` names the fused kernels (of KERNELS) that training uses; validation uses none, so that no kernel flatters
+    a score. With `document_start`, the token that begins each document, attention stays within a document.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
@@ -194,6 +196,7 @@ class Transformer(nn.Module):
         if config.ffn == "swiglu":
             stored["gate"] = (config.d_ff, D)
         stored |= {"up": (config.d_ff, D), "down": (config.d_ff, D)}
+        # Projections of one stored shape share a bank, so that Muon orthogonalises them in one batch.
         members: dict[tuple[int, ...], list[str]] = {}
         for name, shape in stored.items():
             if config.experts and name in EXPERT_PROJECTIONS:
@@ -215,11 +218,11 @@ class Transformer(nn.Module):
             nn.init.normal_(matrix, std=INIT_STD)
         if config.experts:
             self.router = nn.Parameter(torch.empty(L, config.experts, D).normal_(std=INIT_STD))
-            # How many choices of the last forward fell on each expert.
+            # Choices per expert in the last forward pass.
             self.register_buffer("expert_counts", torch.zeros(L, config.experts, dtype=torch.long), persistent=False)
 
     def banks(self) -> list[Bank]:
-        """Every block matrix, grouped by stored shape; the embedding, the gains and the router are in none."""
+        """Every block matrix, grouped by stored shape; embedding, gains and router belong to no bank."""
         return [Bank(p, tuple(name.split("_")), self.config.layers) for name, p in self.weights.items()]
 
     def places(self) -> Iterator[Place]:
@@ -238,9 +241,9 @@ class Transformer(nn.Module):
                         yield Place(layer, name, expert, number, place, transposed)
 
     def projections(self, tensors: Sequence[Tensor] | None = None) -> Iterator[Projection]:
-        """Each block matrix as its (out, in) map, layer by layer; views, so they follow the weights.
+        """Each block matrix as its (out, in) map, layer by layer; a view, so it follows the weights.
 
-        `tensors`, one shaped like each of `banks()`, are mapped in place of the weights: gradients, or a copy.
+        `tensors`, one in the shape of each bank, are mapped instead of the weights: gradients, or a copy.
         """
         tensors = [bank.parameter for bank in self.banks()] if tensors is None else tensors
         for place in self.places():
@@ -254,6 +257,7 @@ class Transformer(nn.Module):
         overwritten in place.
         """
         c, dtype = self.config, self.compute_dtype
+        # Banks -> for each projection its matrix of every layer.
         per_layer: dict[str, tuple[Tensor, ...]] = {}
         for bank in self.banks():
             matrices = bank.parameter.to(dtype).unbind(0)  # one cast, and one stack for the gradient
@@ -261,11 +265,13 @@ class Transformer(nn.Module):
                 per_layer[name] = matrices[i * c.layers : (i + 1) * c.layers]
 
         mask = None if self.document_start is None else document_mask(tokens_BT, self.document_start)
+        # Rows of the embedding are scaled by sqrt(D), since the same small matrix is the output head.
         x = F.embedding(tokens_BT, self.embedding).to(dtype) * c.d_model**0.5
         x = self._drop(x)
         counts, balance = [], 0.0
         for layer in range(c.layers):
             w = {name: matrices[layer] for name, matrices in per_layer.items()}
+            # x + attention(norm(x)), then x + ffn(norm(x)): each block adds to the residual stream.
             x = x + self._drop(self._attention(rms_norm(x, self.attention_gain[layer]), w, layer, mask))
             h = rms_norm(x, self.ffn_gain[layer])
             if c.experts:
@@ -279,6 +285,7 @@ class Transformer(nn.Module):
         if c.experts:
             self.expert_counts.copy_(torch.stack(counts))
         x = rms_norm(x, self.final_gain)
+        # The tied head: logits are inner products with the rows of the embedding.
         if targets_BT is not None and "cross_entropy" in self.kernels and self.training:
             loss = linear_cross_entropy(x.flatten(0, 1), self.embedding.to(dtype), targets_BT.flatten())
             return loss + balance if c.experts else loss
@@ -290,24 +297,30 @@ class Transformer(nn.Module):
 
     def _attention(self, x: Tensor, w: dict[str, Tensor], layer: int, mask: BlockMask | Tensor | None) -> Tensor:
         (B, T, _), E = x.shape, self.config.head_width
+        # Project to H query heads and K key/value heads of width E.
         q = F.linear(x, w["q"]).view(B, T, -1, E)
         k = F.linear(x, w["k"]).view(B, T, -1, E)
         v = F.linear(x, w["v"]).view(B, T, -1, E)
+        # QK-norm: unit-scale queries and keys with a learned gain bound the attention logits.
         if self.config.qk_norm:
             q, k = rms_norm(q, self.q_gain[layer]), rms_norm(k, self.k_gain[layer])
+        # RoPE: after it q · k depends on the distance in time alone.
         q, k = rotate(q, self.cos_TE[:T], self.sin_TE[:T]), rotate(k, self.cos_TE[:T], self.sin_TE[:T])
+        # Grouped queries: H / K query heads share one key/value head.
         sharing = q.shape[2] // k.shape[2]
-        written_out = isinstance(mask, Tensor)
-        # No memory-efficient kernel takes shared heads in fp32 or with a mask.
-        if q.is_cuda and (written_out or (mask is None and q.dtype == torch.float32)):
+        dense_mask = isinstance(mask, Tensor)
+        # No memory-efficient kernel takes shared heads in fp32 or with a mask: copy the shared heads there.
+        if q.is_cuda and (dense_mask or (mask is None and q.dtype == torch.float32)):
             k, v = k.repeat_interleave(sharing, dim=2), v.repeat_interleave(sharing, dim=2)
             sharing = 1
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if mask is None or written_out:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, T, H, E) -> (B, H, T, E)
+        # softmax(q kᵀ / sqrt(E)) v over the visible keys.
+        if mask is None or dense_mask:
             options = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": sharing > 1}
             y = F.scaled_dot_product_attention(q, k, v, **options)
         else:
             y = flex_attention(q, k, v, block_mask=mask, enable_gqa=sharing > 1)
+        # Join the heads and mix them.
         return F.linear(y.transpose(1, 2).reshape(B, T, -1), w["o"])
 
     def _ffn(self, x: Tensor, w: dict[str, Tensor]) -> Tensor:
@@ -316,28 +329,31 @@ class Transformer(nn.Module):
         activation = ACTIVATIONS[self.config.ffn]
         up = F.linear(x, w["up"])
         hidden = activation(F.linear(x, w["gate"])) * up if "gate" in w else activation(up)
-        return hidden @ w["down"]
+        return hidden @ w["down"]  # stored transposed, so no .mT
 
     def _mixture(self, x_ND: Tensor, w: dict[str, Tensor], layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The chosen experts' outputs (N, D), weighted; how often each was chosen (X,); the load-balancing loss.
+        """The weighted sum of the chosen experts' outputs (N, D); choices per expert (X,); the load-balancing loss.
 
-        Weights are the softmax over the chosen logits alone (which is the softmax over all, renormalised), in fp32.
         The loss is balance X sum_e f_e P_e (Fedus et al. 2021): f_e the share of the choices, P_e the mean probability.
         """
         c = self.config
+        # Router: a logit per token and expert, in fp32. P_e is the mean over tokens, before any noise.
         logits_NX = F.linear(x_ND.float(), self.router[layer])
         probabilities_X = logits_NX.softmax(-1).mean(0)
         if c.router_noise and self.training:
             logits_NX = logits_NX + c.router_noise * torch.randn_like(logits_NX)
         chosen_NR, experts_NR = logits_NX.topk(c.top_k)
+        # Copy each token to its R experts, sorted by expert, so that one grouped matmul serves them all.
         routing = Routing(experts_NR, c.experts)
         x = routing.send(x_ND)
         activation = ACTIVATIONS[c.ffn]
         up = grouped_matmul(x, w["up"].mT, routing.offsets)
         gated = "gate" in w
         hidden = activation(grouped_matmul(x, w["gate"].mT, routing.offsets)) * up if gated else activation(up)
+        # Back to token order; weights are the softmax over the chosen logits: that over all, renormalised.
         y_NRD = routing.collect(grouped_matmul(hidden, w["down"], routing.offsets))
         y_ND = (y_NRD * chosen_NR.softmax(-1).to(y_NRD.dtype)[..., None]).sum(1)
+        # Least when f and P are uniform: it pulls probability away from the experts that get most tokens.
         shares_X = routing.counts.to(probabilities_X.dtype) / experts_NR.numel()
         return y_ND, routing.counts, c.balance * c.experts * (shares_X * probabilities_X).sum()
 
@@ -348,7 +364,7 @@ class Transformer(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def active_parameter_count(self) -> int:
-        """Parameters that one token meets: all but the experts it does not go to."""
+        """Parameters active for one token: all but the experts that it is not sent to."""
         return self.parameter_count() - self._idle_count()
 
     def matmul_parameter_count(self) -> int:
@@ -357,7 +373,7 @@ class Transformer(nn.Module):
         return self.embedding.numel() + router + sum(p.numel() for p in self.weights.values())
 
     def active_matmul_parameter_count(self) -> int:
-        """Those of them that multiply one token's activations."""
+        """Parameters that multiply one token's activations."""
         return self.matmul_parameter_count() - self._idle_count()
 
     def _idle_count(self) -> int:

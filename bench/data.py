@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 from corpus import shards
-from corpus.build import Part, batches, build_shards
+from corpus.build import MixPart, batches, build_shards
 from corpus.documents import load_tokenizer
 from corpus.shards import SPLITS, open_shards
 from corpus.sources import TextFiles, embedded_documents
@@ -73,7 +73,7 @@ def builder(folder: Path, megabytes: float, repeats: int) -> dict[str, Any]:
     texts = texts_of(megabytes)
     source = folder / "text.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    parts = [Part("text", TextFiles([source]))]
+    parts = [MixPart("text", TextFiles([source]))]
     build_shards(lambda: iter(texts[:400]), folder / "first", source="bench", vocab_size=VOCAB_SIZE, val_fraction=0.1)
     tokenizer = str(folder / "first" / shards.TOKENIZER)
     encoder = load_tokenizer(tokenizer)

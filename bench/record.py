@@ -119,7 +119,7 @@ def make(a: Make) -> int:
         launcher.Job(
             name=f"{a.model}-{optimizer}-{seed}",
             flags=(*flags, "--optimizer", optimizer, "--seed", str(seed)),
-            updates=math.ceil(a.tokens / settings.batch_tokens),
+            steps=math.ceil(a.tokens / settings.batch_tokens),
             tokens=a.tokens,
             runs_dir=where,
         )

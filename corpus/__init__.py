@@ -1,1 +1,1 @@
-"""Text -> token shards: sources, documents, the build, the format, and a look into what was built."""
+"""Text -> token shards: sources, documents, the build, the shard format, and checks of what was built."""

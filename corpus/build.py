@@ -1,9 +1,9 @@
 """Tokenise documents into a folder of shards: on every core, in order, and resumable to the byte.
 
-    build_shards([Part("mine", TextFiles(files))], out, source="text mine", vocab_size=4096)
+    build_shards([MixPart("mine", TextFiles(files))], out, source="text mine", vocab_size=4096)
 
-A thread per source reads and hashes ahead, two more tokenise (the tokenizer itself uses all cores), this one mixes,
-deduplicates and writes. Memory: a few batches, and 8 to 16 bytes per document. python data.py is the command.
+One thread per source reads and hashes ahead, two tokenise (the tokenizer itself uses all cores), and the main thread
+mixes, deduplicates and writes. Memory: a few batches, and 8 to 16 bytes per document. The command is python data.py.
 """
 
 import contextlib
@@ -37,15 +37,15 @@ from corpus.sources import Document, Repeated, Source
 from engine.cli import BadInput, make_folder
 from engine.files import load_json, write_json, write_whole, writing
 
-RECORD, HASHES = "build.json", "hashes.bin"  # of an unfinished build: how far it is, which documents it has seen
+RECORD, HASHES = "build.json", "hashes.bin"  # of an unfinished build: its state, and the hashes of its documents
 BATCH_DOCUMENTS, BATCH_CHARS = 16_384, 2_000_000  # per call of the tokenizer: enough for every core
-BATCHES_AHEAD, ENCODERS = 2, 2  # one turns token ids into arrays while the other has the cores
-SAVE_SECONDS = 5.0  # of work that an interruption may cost
+BATCHES_AHEAD, ENCODERS = 2, 2  # one encoder turns ids into arrays while the other uses the cores
+SAVE_SECONDS = 5.0  # the most work that an interruption loses
 
 
 @dataclass(frozen=True)
-class Part:
-    """A source, what to call it, and the share of the tokens that come from it."""
+class MixPart:
+    """A source in a mix: its name, and its share of the tokens."""
 
     name: str
     source: Source
@@ -53,7 +53,7 @@ class Part:
 
 
 def build_shards(
-    documents: Callable[[], Iterable[Document]] | Sequence[Part],
+    documents: Callable[[], Iterable[Document]] | Sequence[MixPart],
     out: Path,
     *,
     source: str,
@@ -65,33 +65,33 @@ def build_shards(
 ) -> dict[str, Any]:
     """Tokenise documents into shards, tokenizer.json and meta.json under `out`; returns meta.
 
-    `documents` are the parts of a mix, or a function that gives the same ones at each call. A tokenizer is trained on
-    them unless one is named. `max_tokens` counts both splits, end-of-text included. Works in `out`.partial and renames
-    at the end; an interrupted build goes on there when called again with the same arguments and `identity` of the
-    input. BadInput for what the user can mend, CannotWrite for a full disk.
+    `documents` are the parts of a mix, or a function that gives the same documents at each call. A tokenizer is trained
+    on them unless one is named. `max_tokens` counts both splits, end-of-text included. The build works in `out`.partial
+    and renames it at the end; after an interruption, a call with the same arguments and the same `identity` of the
+    input continues there. BadInput for what the user can fix, CannotWrite for a full disk.
     """
-    parts = [Part(source, Repeated(documents))] if callable(documents) else documents
+    parts = [MixPart(source, Repeated(documents))] if callable(documents) else documents
     if out.exists():
-        raise BadInput(f"{out}: exists already; delete it or choose another --out")
+        raise BadInput(f"{out}: already exists; delete it or choose another --out")
     partial = out.with_name(out.name + ".partial")
-    asked = {"source": source, "tokenizer": tokenizer, "vocab_size": vocab_size, "max_tokens": max_tokens}
-    asked |= {"val_fraction": val_fraction, "input": digest([identity, [[p.name, p.share] for p in parts]])}
+    request = {"source": source, "tokenizer": tokenizer, "vocab_size": vocab_size, "max_tokens": max_tokens}
+    request |= {"val_fraction": val_fraction, "input": digest([identity, [[p.name, p.share] for p in parts]])}
     make_folder(partial, exist_ok=True)
     with _locked(partial):
-        record = _unfinished(partial, asked)
+        record = _unfinished(partial, request)
         build = None
         try:
             if record is None:
                 encoder = _new_tokenizer(parts, tokenizer, vocab_size, val_fraction)
                 write_whole(partial / TOKENIZER, lambda file: file.write(encoder.to_str(pretty=True)), mode="w")
-                record = {"asked": asked, "saved": None}
+                record = {"asked": request, "saved": None}
                 write_json(partial / RECORD, record)
             build = _Build(partial, parts, record)
             build.write(f"building {out}")
             meta = build.finish()
         except BaseException:
             if not (record and record["saved"]) and not (build and build.saved_tokens):
-                shutil.rmtree(partial, ignore_errors=True)  # nothing in it is worth going on from
+                shutil.rmtree(partial, ignore_errors=True)  # nothing is saved that a later call could use
             raise
         finally:
             if build is not None:
@@ -105,19 +105,19 @@ def build_shards(
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """BadInput where another build works in the folder."""
+    """Hold a lock on the folder; BadInput if another build holds it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise BadInput(f"{folder}: another build is at work there") from None
+        raise BadInput(f"{folder}: another build is running there") from None
     finally:
         os.close(descriptor)
 
 
-def _unfinished(partial: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """The record of an unfinished build, None where there is none; BadInput where it is of another one."""
+def _unfinished(partial: Path, request: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of an unfinished build, None if there is none; BadInput if another build left it."""
     if not (partial / RECORD).exists():
         for path in partial.iterdir():
             if path.suffix not in (".bin", ".tmp") and path.name != TOKENIZER:
@@ -126,18 +126,21 @@ def _unfinished(partial: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
             path.unlink()
         return None
     record = load_json(partial / RECORD)
-    theirs = record.get("asked")
-    if not isinstance(theirs, dict) or "saved" not in record:
+    old = record.get("asked")
+    if not isinstance(old, dict) or "saved" not in record:
         raise BadInput(f"{partial / RECORD}: not the record of an unfinished build; delete {partial}")
-    changed = [f"{key} was {theirs.get(key)}, is {asked[key]}" for key in asked if theirs.get(key) != asked[key]]
+    changed = ", ".join(
+        f"{key} was {old.get(key)}, is {request[key]}" for key in request if old.get(key) != request[key]
+    )
     if changed:
-        said = ", ".join(changed)
-        raise BadInput(f"{partial}: an unfinished build of something else ({said}); delete it or choose another --out")
+        raise BadInput(
+            f"{partial}: an unfinished build of something else ({changed}); delete it or choose another --out"
+        )
     return record
 
 
-def _new_tokenizer(parts: Sequence[Part], name: str | None, vocab_size: int, val_fraction: float):
-    """The named tokenizer, or one trained on each part's share; BadInput where shards cannot hold its tokens."""
+def _new_tokenizer(parts: Sequence[MixPart], name: str | None, vocab_size: int, val_fraction: float):
+    """The named tokenizer, or one trained on each part's share; BadInput if shards cannot hold its tokens."""
     if name is not None:
         encoder = load_tokenizer(name)
     else:
@@ -156,13 +159,13 @@ def _new_tokenizer(parts: Sequence[Part], name: str | None, vocab_size: int, val
 
 
 def _vocabulary(encoder: Any) -> tuple[int, int | None]:
-    """How many ids a tokenizer uses, and which one ends a text."""
+    """Number of ids of a tokenizer, and its end-of-text id."""
     vocabulary = encoder.get_vocab(with_added_tokens=True)
     return max(vocabulary.values()) + 1, next((vocabulary[name] for name in EOT_NAMES if name in vocabulary), None)
 
 
 class _Encode:
-    """Documents to arrays of uint16, each with the end-of-text id before it."""
+    """Turns documents into arrays of uint16, each with the end-of-text id in front."""
 
     def __init__(self, encoder: Any) -> None:
         self.encoder = encoder
@@ -182,9 +185,8 @@ class _Encode:
     def own_ids(self, ids: np.ndarray) -> np.ndarray:
         """A pre-tokenised document without the end-of-text ids at its ends."""
         if ids.max(initial=0) >= self.vocab_size:
-            raise BadInput(
-                f"token id {ids.max()} in a vocabulary of {self.vocab_size:,}; is --tokenizer the dataset's?"
-            )
+            known = f"a vocabulary of {self.vocab_size:,}"
+            raise BadInput(f"token id {ids.max()} in {known}; is --tokenizer the one that made the ids?")
         inside = np.flatnonzero(ids != self.eot_id)
         return ids[inside[0] : inside[-1] + 1] if len(inside) else ids[:0]
 
@@ -192,9 +194,9 @@ class _Encode:
 class _Feed:
     """One part's documents, read, hashed and tokenised ahead by a thread and the pool."""
 
-    def __init__(self, part: Part, encode: _Encode, pool: ThreadPoolExecutor, state: dict[str, Any]) -> None:
+    def __init__(self, part: MixPart, encode: _Encode, pool: ThreadPoolExecutor, state: dict[str, Any]) -> None:
         self.part, self.encode, self.pool = part, encode, pool
-        self.begin, self.used = state["begin"], state["used"]  # of the present batch: where it begins, what is done
+        self.begin, self.used = state["begin"], state["used"]  # current batch: its position, how many are written
         self.tokens, self.documents = state["tokens"], state["documents"]
         self.hashes: np.ndarray = np.empty(0, np.uint64)
         self.known, self.encoded = np.empty(0, bool), []
@@ -208,13 +210,13 @@ class _Feed:
         return {key: getattr(self, key) for key in ("begin", "used", "tokens", "documents")}
 
     def fetch(self) -> bool:
-        """Take the next batch; False where there is none."""
+        """Take the next batch; False if there is none."""
         item = self._queue.get()
         if isinstance(item, BaseException):
             raise item
         if item is None:
             return False
-        self.used = 0 if self.fetched else self.used  # the first batch of a resumed build is begun already
+        self.used = 0 if self.fetched else self.used  # a resumed build has written some of its first batch
         self.fetched = True
         self.begin, self.hashes, future = item
         self.encoded = future.result()
@@ -248,7 +250,7 @@ class _Feed:
 
 
 def batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Documents in lists that suit the tokenizer."""
+    """Documents in lists of a size that suits the tokenizer."""
     batch, chars = [], 0
     for document in documents:
         batch.append(document)
@@ -261,15 +263,15 @@ def batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 class _Build:
-    """Writes shards into `folder` from the feeds; all its state can be saved between any two documents."""
+    """Writes shards into `folder` from the feeds; its state can be saved between any two documents."""
 
-    def __init__(self, folder: Path, parts: Sequence[Part], record: dict[str, Any]) -> None:
-        self.folder, self.asked = folder, record["asked"]
+    def __init__(self, folder: Path, parts: Sequence[MixPart], record: dict[str, Any]) -> None:
+        self.folder, self.request = folder, record["asked"]
         encode = _Encode(load_tokenizer(str(folder / TOKENIZER)))
         self.vocab_size, self.eot_id = encode.vocab_size, encode.eot_id
         self.writers = {split: ShardWriter(folder, split, self.vocab_size, self.eot_id) for split in SPLITS}
         self.counts = {"train": 0, "val": 0, "duplicates": 0}
-        self.seen, self.recent = SeenHashes(), set()  # all hashes of earlier batches; those since
+        self.seen, self.recent = SeenHashes(), set()  # hashes of earlier batches; of the documents since
         self.unsaved, self.saved_hashes, self.saved_tokens = [], 0, 0
         feeds = [{"begin": None, "used": 0, "tokens": 0, "documents": 0} for _ in parts]
         if record["saved"] is not None:
@@ -302,31 +304,29 @@ class _Build:
         return sum(writer.tokens for writer in self.writers.values())
 
     def write(self, description: str) -> None:
-        """Documents into shards until a part is used up or the tokens are enough; BadInput says what is kept."""
+        """Write documents until a part is used up or max_tokens are reached; BadInput tells what is kept."""
         try:
             self._write(description)
         except BadInput as error:
             if not self.saved_tokens:
                 raise
-            kept = f"{self.saved_tokens:,} tokens are kept in {self.folder}; the same command on the same input goes on"
-            raise BadInput(f"{error}; {kept}") from None
+            kept = f"{self.saved_tokens:,} tokens are kept in {self.folder}"
+            raise BadInput(f"{error}; {kept}; run the same command to continue") from None
 
     def _write(self, description: str) -> None:
         from tqdm import tqdm
 
-        most, last_save = self.asked["max_tokens"], time.monotonic()
+        most, fraction, last_save = self.request["max_tokens"], self.request["val_fraction"], time.monotonic()
         left = (sys.maxsize if most is None else most) - self.tokens
-        fraction = self.asked["val_fraction"]
         with tqdm(total=most, initial=self.tokens, unit="tok", unit_scale=True, desc=description, disable=None) as bar:
             while left:
-                feed = min(self.feeds, key=lambda feed: feed.tokens / feed.part.share)  # the one most behind
+                feed = min(self.feeds, key=lambda feed: feed.tokens / feed.part.share)  # furthest behind its share
                 if not self._has_document(feed):
                     if len(self.feeds) > 1:
-                        said = f"{feed.part.name}: used up after {feed.tokens:,} tokens, so the mix ends"
-                        bar.write(said, file=sys.stderr)
+                        end = f"{feed.part.name}: used up after {feed.tokens:,} tokens, so the mix ends"
+                        bar.write(end, file=sys.stderr)
                     return
-                now = time.monotonic()
-                if now - last_save > SAVE_SECONDS:
+                if time.monotonic() - last_save > SAVE_SECONDS:
                     self._save()
                     last_save = time.monotonic()
                 place, feed.used = feed.used, feed.used + 1
@@ -344,7 +344,7 @@ class _Build:
                 bar.update(len(tokens))
 
     def _has_document(self, feed: _Feed) -> bool:
-        """Fetch what is needed for the next document; False where the part is used up."""
+        """Fetch a batch if the feed needs one; False if the part is used up."""
         while feed.used == len(feed.hashes) or not feed.fetched:
             if not feed.fetch():
                 return False
@@ -352,7 +352,7 @@ class _Build:
         return True
 
     def _note_recent(self) -> None:
-        """Move the newest hashes where whole batches are looked up."""
+        """Move the recent hashes into `seen` and look up every feed's batch in it."""
         recent = np.fromiter(self.recent, np.uint64, len(self.recent))
         self.seen.add(recent)
         self.unsaved.append(recent)
@@ -361,7 +361,7 @@ class _Build:
             feed.known = self.seen.known(feed.hashes)
 
     def _save(self) -> None:
-        """Force everything up to here to disk, then say so: an interrupted build goes on from the last such moment."""
+        """Force everything so far to disk, then record it: an interrupted build continues from the last record."""
         writers = {split: writer.save() for split, writer in self.writers.items()}
         self._note_recent()
         path = self.folder / HASHES
@@ -373,26 +373,26 @@ class _Build:
         self.unsaved = []
         saved = {"writers": writers, "counts": self.counts, "hashes": self.saved_hashes}
         saved["parts"] = [feed.state() for feed in self.feeds]
-        write_json(self.folder / RECORD, {"asked": self.asked, "saved": saved})
+        write_json(self.folder / RECORD, {"asked": self.request, "saved": saved})
         self.saved_tokens = self.tokens
 
     def finish(self) -> dict[str, Any]:
-        """Close the shards and describe them."""
+        """Close the shards and write meta.json."""
         for split, writer in self.writers.items():
             writer.close()
             if not writer.tokens:
-                source = self.asked["source"]
-                raise BadInput(f"{source}: no document fell into {split}; give more text or another --val-fraction")
+                advice = "give more text or another --val-fraction"
+                raise BadInput(f"{self.request['source']}: no document fell into {split}; {advice}")
         sha256 = self.writers["train"].sha256 | self.writers["val"].sha256
         meta = {
-            "tokenizer": self.asked["tokenizer"] or f"byte-level BPE trained on {self.asked['source']}",
+            "tokenizer": self.request["tokenizer"] or f"byte-level BPE trained on {self.request['source']}",
             "vocab_size": self.vocab_size,
             "eot_id": self.eot_id,
-            "source": self.asked["source"],
+            "source": self.request["source"],
             "train_tokens": self.writers["train"].tokens,
             "val_tokens": self.writers["val"].tokens,
             "documents": self.counts,
-            "split": {"val_fraction": self.asked["val_fraction"], "rule": "blake2b-64 of the document's text"},
+            "split": {"val_fraction": self.request["val_fraction"], "rule": "blake2b-64 of the document's text"},
             "sha256": sha256,
         }
         if len(self.feeds) > 1:

@@ -1,25 +1,25 @@
-"""Token shards: build them from text, look into them, stream them into a run.
+"""Build token shards from text, and inspect them.
 
-    python data.py embedded --out shards/stdlib          # the Python sources of this machine, no network
+    python data.py embedded --out shards/stdlib          # the Python sources on this machine, no network
     python data.py text notes.txt corpus.parquet --out shards/mine
     python data.py hf smollm-mix --max-tokens 1e9 --out shards/smollm-1b
     python data.py inspect shards/mine
 
-This file is the command and the front door: sources.py says where text comes from, build.py makes shards of it,
-shardfiles.py has the format, loader.py the batches. An interrupted build goes on with the same command.
+To continue an interrupted build, run the same command again.
 """
 
 import difflib
 import resource
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from corpus import inspection
-from corpus.build import Part, build_shards
+from corpus.build import MixPart, build_shards
+from corpus.inspection import verify
 from corpus.shards import MAX_VOCAB_SIZE, TRAIN_PATTERN, digest
 from corpus.sources import (
     Column,
@@ -31,17 +31,19 @@ from corpus.sources import (
     stamp,
     text_files,
 )
-from engine.cli import BadInput, CannotWrite, Count, exit_with_a_sentence
+from engine.cli import AT_LEAST_1, BadInput, CannotWrite, Count, Limit, check_limits, exit_with_a_sentence
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A known mix: (dataset, configuration, share of the tokens), and the tokenizer that goes with it."""
+    """A known mix: (dataset, configuration, share of the tokens) of each part, and the tokenizer for it."""
 
     parts: tuple[tuple[str, str, float], ...]
     tokenizer: str = "HuggingFaceTB/SmolLM2-135M"  # vocabulary 49,152
 
 
+VOCAB_SIZES = Limit(f"must be 257 to {MAX_VOCAB_SIZE:,}; a token is a uint16", lambda n: 257 <= n <= MAX_VOCAB_SIZE)
+PROPER_SHARE = Limit("must be above 0 and below 1", lambda share: 0 < share < 1)
 SMOLLM = "HuggingFaceTB/smollm-corpus"
 PRESETS = {
     "smollm-mix": Preset(((SMOLLM, "fineweb-edu-dedup", 0.7), (SMOLLM, "cosmopedia-v2", 0.3))),
@@ -53,30 +55,44 @@ PRESETS = {
 @dataclass(kw_only=True)
 class Build:
     out: Path
-    """Folder to create for the shards."""
-    vocab_size: int = 49_152
-    """Entries of the tokenizer to train, 257 to 65,536; 4096 suits the nano model."""
+    """Create this folder for the shards."""
+    vocab_size: Annotated[int, VOCAB_SIZES] = 49_152
+    """Train a tokenizer of this many entries, 257 to 65,536; 4096 suits the nano model."""
     tokenizer: str | None = None
-    """A tokenizer.json or a hub name to use instead of training one."""
-    max_tokens: Count | None = None
+    """Use this tokenizer.json or hub name instead of training a tokenizer."""
+    max_tokens: Annotated[Count, AT_LEAST_1] | None = None
     """Stop after this many tokens, both splits and end-of-text ids included."""
-    val_fraction: float = 0.02
-    """Share of the documents that goes to validation, by the hash of their text."""
+    val_fraction: Annotated[float, PROPER_SHARE] = 0.02
+    """Put this share of the documents into validation, by the hash of their text."""
 
-    def identity(self) -> str:
-        """What tells apart inputs of one name."""
-        return ""
+
+@dataclass(kw_only=True)
+class BuildFromRows(Build):
+    text_column: str = "text"
+    """Read the text from this column; .txt files have none."""
+    ids_column: str | None = None
+    """Read token ids from this column, if --tokenizer has tokenised the data already."""
+
+    def column(self) -> Column:
+        if self.ids_column is None:
+            return Column(self.text_column)
+        if self.tokenizer is None:
+            raise BadInput(f"--ids-column {self.ids_column}: needs the --tokenizer that made the ids")
+        return Column(self.ids_column, ids=True)
+
+    def digest_of(self, files: Iterable[Path]) -> str:
+        return digest([self.text_column, self.ids_column, stamp(files)])
 
 
 @dataclass(kw_only=True)
 class Embedded(Build):
-    """The Python sources on this machine: real text without a network."""
+    """Build from the Python sources on this machine: real text without a network."""
 
     scope: Literal["stdlib", "all"] = "stdlib"
-    """The standard library, or site-packages too."""
+    """Read the standard library, or site-packages too."""
 
-    def parts(self) -> list[Part]:
-        return [Part(self.source(), Repeated(lambda: embedded_documents(self.scope)))]
+    def parts(self) -> list[MixPart]:
+        return [MixPart(self.source(), Repeated(lambda: embedded_documents(self.scope)))]
 
     def source(self) -> str:
         return f"embedded {self.scope} of Python {sys.version.split()[0]}"
@@ -86,103 +102,93 @@ class Embedded(Build):
 
 
 @dataclass(kw_only=True)
-class Text(Build):
-    """Local .txt and .jsonl (also .gz, .zst) and .parquet files, or folders of them."""
+class Text(BuildFromRows):
+    """Build from local .txt and .jsonl (also .gz, .zst) and .parquet files, or folders of them."""
 
     paths: tyro.conf.Positional[tuple[Path, ...]]
-    """Files or folders; a row, or a 64 KiB piece of a .txt, is a document."""
-    text_column: str = "text"
-    """Column of .jsonl and .parquet that holds the text."""
-    ids_column: str | None = None
-    """Column that holds token ids, for data that --tokenizer has tokenised already."""
+    """Read these files and folders; a row, or a 64 KiB piece of a .txt, is a document."""
 
-    def parts(self) -> list[Part]:
-        return [Part(self.source(), TextFiles(text_files(self.paths), column(self)))]
+    def parts(self) -> list[MixPart]:
+        if not self.paths:
+            raise BadInput("text: name at least one file or folder")
+        return [MixPart(self.source(), TextFiles(text_files(self.paths), self.column()))]
 
     def source(self) -> str:
         return "text " + " ".join(map(str, self.paths))
 
     def identity(self) -> str:
-        return digest([self.text_column, self.ids_column, stamp(text_files(self.paths))])
+        return self.digest_of(text_files(self.paths))
 
 
 @dataclass(kw_only=True)
-class Hub(Build):
-    """Hugging Face datasets, streamed: one, a mix of several, or smollm-mix, cosmopedia, fineweb-edu."""
+class Hub(BuildFromRows):
+    """Build from streamed Hugging Face datasets: one, a mix of several, or smollm-mix, cosmopedia, fineweb-edu."""
 
     names: tyro.conf.Positional[tuple[str, ...]]
-    """Dataset names on the hub, local folders that `datasets` understands, or one of the presets."""
+    """Stream these datasets: names on the hub, local folders that `datasets` understands, or one preset."""
     config: tuple[str, ...] = ()
-    """Configuration of each dataset."""
+    """Use this configuration of each dataset."""
     shares: tuple[float, ...] = ()
-    """Share of the tokens that comes from each dataset (default: equal ones)."""
+    """Take this share of the tokens from each dataset (default: equal shares)."""
     split: str = "train"
-    """Split of the datasets."""
-    text_column: str = "text"
-    """Column that holds the text."""
-    ids_column: str | None = None
-    """Column that holds token ids, for data that --tokenizer has tokenised already."""
+    """Read this split of the datasets."""
 
     def __post_init__(self) -> None:
-        if len(self.names) == 1 and self.names[0] in PRESETS:
-            self.tokenizer = self.tokenizer or PRESETS[self.names[0]].tokenizer
+        if self.preset():
+            self.tokenizer = self.tokenizer or self.preset().tokenizer
 
-    def parts(self) -> list[Part]:
+    def preset(self) -> Preset | None:
+        return PRESETS.get(self.names[0]) if len(self.names) == 1 else None
+
+    def parts(self) -> list[MixPart]:
+        return [
+            MixPart(" ".join(filter(None, (name, config))), hub_dataset(name, config, self.split, self.column()), share)
+            for name, config, share in self.datasets()
+        ]
+
+    def datasets(self) -> Sequence[tuple[str, str | None, float]]:
+        """Name, configuration and share of each dataset; BadInput if the flags do not fit each other."""
+        count = len(self.names)
         if not self.names:
             raise BadInput(f"hf: name a dataset, or a preset: {', '.join(PRESETS)}")
-        if len(self.names) == 1 and self.names[0] in PRESETS:
+        if self.preset():
             if self.config or self.shares:
                 raise BadInput(f"hf {self.names[0]}: a preset has its own --config and --shares")
-            wanted = PRESETS[self.names[0]].parts
-        else:
-            for flag, given in (("--config", self.config), ("--shares", self.shares)):
-                if given and len(given) != len(self.names):
-                    raise BadInput(f"{flag}: {len(given)} given for {len(self.names)} datasets")
-            if len(set(zip(self.names, self.config or self.names, strict=True))) < len(self.names):
-                raise BadInput(f"hf {' '.join(self.names)}: names a dataset twice")
-            if not all(0 < share < float("inf") for share in self.shares):
-                raise BadInput(f"--shares {' '.join(map(str, self.shares))}: must be positive numbers")
-            count = len(self.names)
-            for name in self.names:  # a hub's names have an owner, but for a few old ones
-                near = () if "/" in name or Path(name).exists() else difflib.get_close_matches(name, PRESETS)
-                if near:
-                    raise BadInput(f"hf {name}: no such preset; did you mean {near[0]}?")
-            wanted = tuple(zip(self.names, self.config or (None,) * count, self.shares or (1.0,) * count, strict=True))
-        return [
-            Part(" ".join(filter(None, (name, config))), hub_dataset(name, config, self.split, column(self)), share)
-            for name, config, share in wanted
-        ]
+            return self.preset().parts
+        for flag, given in (("--config", self.config), ("--shares", self.shares)):
+            if given and len(given) != count:
+                raise BadInput(f"{flag}: {len(given)} given for {count} datasets")
+        if len(set(zip(self.names, self.config or self.names, strict=True))) < count:
+            raise BadInput(f"hf {' '.join(self.names)}: names a dataset twice")
+        if not all(0 < share < float("inf") for share in self.shares):
+            raise BadInput(f"--shares {' '.join(map(str, self.shares))}: must be positive numbers")
+        for name in self.names:  # a dataset's name has an owner in front, except for a few old datasets
+            near = () if "/" in name or Path(name).exists() else difflib.get_close_matches(name, PRESETS)
+            if near:
+                raise BadInput(f"hf {name}: no such preset; did you mean {near[0]}?")
+        return list(zip(self.names, self.config or (None,) * count, self.shares or (1.0,) * count, strict=True))
 
     def source(self) -> str:
         shares = ("shares " + " ".join(map(str, self.shares)),) if self.shares else ()
         return " ".join(("hf", *self.names, *self.config, self.split, *shares))
 
     def identity(self) -> str:
-        local = [path for name in self.names for path in sorted(Path(name).rglob("*")) if path.is_file()]
-        return digest([self.text_column, self.ids_column, stamp(local)])
-
-
-def column(build: Text | Hub) -> Column:
-    if build.ids_column is None:
-        return Column(build.text_column)
-    if build.tokenizer is None:
-        raise BadInput(f"--ids-column {build.ids_column}: needs the --tokenizer that made the ids")
-    return Column(build.ids_column, ids=True)
+        return self.digest_of(path for name in self.names for path in sorted(Path(name).rglob("*")) if path.is_file())
 
 
 @dataclass(kw_only=True)
 class Inspect:
-    """Print what a folder of shards holds, and check all of it."""
+    """Describe a folder of shards and check all of it."""
 
     folder: tyro.conf.Positional[Path]
-    """Folder of shards, ours or llm.c's."""
+    """Read this folder of shards, ours or llm.c's."""
     data_pattern: str = TRAIN_PATTERN
-    """File names of the training shards; the validation shards' are the same with val for train."""
+    """Match the file names of training shards; validation shards have val in place of train."""
 
 
 @dataclass(kw_only=True)
 class Verify(Inspect):
-    """Check every header, checksum and token of a folder of shards; the exit code is 1 where one is damaged."""
+    """Check every header, checksum and token of a folder of shards; the exit code is 1 if one is damaged."""
 
 
 Command = (
@@ -198,9 +204,8 @@ Command = (
 def main() -> int:
     command = tyro.cli(Command, description=__doc__, config=(tyro.conf.ConsolidateSubcommandArgs,))
     if isinstance(command, Inspect):
-        look = inspection.verify if isinstance(command, Verify) else inspection.inspect
-        return look(command.folder, command.data_pattern)
-    check_build(command)
+        return verify(command.folder, command.data_pattern, describe=not isinstance(command, Verify))
+    check_limits(command)
     try:
         meta = build_shards(
             command.parts(),
@@ -216,9 +221,7 @@ def main() -> int:
         print(f"error: {full}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(
-            "stopped; the same command goes on from what was saved, if it was at work for long enough", file=sys.stderr
-        )
+        print("interrupted; run the same command to continue from the last save", file=sys.stderr)
         return 130
     documents = meta["documents"]
     print(
@@ -231,19 +234,3 @@ def main() -> int:
         print(f"{name}: {part['tokens']:,} tokens ({share:.2%}) from {part['documents']:,} documents")
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MiB")
     return 0
-
-
-def check_build(build: Build) -> None:
-    """BadInput for the first flag out of its range."""
-    if not 257 <= build.vocab_size <= MAX_VOCAB_SIZE:
-        raise BadInput(f"--vocab-size {build.vocab_size}: must be 257 to {MAX_VOCAB_SIZE:,}; a token is a uint16")
-    if build.max_tokens is not None and build.max_tokens < 1:
-        raise BadInput(f"--max-tokens {build.max_tokens}: must be positive")
-    if isinstance(build, Text) and not build.paths:
-        raise BadInput("text: name at least one file or folder")
-    if not 0 < build.val_fraction < 1:
-        raise BadInput(f"--val-fraction {build.val_fraction}: must lie between 0 and 1")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

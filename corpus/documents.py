@@ -1,6 +1,8 @@
-"""Documents on their way into shards: which of them are new, on which side of the split each falls, who tokenises them.
+"""Documents before they become shards: duplicates, the train/validation split, and the tokenizer.
 
-Both answers depend on a document's content alone; what is held is 8 to 16 bytes per document.
+    is_validation(content_hash(text), fraction); tokenizer = train_tokenizer(texts, vocab_size)
+
+Duplicates and split depend on a document's content alone; memory is 8 to 16 bytes per document.
 """
 
 import hashlib
@@ -13,11 +15,11 @@ import numpy as np
 from corpus.sources import Document
 from engine.cli import BadInput, first_line
 
-MAX_TOKENIZER_BYTES = 2**27  # the largest published ones have 30 MB
+MAX_TOKENIZER_BYTES = 2**27  # the largest published tokenizers have 30 MB
 EOT = "<|endoftext|>"
 EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>")
-TRAIN_CHARS = 200_000_000  # of text that a new tokenizer is trained on, at most
-LONG_WORD = re.compile(r"\S{8192}")  # cut there for training, whose time is quadratic in the longest word
+TRAIN_CHARS = 200_000_000  # the most text that a new tokenizer is trained on
+LONG_WORD = re.compile(r"\S{8192}")  # split in the training text: training time is quadratic in the longest word
 
 
 class SeenHashes:
@@ -26,20 +28,16 @@ class SeenHashes:
     def __init__(self) -> None:
         self.runs: list[np.ndarray] = []
 
-    def add(self, hashes: np.ndarray) -> np.ndarray:
-        """Boolean mask of the hashes not seen before, in this call or an earlier one."""
-        fresh = np.zeros(len(hashes), dtype=bool)
-        fresh[np.unique(hashes, return_index=True)[1]] = True
-        fresh &= ~self.known(hashes)
-        if fresh.any():
-            self.runs.append(np.sort(hashes[fresh]))
+    def add(self, hashes: np.ndarray) -> None:
+        """Add hashes that differ from each other and from all in the set."""
+        if len(hashes):
+            self.runs.append(np.sort(hashes))
         while len(self.runs) > 1 and len(self.runs[-2]) <= 2 * len(self.runs[-1]):
             last = self.runs.pop()
             self.runs[-1] = np.sort(np.concatenate((self.runs[-1], last)))
-        return fresh
 
     def known(self, hashes: np.ndarray) -> np.ndarray:
-        """Boolean mask of the hashes seen in an earlier call."""
+        """Boolean mask of the hashes that are in the set."""
         found = np.zeros(len(hashes), dtype=bool)
         for run in self.runs:
             at = np.minimum(np.searchsorted(run, hashes), len(run) - 1)
@@ -48,16 +46,16 @@ class SeenHashes:
 
 
 def content_hash(document: Document) -> int:
-    """64 bits of a text's UTF-8 bytes, or of its token ids; BadInput for what is no Unicode text."""
+    """64-bit hash of a text's UTF-8 bytes, or of its token ids; BadInput if it is not Unicode text."""
     try:
         content = document.encode("utf-8") if isinstance(document, str) else document.tobytes()
     except UnicodeEncodeError:
-        raise BadInput(f"a document holds a lone surrogate and is no Unicode text: {document[:40]!a}…") from None
+        raise BadInput(f"a document holds a lone surrogate and is not Unicode text: {document[:40]!a}…") from None
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def is_validation(text_hash: int, fraction: float) -> bool:
-    """The side of a document depends on its text alone, so no text is on both sides."""
+    """Whether a document belongs to validation: its text alone decides, so no text is on both sides."""
     return text_hash < fraction * 2**64
 
 
@@ -72,8 +70,8 @@ def load_tokenizer(name: str):
     try:
         tokenizer = Tokenizer.from_file(name) if Path(name).exists() else Tokenizer.from_pretrained(name)
     except Exception as error:  # the library raises bare Exception for every fault
-        mend = "" if Path(name).exists() else "; a hub name needs a network"
-        raise BadInput(f"--tokenizer {name}: cannot be loaded ({first_line(error)}){mend}") from None
+        advice = "" if Path(name).exists() else "; a hub name needs a network"
+        raise BadInput(f"--tokenizer {name}: cannot be loaded ({first_line(error)}){advice}") from None
     tokenizer.no_truncation()  # hub tokenizers often carry a maximum length
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
@@ -97,7 +95,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
 
 
 def training_sample(documents: Iterator[str], val_fraction: float, most_chars: int = TRAIN_CHARS) -> Iterator[str]:
-    """Training documents up to so many characters: the tokenizer does not see the validation text."""
+    """Training documents up to `most_chars` characters: the tokenizer does not see the validation text."""
     chars = 0
     for text in documents:
         if not is_validation(content_hash(text), val_fraction):

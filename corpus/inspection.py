@@ -1,15 +1,14 @@
-"""What a folder of token shards holds, and whether it is whole: python data.py inspect DIR, python data.py verify DIR.
+"""Describe a folder of token shards and find every damaged file in it.
 
-One pass over every byte, a few MB at a time. Unlike open_shards it goes on after a damaged file, so that all are named.
+    python data.py inspect DIR; python data.py verify DIR
+
+One pass over every byte, a few MB at a time. Unlike open_shards it continues after a damaged file, to name them all.
 """
 
-import contextlib
 import hashlib
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -31,12 +30,12 @@ from corpus.shards import (
 )
 from engine.cli import BadInput
 
-FIRST_TOKENS = 120  # that are decoded and shown
+FIRST_TOKENS = 120  # decoded and shown
 
 
 @dataclass
-class Found:
-    """What one pass over a split's payloads saw."""
+class SplitContents:
+    """Counts from one pass over the tokens of a split."""
 
     tokens: int = 0
     lowest: int = 2**16
@@ -44,7 +43,7 @@ class Found:
     used: np.ndarray = field(default_factory=lambda: np.zeros(2**16, bool))
     starts: list[np.ndarray] = field(default_factory=list)
     shards: int = 0
-    unchecked: int = 0  # of them, those that carry no checksum
+    unchecked: int = 0  # shards without a checksum
 
     def add(self, tokens: np.ndarray, eot_id: int | None) -> None:
         if len(tokens):
@@ -60,8 +59,8 @@ class Found:
         return np.diff(starts, append=self.tokens)
 
 
-def check(path: Path, digests: dict[str, str], vocab_size: int, eot_id: int | None, found: Found) -> None:
-    """Read one shard whole into `found`; BadInput that says what is wrong with it."""
+def check(path: Path, digests: dict[str, str], vocab_size: int, eot_id: int | None, found: SplitContents) -> None:
+    """Read a whole shard and add it to `found`; BadInput names the damage."""
     header = read_header(path)
     crc, sha256, highest = 0, hashlib.sha256(header.tobytes()), -1
     for chunk in payload_chunks(path):
@@ -80,88 +79,78 @@ def check(path: Path, digests: dict[str, str], vocab_size: int, eot_id: int | No
     found.unchecked += not header[SLOT_CRC32] and path.name not in digests
 
 
-@dataclass
-class Examination:
-    """A whole folder: what was seen of each split, and a sentence for everything that is wrong."""
+def examine(folder: Path, pattern: str) -> tuple[list[str], Shards | None, dict[str, SplitContents]]:
+    """Read every byte of a folder of shards: a sentence for each damage, the opened shards, the contents of each split.
 
-    found: dict[str, Found]
-    damaged: list[str]
-    shards: Shards | None  # None where they cannot be opened
-
-
-def examine(folder: Path, pattern: str = TRAIN_PATTERN) -> Examination:
-    """Read every byte of a folder of shards. BadInput where there are none."""
+    BadInput if the folder has no shards; the shards can be None only if something is damaged.
+    """
     files = find_shards(folder, pattern)
-    damaged, meta, shards = [], None, None
-    with contextlib.suppress(BadInput):  # what is wrong is found below, all of it
+    damaged, meta, shards, refusal = [], None, None, ""
+    try:
         shards = open_shards(folder, pattern)
+    except BadInput as wrong:  # it stops at the first damage; the loop below names each
+        refusal = str(wrong)
     try:
         meta = read_meta(folder / META) if (folder / META).exists() else None
         if meta and pattern == TRAIN_PATTERN:
             check_names(folder, set(meta["sha256"]), {path.name for paths in files.values() for path in paths})
     except BadInput as wrong:
         damaged.append(str(wrong))
-    found = {split: Found() for split in SPLITS}
+    vocab_size, eot_id = (shards.vocab_size, shards.eot_id) if shards else (2**16, None)
+    found = {split: SplitContents() for split in SPLITS}
     for split in SPLITS:
         for path in files[split]:
             try:
-                vocab_size = shards.vocab_size if shards else 2**16
-                eot_id = shards.eot_id if shards else None
                 check(path, meta["sha256"] if meta else {}, vocab_size, eot_id, found[split])
             except BadInput as wrong:
                 damaged.append(str(wrong))
         promised = meta and pattern == TRAIN_PATTERN and meta.get(f"{split}_tokens")
         if promised and not damaged and promised != found[split].tokens:
             damaged.append(f"{folder / META}: promises {promised} {split} tokens, the files hold {found[split].tokens}")
-    if not damaged and shards is None:
-        try:
-            open_shards(folder, pattern)
-        except BadInput as wrong:
-            damaged.append(str(wrong))
-    return Examination(found, damaged, shards)
+    if refusal and not damaged:
+        damaged.append(refusal)
+    return damaged, shards, found
 
 
-def verify(folder: Path, pattern: str = TRAIN_PATTERN, say: Callable[[str], None] = print) -> int:
-    """Name everything that is damaged in a folder of shards; 1 if there is something, else 0."""
-    return _judge(folder, examine(folder, pattern), say)
+def verify(folder: Path, pattern: str = TRAIN_PATTERN, describe: bool = False) -> int:
+    """Print a line for each damage in a folder of shards, or that it is whole; returns the exit code, 1 if damaged.
 
-
-def _judge(folder: Path, seen: Examination, say: Callable[[str], None]) -> int:
-    for line in seen.damaged:
-        say(f"damaged: {line}")
-    if seen.damaged:
+    With `describe` print first, of whole shards, counts, vocabulary range, document statistics and the first text.
+    """
+    damaged, shards, found = examine(folder, pattern)
+    for line in damaged:
+        print(f"damaged: {line}")
+    if damaged:
         return 1
-    unchecked, tokens = (sum(getattr(f, key) for f in seen.found.values()) for key in ("unchecked", "tokens"))
-    count = sum(f.shards for f in seen.found.values())
-    few = f", {'none' if unchecked == count else count - unchecked} of them with a checksum to compare"
-    without = few if unchecked else ", every checksum matches"
-    say(f"{folder}: {plural(count)}, {tokens:,} tokens{without}")
+    if describe:
+        print_description(folder, shards, found)
+    unchecked, tokens = (sum(getattr(f, key) for f in found.values()) for key in ("unchecked", "tokens"))
+    count = sum(f.shards for f in found.values())
+    checked = "every checksum matches"
+    if unchecked:
+        checked = f"{'none' if unchecked == count else count - unchecked} of them with a checksum to compare"
+    print(f"{folder}: {plural(count)}, {tokens:,} tokens, {checked}")
     return 0
 
 
-def inspect(folder: Path, pattern: str = TRAIN_PATTERN, say: Callable[[str], None] = print) -> int:
-    """Print counts, vocabulary range, document statistics and the first text of whole shards; then as `verify`."""
-    seen = examine(folder, pattern)
-    if seen.shards is not None and not seen.damaged:
-        shards = seen.shards
-        meta = read_meta(folder / META) if (folder / META).exists() else {}
-        say(f"{folder}: {meta.get('source', 'shards without meta.json, taken for GPT-2 tokens')}")
-        eot = "unknown" if shards.eot_id is None else shards.eot_id
-        say(f"vocabulary {shards.vocab_size:,}, end-of-text {eot}, fingerprint {shards.fingerprint}")
-        for split in SPLITS:
-            say(describe(split, shards, seen.found[split]))
-        text = first_text(folder, shards)
-        if text is not None:
-            say(f"first text: {text!r}")
-    return _judge(folder, seen, say)
+def print_description(folder: Path, shards: Shards, found: dict[str, SplitContents]) -> None:
+    meta = read_meta(folder / META) if (folder / META).exists() else {}
+    print(f"{folder}: {meta.get('source', 'shards without meta.json, assumed to hold GPT-2 tokens')}")
+    eot = "unknown" if shards.eot_id is None else shards.eot_id
+    print(f"vocabulary {shards.vocab_size:,}, end-of-text {eot}, fingerprint {shards.fingerprint}")
+    for split in SPLITS:
+        print(split_line(split, shards, found[split]))
+    if (folder / TOKENIZER).exists():
+        tokens = np.fromfile(shards.files["train"][0], "<u2", FIRST_TOKENS, offset=HEADER_BYTES).tolist()
+        text = load_tokenizer(str(folder / TOKENIZER)).decode(tokens, skip_special_tokens=False)
+        print(f"first text: {text!r}")
 
 
 def plural(shards: int) -> str:
     return f"{shards} shard{'s' * (shards != 1)}"
 
 
-def describe(split: str, shards: Shards, found: Found) -> str:
-    """A split in one line."""
+def split_line(split: str, shards: Shards, found: SplitContents) -> str:
     used = int(found.used.sum())
     parts = [f"{split}: {found.tokens:,} tokens in {plural(len(shards.files[split]))}"]
     parts.append(f"ids {found.lowest} to {found.highest} ({used:,} different, {used / shards.vocab_size:.1%})")
@@ -173,11 +162,3 @@ def describe(split: str, shards: Shards, found: Found) -> str:
             f"95 % up to {most:,.0f}, longest {lengths.max():,})"
         )
     return "; ".join(parts)
-
-
-def first_text(folder: Path, shards: Shards) -> str | None:
-    """The beginning of the training text, None without a tokenizer beside it."""
-    if not (folder / TOKENIZER).exists():
-        return None
-    tokens: Any = np.fromfile(shards.files["train"][0], "<u2", FIRST_TOKENS, offset=HEADER_BYTES)
-    return load_tokenizer(str(folder / TOKENIZER)).decode(tokens.tolist(), skip_special_tokens=False)

@@ -1,9 +1,9 @@
-"""Token shards on disk: llm.c's .bin, ours with a vocabulary, an end-of-text id and a checksum in the header.
+"""Token shards on disk: llm.c's .bin format; ours add vocabulary size, end-of-text id and checksum to the header.
 
-    open_shards(folder) checks every header; TokenStream(shards, "train").read(start, count) gives tokens, mapped
+    shards = open_shards(folder)             # checks every header; data.TokenStream reads the tokens
 
 A shard is 256 little-endian int32 (magic, version, token count, then our extras; zero = absent) and uint16 tokens.
-Nothing is held in memory; a damaged file is named, and every token is checked before a checkpoint vouches for it.
+Reading holds a few MB; a damaged file is named in the error.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ HEADER_BYTES = HEADER_INTS * 4
 SLOT_VOCAB_SIZE, SLOT_EOT_ID, SLOT_CRC32 = 3, 4, 5
 SHARD_TOKENS = 10**8
 MAX_VOCAB_SIZE = 2**16  # a token is a uint16
-GPT2_VOCAB_SIZE, GPT2_EOT_ID = 50_257, 50_256  # what published llm.c shards hold; they do not say so themselves
+GPT2_VOCAB_SIZE, GPT2_EOT_ID = 50_257, 50_256  # of published llm.c shards, whose headers do not name a vocabulary
 SPLITS = ("train", "val")
 TRAIN_PATTERN = "*train_*.bin"
 META, TOKENIZER = "meta.json", "tokenizer.json"
@@ -95,13 +95,13 @@ class ShardWriter:
             self._finish()
 
     def abandon(self) -> None:
-        """Let go of the open file, as it is."""
+        """Close the unfinished file as it is."""
         if self.file is not None:
-            with contextlib.suppress(OSError):  # what a full disk had no room for is tried again
+            with contextlib.suppress(OSError):  # closing writes the buffer, which a full disk refuses again
                 self.file.close()
 
     def save(self) -> dict[str, Any]:
-        """Force to disk what was written so far; where that is, for `resume`."""
+        """Force the tokens written so far to disk; the returned state is what `resume` needs."""
         self._write_waiting()
         state = {"tokens": self.tokens, "sha256": dict(self.sha256), "open_tokens": 0, "crc": 0}
         if self.file is not None:
@@ -112,7 +112,7 @@ class ShardWriter:
         return state
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state: what was written after it is cut off. BadInput where less is left."""
+        """Continue from a saved state and cut off what was written after it. BadInput if the file is shorter."""
         self.tokens, self.sha256, self.crc, self.count = (state[k] for k in ("tokens", "sha256", "crc", "open_tokens"))
         path = self.path
         for later in self.folder.glob(f"{self.split}_*.bin"):
@@ -133,7 +133,7 @@ def digest(value: object) -> str:
 
 
 def _ends(path: Path) -> str:
-    """Hash of the first and last MB: what tells apart shards that come without checksums."""
+    """Hash of the first and last MB, to tell shards without checksums apart."""
     with path.open("rb") as file:
         first = file.read(2**20)
         file.seek(-min(2**20, path.stat().st_size), os.SEEK_END)
@@ -145,7 +145,7 @@ class Shards:
     """A folder of shards whose headers were checked; payloads are checked when a stream first opens them."""
 
     vocab_size: int
-    eot_id: int | None  # None where the shards do not say how a document begins
+    eot_id: int | None  # the token that begins a document; None where the shards do not name it
     fingerprint: str
     files: dict[str, list[Path]]
     counts: dict[str, list[int]]
@@ -174,7 +174,8 @@ def read_header(path: Path) -> np.ndarray:
 
 
 def find_shards(folder: Path, pattern: str = TRAIN_PATTERN) -> dict[str, list[Path]]:
-    """The shard files of each split; `pattern` names the training shards, with val for train the validation shards."""
+    """The shard files of each split; `pattern` matches the training shards, and the validation shards with val for
+    train."""
     if "train" not in pattern or "/" in pattern:
         raise BadInput(f"--data-pattern {pattern}: must be a file name with train in it, such as fineweb_train_*.bin")
     if not folder.is_dir():
@@ -185,13 +186,13 @@ def find_shards(folder: Path, pattern: str = TRAIN_PATTERN) -> dict[str, list[Pa
     files = {split: [p for p in held if fnmatch.fnmatchcase(p.name, patterns[split])] for split in SPLITS}
     for split in SPLITS:
         if not files[split]:
-            mend = "build it with python data.py" if pattern == TRAIN_PATTERN else "is --data-pattern right?"
-            raise BadInput(f"{folder}: no {patterns[split].lstrip('*')} in it; {mend}")
+            advice = "build it with python data.py" if pattern == TRAIN_PATTERN else "is --data-pattern right?"
+            raise BadInput(f"{folder}: no {patterns[split].lstrip('*')} in it; {advice}")
     return files
 
 
 def open_shards(folder: Path, pattern: str = TRAIN_PATTERN) -> Shards:
-    """Find the shards of a folder, ours or llm.c's, and check every header; reads no payload."""
+    """Find the shards of a folder, ours or llm.c's, and check every header; does not read the tokens."""
     files = find_shards(folder, pattern)
     headers = {path: read_header(path) for paths in files.values() for path in paths}
     kinds = {(int(h[SLOT_VOCAB_SIZE]), int(h[SLOT_EOT_ID])) for h in headers.values()}
@@ -219,25 +220,26 @@ def open_shards(folder: Path, pattern: str = TRAIN_PATTERN) -> Shards:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """A folder's meta.json, as far as reading shards depends on it."""
+    """A folder's meta.json, with the entries that reading shards needs checked."""
     meta = load_json(path, MAX_META_BYTES)
     vocab_size, fingerprint, digests = (meta.get(key) for key in ("vocab_size", "fingerprint", "sha256"))
     if type(vocab_size) is not int or not isinstance(fingerprint, str) or not isinstance(digests, dict):
         raise BadInput(f"{path}: not a description of shards (vocab_size, fingerprint and sha256 are needed)")
     if not isinstance(meta.get("eot_id"), int | None):
-        raise BadInput(f"{path}: its eot_id is no token id")
+        raise BadInput(f"{path}: its eot_id is not a token id")
     return meta
 
 
 def check_names(folder: Path, named: set[str], held: set[str]) -> None:
-    """BadInput where a folder holds other shards than its meta.json names."""
+    """BadInput if a folder holds other shards than its meta.json names."""
     for wrong, words in ((named - held, "is missing"), (held - named, "is not in its meta.json")):
         if wrong:
             raise BadInput(f"{folder}: {', '.join(sorted(wrong))} {words}")
 
 
 def payload_chunks(path: Path) -> Iterator[bytes]:
-    """The tokens of a shard as bytes, read, not mapped: a file cut short meanwhile gives fewer, not a dead process."""
+    """The tokens of a shard as bytes. They are read, not mapped: touching the lost part of a mapped file that was cut
+    short meanwhile would kill the process."""
     try:
         with path.open("rb") as file:
             file.seek(HEADER_BYTES)
@@ -248,7 +250,7 @@ def payload_chunks(path: Path) -> Iterator[bytes]:
 
 
 def check_payload(path: Path, crc32: int) -> None:
-    """BadInput unless the tokens of a shard have this checksum."""
+    """BadInput unless the tokens of a shard have this CRC32."""
     found = 0
     for chunk in payload_chunks(path):
         found = zlib.crc32(chunk, found)

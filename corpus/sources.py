@@ -1,10 +1,12 @@
 """Where documents come from: this machine's Python files, local text, Hugging Face datasets, and mixes of them.
 
-A source's `open(position)` gives an iterator of documents (str, or the token ids of a pre-tokenised dataset) that knows
-its `position()`, a JSON value from which `open` goes on, so that an interrupted build neither repeats nor loses one.
-Nothing is held but the current piece; a dropped connection is taken up again where it broke.
+    for document in TextFiles([path]).open(): ...      # text, or the token ids of a pre-tokenised dataset
+
+A source knows its `position()`, a JSON value from which `open` continues, so that an interrupted build neither repeats
+nor loses a document. Only the current piece is in memory; reading continues where a connection broke.
 """
 
+import contextlib
 import io
 import itertools
 import os
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 from tqdm import tqdm
@@ -25,13 +27,16 @@ from engine.cli import BadInput, first_line
 
 Document = str | np.ndarray
 PIECE_BYTES = 64 * 1024  # a longer .txt is cut at the next newline
-OPENING = Lock()  # `datasets` looks for files in threads of its own and takes away tqdm's lock after: one at a time
-RETRIES, LONGEST_WAIT_SECONDS = 10, 60  # of a lost connection: 1 + 2 + 4 + ... s, five minutes in all
-TRANSPORTS = {"httpx2", "httpx", "httpcore2", "httpcore", "requests", "urllib3", "aiohttp"}  # who raise their own kinds
+OPENING = Lock()  # one dataset at a time: `datasets` lists files in threads and deletes tqdm's lock when it is done
+RETRIES, LONGEST_WAIT_SECONDS = 10, 60  # after a lost connection: waits of 1, 2, 4, ... s, five minutes in all
+TRANSPORTS = {"httpx2", "httpx", "httpcore2", "httpcore", "requests", "urllib3", "aiohttp"}  # raise errors of their own
 
 
-class Reader(Protocol):
-    """Documents in order, from a position on."""
+class Source(Protocol):
+    """A fixed sequence of documents that can be read from any position."""
+
+    def open(self, position: Any = None) -> Self:
+        """The documents from a position on (default: all of them)."""
 
     def __iter__(self) -> Iterator[Document]: ...
 
@@ -39,25 +44,15 @@ class Reader(Protocol):
         """Where the next document begins; a JSON value."""
 
 
-class Source(Protocol):
-    """A fixed sequence of documents."""
-
-    def open(self, position: Any = None) -> Reader: ...
-
-
-@dataclass(frozen=True)
+@dataclass
 class Repeated:
-    """Documents from a function that gives the same ones at each call; its position is how many were read."""
+    """Documents from a function that gives the same ones at each call; the position counts those already read."""
 
     make: Callable[[], Iterable[Document]]
+    read: int = 0
 
-    def open(self, position: int | None = None) -> "_Counted":
-        return _Counted(self.make, position or 0)
-
-
-class _Counted:
-    def __init__(self, make: Callable[[], Iterable[Document]], read: int) -> None:
-        self.make, self.read = make, read
+    def open(self, position: int | None = None) -> "Repeated":
+        return Repeated(self.make, position or 0)
 
     def __iter__(self) -> Iterator[Document]:
         for document in itertools.islice(self.make(), self.read, None):
@@ -69,7 +64,7 @@ class _Counted:
 
 
 def embedded_files(scope: Literal["stdlib", "all"]) -> Iterator[Path]:
-    """The Python sources of this machine: the standard library, with `all` also site-packages."""
+    """The Python sources on this machine: the standard library, with `all` also site-packages."""
     paths = sysconfig.get_paths()
     roots = [Path(paths["stdlib"])] + ([Path(paths["purelib"])] if scope == "all" else [])
     for root in roots:
@@ -80,7 +75,7 @@ def embedded_files(scope: Literal["stdlib", "all"]) -> Iterator[Path]:
 
 
 def embedded_documents(scope: Literal["stdlib", "all"]) -> Iterator[str]:
-    """Those of `embedded_files` that are readable text."""
+    """The text of `embedded_files`, except files that are not UTF-8."""
     for path in embedded_files(scope):
         try:
             yield path.read_bytes().decode("utf-8")
@@ -89,12 +84,12 @@ def embedded_documents(scope: Literal["stdlib", "all"]) -> Iterator[str]:
 
 
 def stamp(files: Iterable[Path]) -> list[list[Any]]:
-    """What tells whether files have changed: path, size and time of change of each."""
+    """Path, size and modification time of each file: differs if one has changed."""
     return [[str(path), (found := path.stat()).st_size, found.st_mtime_ns] for path in files if path.exists()]
 
 
 def text_files(paths: Iterable[Path]) -> list[Path]:
-    """Files as given, folders searched for readable ones; BadInput for what is missing or of no known kind."""
+    """The given files, and the readable ones in the given folders; BadInput for a missing file or an unknown kind."""
     files: list[Path] = []
     for path in paths:
         if not path.exists():
@@ -107,81 +102,76 @@ def text_files(paths: Iterable[Path]) -> list[Path]:
 
 
 def kind(path: Path) -> str | None:
-    """The builder of `datasets` for a file, by its name; None where it is of no kind that is read here."""
-    if path.suffix == ".parquet":  # compressed inside, never outside
+    """The `datasets` builder that reads a file, by its name; None for other kinds."""
+    if path.suffix == ".parquet":  # compressed inside, never as a whole
         return "parquet"
     suffixes = [s for s in path.suffixes[-2:] if s not in (".gz", ".zst")]
     return {".txt": "text", ".jsonl": "json"}.get(suffixes[-1] if suffixes else "")
 
 
 class Column(NamedTuple):
-    """Which column of a row is the document: text, or with `ids` the tokens of a pre-tokenised dataset."""
+    """The column that holds the document: text, or with `ids` the tokens of a pre-tokenised dataset."""
 
     name: str = "text"
     ids: bool = False
 
     def of(self, row: dict[str, Any], where: str) -> Document | None:
-        """The document of a row, None where it is null; BadInput where there is no such column or it holds no text."""
+        """The document of a row, None if it is null; BadInput if the column is missing or holds something else."""
         if self.name not in row:
             flag = "--ids-column" if self.ids or "input_ids" in row else "--text-column"
             raise BadInput(f"{where}: no column {self.name!r}; it has {', '.join(row)}; choose with {flag}")
         value = row[self.name]
         if value is None or (isinstance(value, str) and not self.ids):
             return value
-        try:
-            if not self.ids:
-                raise TypeError
-            ids = np.array(value)
-            if ids.ndim != 1 or (len(ids) and (ids.dtype.kind != "i" or ids.min() < 0)):
-                raise TypeError
-            return ids.astype(np.int64)
-        except (TypeError, ValueError, OverflowError):
-            wanted = "token ids" if self.ids else "text"
-            raise BadInput(f"{where}: column {self.name!r} holds {type(value).__name__}, not {wanted}") from None
+        if self.ids:
+            with contextlib.suppress(TypeError, ValueError, OverflowError):  # not numbers
+                ids = np.array(value)
+                if ids.ndim == 1 and (not len(ids) or (ids.dtype.kind == "i" and ids.min() >= 0)):
+                    return ids.astype(np.int64)
+        wanted = "token ids" if self.ids else "text"
+        raise BadInput(f"{where}: column {self.name!r} holds {type(value).__name__}, not {wanted}")
 
 
 TEXT = Column()
 
 
-@dataclass(frozen=True)
+@dataclass
 class TextFiles:
     """Rows of .jsonl and .parquet through `datasets`; pieces of .txt cut at a newline after each 64 KiB.
 
-    .txt is read here because `datasets` either forgets where a file ends or loads a whole file at once.
+    .txt is read here because `datasets` either forgets where a file ends or loads a whole file at once. The position is
+    the number of the file and `at`, the position in it.
     """
 
     files: Sequence[Path]
     column: Column = TEXT
+    file: int = 0
+    at: Any = None
+    rows: "Rows | None" = None  # of the current file, if it has rows
 
-    def open(self, position: dict[str, Any] | None = None) -> "_TextReader":
-        return _TextReader(self, **(position or {"file": 0, "at": None}))
-
-
-class _TextReader:
-    def __init__(self, source: TextFiles, file: int, at: Any) -> None:
-        self.source, self.file, self.at, self.rows = source, file, at, None
+    def open(self, position: dict[str, Any] | None = None) -> "TextFiles":
+        return TextFiles(self.files, self.column, **(position or {}))
 
     def __iter__(self) -> Iterator[Document]:
-        files = self.source.files
-        while self.file < len(files):
-            path = files[self.file]
+        while self.file < len(self.files):
+            path = self.files[self.file]
             if path.stat().st_size == 0:
-                pass  # `datasets` fails on them
+                pass  # `datasets` fails on empty files
             elif kind(path) == "text":
                 for piece, end in _txt_pieces(path, self.at or 0):
                     self.at = end
                     yield piece
             else:
-                self.rows = local_file(path, self.source.column).open(self.at)
+                self.rows = local_file(path, self.column).open(self.at)
                 yield from self.rows
             self.file, self.at, self.rows = self.file + 1, None, None
 
     def position(self) -> dict[str, Any]:
-        return {"file": self.file, "at": self.rows.position() if self.rows else self.at}
+        return {"file": self.file, "at": self.rows.position() if self.rows is not None else self.at}
 
 
 def _txt_pieces(path: Path, begin: int) -> Iterator[tuple[str, int]]:
-    """The pieces of a .txt from byte `begin` of its text on, and where each ends."""
+    """The pieces of a .txt from byte `begin` of its text on, each with the byte where it ends."""
     import fsspec
 
     try:
@@ -192,12 +182,12 @@ def _txt_pieces(path: Path, begin: int) -> Iterator[tuple[str, int]]:
                 yield piece.decode("utf-8"), begin
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: not UTF-8 text ({error.reason})") from None
-    except Exception as error:  # every decompressor has its own
+    except Exception as error:  # each decompressor raises its own kind
         raise BadInput(f"{path}: cannot be read ({first_line(error)})") from None
 
 
 def _skip(file: io.BufferedReader, size: int) -> None:
-    """Pass over bytes; what is not seekable, as .zst, is read."""
+    """Move forward by `size` bytes, by reading where the file cannot seek (.zst)."""
     if file.seekable():
         file.seek(size)
         return
@@ -207,11 +197,11 @@ def _skip(file: io.BufferedReader, size: int) -> None:
 
 def local_file(path: Path, column: Column) -> "Rows":
     """The rows of a .jsonl or .parquet file."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing to ask the hub
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a local file needs nothing from the hub
     from datasets import load_dataset
     from datasets.utils import logging
 
-    logging.set_verbosity(logging.CRITICAL)  # what is raised is said, in one sentence
+    logging.set_verbosity(logging.CRITICAL)  # the exception becomes our one sentence
     load = partial(load_dataset, kind(path), data_files=str(path), split="train", streaming=True)
     return Rows(load, column, str(path))
 
@@ -220,10 +210,7 @@ def hub_dataset(name: str, config: str | None, split: str, column: Column) -> "R
     """A Hugging Face dataset, streamed: a name on the hub, or a local folder that `datasets` understands."""
     kinds = sorted({kind(path) for path in Path(name).rglob("*")} - {None}) if Path(name).is_dir() else []
     if len(kinds) > 1:
-        found = ", ".join(kinds)
-        raise BadInput(
-            f"{name}: holds files of several kinds ({found}), of which `datasets` reads one; name them to text"
-        )
+        raise BadInput(f"{name}: holds {', '.join(kinds)} files and `datasets` reads one kind; use python data.py text")
 
     def open_rows() -> Any:
         from datasets import load_dataset
@@ -233,24 +220,25 @@ def hub_dataset(name: str, config: str | None, split: str, column: Column) -> "R
     return Rows(open_rows, column, " ".join(filter(None, (name, config))))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rows:
-    """The rows of a streamed dataset, which `load` opens; `where` names it in sentences."""
+    """The rows of a streamed dataset, which `load` opens; `where` names it in messages.
+
+    After a lost connection reading continues: the dataset is opened at the last known position, and the rows that were
+    read since are skipped.
+    """
 
     load: Callable[[], Any]
     column: Column
     where: str
+    known: dict[str, Any] | None = None  # the last position, as the dataset describes it
+    since: int = 0  # rows read after it
+    dataset: Any = None
+    failures: int = 0  # in a row
+    was_connected: bool = False
 
-    def open(self, position: dict[str, Any] | None = None) -> "_RowReader":
-        return _RowReader(self, position)
-
-
-class _RowReader:
-    """Reads on where a connection was lost: from the last position, less what was read since."""
-
-    def __init__(self, source: Rows, position: dict[str, Any] | None) -> None:
-        self.source, self.known, self.since = source, position, 0
-        self.dataset, self.failures, self.was_connected = None, 0, False
+    def open(self, position: dict[str, Any] | None = None) -> "Rows":
+        return Rows(self.load, self.column, self.where, known=position)
 
     def __iter__(self) -> Iterator[Document]:
         rows = None
@@ -261,34 +249,34 @@ class _RowReader:
                 row = next(rows)
             except StopIteration:
                 return
-            except Exception as error:  # datasets, pyarrow and every decompressor and transport have their own
+            except Exception as error:  # datasets, pyarrow, each decompressor and transport raise their own kinds
                 self._wait_or_give_up(error)
                 rows = None
                 continue
             self.since += 1
             self.failures, self.was_connected = 0, True
-            document = self.source.column.of(row, self.source.where)
+            document = self.column.of(row, self.where)
             if document is not None:
                 yield document
 
     def _open(self) -> Iterator[dict[str, Any]]:
         with OPENING:
-            self.dataset = self.source.load()
+            self.dataset = self.load()
         if self.known is not None:
             self.dataset.load_state_dict(self.known)
         return itertools.islice(iter(self.dataset), self.since, None)
 
     def _wait_or_give_up(self, error: Exception) -> None:
-        where = self.source.where
+        reason = first_line(error)
         if not is_network_error(error):
-            raise BadInput(f"{where}: cannot be read ({first_line(error)})") from None
-        if not self.was_connected:  # the libraries below tried several times
-            raise BadInput(f"{where}: cannot be reached ({first_line(error)}); is there a network?") from None
+            raise BadInput(f"{self.where}: cannot be read ({reason})") from None
+        if not self.was_connected:  # the libraries below have retried already
+            raise BadInput(f"{self.where}: cannot be reached ({reason}); is there a network?") from None
         if self.failures == RETRIES:
-            raise BadInput(f"{where}: connection lost, {RETRIES} times tried again ({first_line(error)})") from None
+            raise BadInput(f"{self.where}: connection lost, {RETRIES} retries failed ({reason})") from None
         seconds = min(LONGEST_WAIT_SECONDS, 2**self.failures)
         self.failures += 1
-        tqdm.write(f"{where}: no connection ({first_line(error)}), trying again in {seconds} s", file=sys.stderr)
+        tqdm.write(f"{self.where}: connection lost ({reason}), retrying in {seconds} s", file=sys.stderr)
         time.sleep(seconds)
 
     def position(self) -> dict[str, Any] | None:
@@ -298,7 +286,7 @@ class _RowReader:
 
 
 def is_network_error(error: BaseException | None) -> bool:
-    """Whether an error, or what it was raised from, is of a connection, so that trying again may help."""
+    """Whether a connection caused the error, directly or through a chained one, so that a retry may help."""
     while error is not None:
         status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
         if isinstance(status, int):

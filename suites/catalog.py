@@ -2,10 +2,10 @@
 
     conditions = SUITES["moe-momentum"].plan(SCALES["nano"], winners)
 
-A condition is settings of train.py that say all but seed, data and folder. Both optimizers of a suite share model,
-batches, initialisation, validation tokens and weight decay; what a condition changes is in its name. S0 to S4 are
-the documents (`Suite.source`); their faults are not repeated: schedules count updates, each optimizer has a rate of its
-own sweep, and weight decay is the same for both (moe-final takes each one's from its sweep).
+A condition holds all settings of train.py except seed, data and folder; its name tells what it changes. Both optimizers
+of a suite share model, batches, initialisation, validation tokens and weight decay. S0 to S4 are the documents
+(`Suite.source`). We do not repeat their errors: schedules count steps, each optimizer's rate comes from its own sweep,
+and weight decay is the same for both (except in moe-final, where each has the winner of its sweep).
 """
 
 from collections.abc import Callable, Mapping
@@ -17,13 +17,13 @@ Winners = Callable[[str, str], Fields]  # (suite, optimizer) -> the settings of 
 
 OPTIMIZERS = ("muon", "adamw")
 SEEDS = (0, 1, 2)
-FRESH_SEEDS = (1, 2, 3)  # where the learning rate was chosen on seed 0
-FINAL_SEEDS = (3, 4, 5)  # where more was chosen, on seeds 0 to 2
+FRESH_SEEDS = (1, 2, 3)  # after a learning rate chosen on seed 0
+FINAL_SEEDS = (3, 4, 5)  # after settings chosen on seeds 0 to 2
 
 
 @dataclass(frozen=True)
 class Condition:
-    """Named settings, and the condition of the same suite that they are tested against."""
+    """Named settings, and the condition of the same suite against which they are tested."""
 
     name: str
     fields: Fields
@@ -32,19 +32,19 @@ class Condition:
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the runs are: settings shared by the suites of each kind, and their grids."""
+    """Model and budget of each kind of suite, and the grids of their sweeps."""
 
-    dense: Fields  # S0's model and budget
-    baseline: Fields  # S3's longer one
+    dense: Fields  # S0's short run
+    baseline: Fields  # S3's longer run
     search: Fields  # S2's learning-rate search
     sizes: Mapping[str, Fields]  # S2's four models
-    moe: Fields  # S4's
+    moe: Fields  # S4's mixture of experts
     moe_long: Fields
     rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by suite and optimizer
 
 
-def _updates(count: int, batch_tokens: int) -> dict[str, int]:
-    return {"tokens": count * batch_tokens, "batch_tokens": batch_tokens}
+def _budget(steps: int, batch_tokens: int) -> dict[str, int]:
+    return {"tokens": steps * batch_tokens, "batch_tokens": batch_tokens}
 
 
 _S2 = {"schedule": "cosine", "min_lr": 0.1, "warmup": 0.05, "dropout": 0.1, "weight_decay": 0.1}
@@ -53,17 +53,17 @@ _NANO = {"eval_every": 8, "eval_tokens": 8192}
 
 SCALES = {
     "full": Scale(
-        dense={"model": "88m", **_updates(123, 16_384)},
-        baseline={"model": "88m", **_updates(103_760, 16_384)},
-        search={"model": "16m", **_updates(600, 8192), "schedule": "constant", "spectra_every": 0},
+        dense={"model": "88m", **_budget(123, 16_384)},
+        baseline={"model": "88m", **_budget(103_760, 16_384)},
+        search={"model": "16m", **_budget(600, 8192), "schedule": "constant", "spectra_every": 0},
         sizes={
-            "11m": _S2 | {"model": "11m", **_updates(1500, 65_536)},
-            "29m": _S2 | {"model": "29m", **_updates(1250, 49_152)},
-            "50m": _S2 | {"model": "50m", **_updates(1000, 32_768)},
-            "108m": _S2 | {"model": "108m", **_updates(750, 24_576)},
+            "11m": _S2 | {"model": "11m", **_budget(1500, 65_536)},
+            "29m": _S2 | {"model": "29m", **_budget(1250, 49_152)},
+            "50m": _S2 | {"model": "50m", **_budget(1000, 32_768)},
+            "108m": _S2 | {"model": "108m", **_budget(750, 24_576)},
         },
-        moe=_S4 | {"model": "moe-79m", **_updates(125, 49_152)},
-        moe_long=_updates(500, 49_152),
+        moe=_S4 | {"model": "moe-79m", **_budget(125, 49_152)},
+        moe_long=_budget(500, 49_152),
         rates={
             "lr-sensitivity muon": (0.001, 0.003, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05),
             "lr-sensitivity adamw": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
@@ -74,11 +74,11 @@ SCALES = {
         },
     ),
     "nano": Scale(
-        dense=_NANO | {"model": "nano", **_updates(64, 2048)},
-        baseline=_NANO | {"model": "nano", **_updates(192, 2048), "eval_every": 24},
-        search=_NANO | {"model": "nano", **_updates(64, 2048), "schedule": "constant", "spectra_every": 0},
+        dense=_NANO | {"model": "nano", **_budget(64, 2048)},
+        baseline=_NANO | {"model": "nano", **_budget(192, 2048), "eval_every": 24},
+        search=_NANO | {"model": "nano", **_budget(64, 2048), "schedule": "constant", "spectra_every": 0},
         sizes={
-            name: _NANO | _S2 | {"model": "nano", **_updates(64, 2048), "spectra_every": 0} | shape
+            name: _NANO | _S2 | {"model": "nano", **_budget(64, 2048), "spectra_every": 0} | shape
             for name, shape in {
                 "64 wide": {"d_model": 64, "layers": 2, "heads": 2, "kv_heads": 2, "d_ff": 256},
                 "96 wide": {"d_model": 96, "layers": 3, "heads": 3, "kv_heads": 3, "d_ff": 384},
@@ -86,8 +86,8 @@ SCALES = {
                 "192 wide": {"d_model": 192, "layers": 4, "heads": 6, "kv_heads": 6, "d_ff": 768},
             }.items()
         },
-        moe=_NANO | _S4 | {"model": "moe-nano", **_updates(64, 2048)},
-        moe_long=_updates(128, 2048) | {"eval_every": 16},
+        moe=_NANO | _S4 | {"model": "moe-nano", **_budget(64, 2048)},
+        moe_long=_budget(128, 2048) | {"eval_every": 16},
         rates={
             "lr-sensitivity muon": (0.003, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2),
             "lr-sensitivity adamw": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
@@ -102,8 +102,10 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Suite:
-    """One experiment; `varies` names the setting on its axis, `needs` the suites whose winners it takes up;
-    `extra_tests` are made on its runs by claims beyond the tests of its own pairs, and corrected for everywhere."""
+    """One experiment: `varies` names the setting that it varies, `needs` the suites whose winners it uses.
+
+    `extra_tests` counts the tests that claims make on its runs beyond its own pairs; every correction includes them.
+    """
 
     name: str
     source: str
@@ -118,18 +120,22 @@ class Suite:
 SUITES: dict[str, Suite] = {}
 
 
+Plan = Callable[[Scale, Winners], list[Condition]]
+
+
 def suite(
     name: str,
-    source: str,
     question: str,
+    *,
+    source: str,
     varies: str,
     seeds: tuple[int, ...] = SEEDS,
     needs: tuple[str, ...] = (),
     extra_tests: int = 0,
-) -> Callable[[Callable[[Scale, Winners], list[Condition]]], Callable[[Scale, Winners], list[Condition]]]:
+) -> Callable[[Plan], Plan]:
     """Register a function as a suite."""
 
-    def register(plan: Callable[[Scale, Winners], list[Condition]]) -> Callable[[Scale, Winners], list[Condition]]:
+    def register(plan: Plan) -> Plan:
         SUITES[name] = Suite(name, source, question, varies, seeds, needs, extra_tests, plan)
         return plan
 
@@ -141,7 +147,7 @@ def at_rates(base: Fields, optimizer: str, rates: tuple[float, ...]) -> list[Con
 
 
 def both(base: Fields, rate_of: Callable[[str], float], label: str = "") -> list[Condition]:
-    """Muon tested against AdamW on the same settings, each at its own rate."""
+    """Muon tested against AdamW with the same settings, each at its own rate."""
     return [
         Condition(
             f"{optimizer}{label}",
@@ -152,14 +158,24 @@ def both(base: Fields, rate_of: Callable[[str], float], label: str = "") -> list
     ]
 
 
-@suite("speedrun-lr", "S0", "Which learning rate is best for each optimizer on the short run?", "lr", seeds=(0,))
+@suite(
+    "speedrun-lr",
+    "Which learning rate is best for each optimizer on the short run?",
+    source="S0",
+    varies="lr",
+    seeds=(0,),
+)
 def speedrun_lr(scale: Scale, winners: Winners) -> list[Condition]:
     base = {**scale.dense, "spectra_every": 0}
     return [c for o in OPTIMIZERS for c in at_rates(base, o, scale.rates[f"speedrun-lr {o}"])]
 
 
 @suite(
-    *("speedrun-2m", "S0", "Who wins the short run, both tuned?", "optimizer", FRESH_SEEDS),
+    "speedrun-2m",
+    "Who wins the short run, both tuned?",
+    source="S0",
+    varies="optimizer",
+    seeds=FRESH_SEEDS,
     needs=("speedrun-lr",),
     extra_tests=4,
 )
@@ -168,7 +184,11 @@ def speedrun_2m(scale: Scale, winners: Winners) -> list[Condition]:
 
 
 @suite(
-    *("baseline", "S3", "Does the lead last when training goes on?", "optimizer", FRESH_SEEDS),
+    "baseline",
+    "Does the lead last when training continues?",
+    source="S3",
+    varies="optimizer",
+    seeds=FRESH_SEEDS,
     needs=("speedrun-lr",),
     extra_tests=2,
 )
@@ -176,15 +196,22 @@ def baseline(scale: Scale, winners: Winners) -> list[Condition]:
     return both(scale.baseline, lambda optimizer: winners("speedrun-lr", optimizer)["lr"])
 
 
-@suite("lr-sensitivity", "S2", "How wide is the range of good learning rates?", "lr", seeds=(0,))
+@suite("lr-sensitivity", "How wide is the range of good learning rates?", source="S2", varies="lr", seeds=(0,))
 def lr_sensitivity(scale: Scale, winners: Winners) -> list[Condition]:
     return [c for o in OPTIMIZERS for c in at_rates(scale.search, o, scale.rates[f"lr-sensitivity {o}"])]
 
 
-@suite(*("model-size", "S2", "Does the lead grow with the model?", "params"), needs=("lr-sensitivity",), extra_tests=3)
+@suite(
+    "model-size",
+    "Does the lead grow with the model?",
+    source="S2",
+    varies="params",
+    needs=("lr-sensitivity",),
+    extra_tests=3,
+)
 def model_size(scale: Scale, winners: Winners) -> list[Condition]:
-    """The rates of lr-sensitivity at every size: Muon's update is scaled by shape already, AdamW's rate falls as
-    1 / width, so that no size is trained at a rate tuned for another."""
+    """The rates of lr-sensitivity, scaled to every size: AdamW's rate falls as 1 / width; Muon's stays, because its
+    update is scaled by the matrix's shape. So no size trains at a rate tuned for another."""
     import model
 
     searched = model.SIZES[scale.search["model"]].d_model
@@ -201,7 +228,10 @@ def model_size(scale: Scale, winners: Winners) -> list[Condition]:
 
 
 @suite(
-    *("moe-lr-muon", "S4", "Which learning rate is best for Muon on the mixture of experts?", "lr"),
+    "moe-lr-muon",
+    "Which learning rate is best for Muon on the mixture of experts?",
+    source="S4",
+    varies="lr",
     seeds=(0,),
     extra_tests=2,
 )
@@ -210,7 +240,10 @@ def moe_lr_muon(scale: Scale, winners: Winners) -> list[Condition]:
 
 
 @suite(
-    *("moe-lr-adam", "S4", "Which learning rate is best for AdamW on the mixture of experts?", "lr"),
+    "moe-lr-adam",
+    "Which learning rate is best for AdamW on the mixture of experts?",
+    source="S4",
+    varies="lr",
     seeds=(0,),
     extra_tests=1,
 )
@@ -224,64 +257,54 @@ def moe_base(scale: Scale, winners: Winners, optimizer: str) -> Fields:
     return {**scale.moe, "optimizer": optimizer, "lr": rate}
 
 
-def ablation(name: str, varies: str, question: str, choices: Mapping[str, Fields], default: str) -> None:
-    """A suite that changes one thing of Muon's settings on the mixture of experts; each is tested against S4's choice,
-    at the best rate of Muon's sweep and the default rate of the rest."""
+def ablation(
+    name: str, question: str, *, default: Any, labels: Mapping[Any, str] | None = None, **varied: tuple[Any, ...]
+) -> None:
+    """A suite that varies one setting of Muon on the mixture of experts, at the best rate of Muon's sweep.
 
-    @suite(name, "S4", question, varies, needs=("moe-lr-muon",))
+    Each value is tested against S4's, `default`. `labels` names values that read badly as setting and number.
+    """
+    ((setting, values),) = varied.items()
+    names = {v: v if isinstance(v, str) else f"{setting} {v:g}" for v in values} | (labels or {})
+
+    @suite(name, question, source="S4", varies=setting, needs=("moe-lr-muon",))
     def plan(scale: Scale, winners: Winners) -> list[Condition]:
         base = moe_base(scale, winners, "muon")
-        return [Condition(c, {**base, **f}, None if c == default else default) for c, f in choices.items()]
+        return [Condition(names[v], {**base, setting: v}, None if v == default else names[default]) for v in values]
 
 
-def _each(key: str, values: tuple[Any, ...]) -> dict[str, Fields]:
-    return {f"{key} {value:g}" if isinstance(value, float | int) else str(value): {key: value} for value in values}
-
-
+ablation("moe-momentum", "Which momentum should Muon have?", momentum=(0.85, 0.9, 0.92, 0.95, 0.97, 0.99), default=0.9)
+ablation("moe-weight-decay", "How much weight decay should Muon have?", weight_decay=(0.0, 0.05, 0.1, 0.2), default=0.1)
+ablation("moe-ns-steps", "How many Newton-Schulz steps are enough?", ns_steps=(3, 5, 7, 10), default=5)
 ablation(
-    *("moe-momentum", "momentum", "Which momentum should Muon have?"),
-    _each("momentum", (0.85, 0.9, 0.92, 0.95, 0.97, 0.99)),
-    "momentum 0.9",
+    "moe-nesterov",
+    "Does Nesterov momentum help Muon?",
+    nesterov=(True, False),
+    default=True,
+    labels={True: "with Nesterov", False: "without Nesterov"},
+)
+ablation("moe-warmup", "How long should the rate warm up, in steps?", warmup=(0.0, 0.05, 0.1, 0.2), default=0.05)
+ablation(
+    "moe-schedule",
+    "Which schedule is best for Muon?",
+    schedule=("cosine", "linear", "step", "constant"),
+    default="cosine",
 )
 ablation(
-    *("moe-weight-decay", "weight_decay", "How much weight decay should Muon have?"),
-    _each("weight_decay", (0.0, 0.05, 0.1, 0.2)),
-    "weight_decay 0.1",
+    "moe-clip",
+    "Does clipping the gradient matter to Muon?",
+    grad_clip=(0.5, 1.0, 2.0, 0.0),
+    default=1.0,
+    labels={0.0: "no clipping"},
 )
-ablation(
-    *("moe-ns-steps", "ns_steps", "How many Newton-Schulz steps are enough?"),
-    _each("ns_steps", (3, 5, 7, 10)),
-    "ns_steps 5",
-)
-ablation(
-    *("moe-nesterov", "nesterov", "Does Nesterov momentum help Muon?"),
-    {"with Nesterov": {"nesterov": True}, "without Nesterov": {"nesterov": False}},
-    "with Nesterov",
-)
-ablation(
-    *("moe-warmup", "warmup", "How long should the rate warm up, in updates?"),
-    _each("warmup", (0.0, 0.05, 0.1, 0.2)),
-    "warmup 0.05",
-)
-ablation(
-    *("moe-schedule", "schedule", "Which schedule is best for Muon?"),
-    _each("schedule", ("cosine", "linear", "step", "constant")),
-    "cosine",
-)
-ablation(
-    *("moe-clip", "grad_clip", "Does clipping the gradient matter to Muon?"),
-    _each("grad_clip", (0.5, 1.0, 2.0)) | {"no clipping": {"grad_clip": 0.0}},
-    "grad_clip 1",
-)
-ablation(
-    *("moe-min-lr", "min_lr", "How far should the rate fall?"),
-    _each("min_lr", (0.01, 0.1, 0.5)),
-    "min_lr 0.1",
-)
+ablation("moe-min-lr", "How far should the rate fall?", min_lr=(0.01, 0.1, 0.5), default=0.1)
 
 
 @suite(
-    *("moe-aux-ratio", "S4", "How fast should embedding, gains and router learn beside Muon?", "adamw_lr"),
+    "moe-aux-ratio",
+    "How fast should embedding, gains and router learn, relative to Muon?",
+    source="S4",
+    varies="adamw_lr",
     needs=("moe-lr-muon",),
 )
 def moe_aux_ratio(scale: Scale, winners: Winners) -> list[Condition]:
@@ -308,14 +331,24 @@ ADAM_CHOICES: dict[str, Fields] = {
 }
 
 
-@suite("moe-adam", "S4", "Which schedule, warm-up and decay are best for AdamW?", "condition", needs=("moe-lr-adam",))
+@suite(
+    "moe-adam",
+    "Which schedule, warm-up and decay are best for AdamW?",
+    source="S4",
+    varies="condition",
+    needs=("moe-lr-adam",),
+)
 def moe_adam(scale: Scale, winners: Winners) -> list[Condition]:
     base, default = moe_base(scale, winners, "adamw"), next(iter(ADAM_CHOICES))
     return [Condition(c, {**base, **f}, None if c == default else default) for c, f in ADAM_CHOICES.items()]
 
 
 @suite(
-    *("moe-long", "S4", "What do the experts learn in a longer run?", "optimizer", FRESH_SEEDS),
+    "moe-long",
+    "What do the experts learn in a longer run?",
+    source="S4",
+    varies="optimizer",
+    seeds=FRESH_SEEDS,
     needs=("moe-lr-muon", "moe-lr-adam"),
 )
 def moe_long(scale: Scale, winners: Winners) -> list[Condition]:
@@ -323,20 +356,31 @@ def moe_long(scale: Scale, winners: Winners) -> list[Condition]:
     return both(base, lambda optimizer: moe_base(scale, winners, optimizer)["lr"])
 
 
+# The suites that vary one setting of Muon, in the order of the documents.
 MUON_ABLATIONS = (
-    *("moe-momentum", "moe-weight-decay", "moe-ns-steps", "moe-nesterov", "moe-warmup", "moe-schedule"),
-    *("moe-aux-ratio", "moe-clip", "moe-min-lr"),
+    "moe-momentum",
+    "moe-weight-decay",
+    "moe-ns-steps",
+    "moe-nesterov",
+    "moe-warmup",
+    "moe-schedule",
+    "moe-aux-ratio",
+    "moe-clip",
+    "moe-min-lr",
 )
 
 
 @suite(
-    *("moe-final", "S4", "Who wins on the mixture of experts, each optimizer at the best of its sweeps?", "optimizer"),
-    FINAL_SEEDS,
+    "moe-final",
+    "Who wins on the mixture of experts, each optimizer at the best of its sweeps?",
+    source="S4",
+    varies="optimizer",
+    seeds=FINAL_SEEDS,
     needs=("moe-lr-muon", "moe-lr-adam", *MUON_ABLATIONS, "moe-adam"),
 )
 def moe_final(scale: Scale, winners: Winners) -> list[Condition]:
-    """Each ablation gives the value of the setting that it varied; the two keep their own weight decay and schedule, as
-    chosen by their own sweeps, which the report lists as a difference."""
+    """Muon with the winner of each ablation against AdamW with the winners of its own sweeps. So weight decay and
+    schedule can differ; the report lists that."""
     muon = dict(moe_base(scale, winners, "muon"))
     for name in MUON_ABLATIONS:
         muon[SUITES[name].varies] = winners(name, "muon")[SUITES[name].varies]
@@ -345,7 +389,7 @@ def moe_final(scale: Scale, winners: Winners) -> list[Condition]:
 
 
 def with_needs(names: list[str]) -> list[list[str]]:
-    """The suites and all they need, in stages: a stage needs only what stands in earlier ones."""
+    """The suites and all that they need, in stages: a stage needs only suites of earlier stages."""
     wanted: set[str] = set()
 
     def visit(name: str) -> None:

@@ -1,9 +1,9 @@
-"""Runs of a suite as processes: which are done, which wait, and as many side by side as there are GPUs or cores.
+"""Train the runs of a suite as processes: one at a time on each free GPU, or on each core without a GPU.
 
     run_here(jobs, free_slots(None)); jobs[0].state()
 
-One process per run, each `train.py --resume`, so that an interrupted run goes on where it was. The process inherits a
-lock: where a launcher was killed and its runs live on, the next one waits for them and starts no second writer.
+A run is one process, `train.py --resume`, so an interrupted run continues where it was. The process inherits a lock: if
+a launcher was killed and its runs are still alive, the next launcher waits for them instead of starting them twice.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ from tqdm import tqdm
 from engine import files
 from engine.cli import BadInput
 
-MOST_DEATHS = 3  # of a run's process without a word, after which it is not started again
-BAD_INPUT = 2  # the exit code that no second try mends
+MOST_DEATHS = 3  # exits of a run without a summary, after which it is not started again
+BAD_INPUT = 2  # the exit code that a second try cannot change
 OVER = ("finished", "failed")
 DEATH = "-- ended without a summary, exit code "
 POLL_SECONDS = 0.5
@@ -35,11 +35,11 @@ TRAIN = files.ROOT / "train.py"
 
 @dataclass(frozen=True)
 class Job:
-    """One run of train.py; `flags` are its settings but for folder and name."""
+    """One run of train.py; `flags` are its settings except folder and name."""
 
     name: str
     flags: tuple[str, ...]
-    updates: int
+    steps: int
     tokens: int
     runs_dir: Path
 
@@ -49,7 +49,7 @@ class Job:
 
     @property
     def log(self) -> Path:
-        """What the process says, and, in a line of its own, each time it died without a word."""
+        """The output of the process, and a line for each exit without a summary."""
         return self.runs_dir / "logs" / f"{self.name}.txt"
 
     @property
@@ -65,7 +65,7 @@ class Job:
         return files.load_json(path) if path.exists() else {}
 
     def state(self) -> str:
-        """finished, failed (and not to be tried again unasked), started (to be resumed) or waiting."""
+        """finished, failed (not tried again without --retry), started (to be resumed) or waiting."""
         status = self.summary().get("status")
         if status in OVER:
             return status
@@ -79,19 +79,19 @@ class Job:
         if reason := self.summary().get("reason"):
             return reason
         if BAD_INPUT in self.deaths():
-            said = [line for line in self._said() if line.startswith("error: ")]
-            return said[-1].removeprefix("error: ") if said else f"bad input; {self.log} has what it said"
-        return f"its process died {len(self.deaths())} times without a word; {self.log} has what it said"
+            errors = [line for line in self._log_lines() if line.startswith("error: ")]
+            return errors[-1].removeprefix("error: ") if errors else f"bad input; see {self.log}"
+        return f"the process exited {len(self.deaths())} times without a summary; see {self.log}"
 
     def deaths(self) -> list[int]:
-        """Exit codes of the processes that ended without a summary."""
-        return [int(line.removeprefix(DEATH)) for line in self._said() if line.startswith(DEATH)]
+        """Exit codes of the run's processes that ended without a summary."""
+        return [int(line.removeprefix(DEATH)) for line in self._log_lines() if line.startswith(DEATH)]
 
-    def _said(self) -> list[str]:
+    def _log_lines(self) -> list[str]:
         return self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
 
-    def updates_done(self) -> int:
-        """As far as metrics.jsonl tells; reads only its end."""
+    def steps_done(self) -> int:
+        """The last step in metrics.jsonl; reads only the end of the file."""
         path = self.folder / files.METRICS
         if not path.exists():
             return 0
@@ -104,15 +104,15 @@ class Job:
         return 0
 
     def forget(self) -> None:
-        """Let a failed run be tried again."""
+        """Delete the verdict of a failed run, so that it is tried again."""
         (self.folder / files.SUMMARY).unlink(missing_ok=True)
         self.log.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def _held(path: Path) -> Iterator[int | None]:
-    """The file descriptor of a lock on `path`, None where another process holds it. A child that inherits it goes on
-    holding it after this process has let go."""
+    """The file descriptor of a lock on `path`, None if another process holds it. A child process that inherits the
+    descriptor keeps the lock after this process has closed it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
     try:
@@ -128,64 +128,56 @@ def _held(path: Path) -> Iterator[int | None]:
 
 
 def start(job: Job, environment: dict[str, str]) -> subprocess.Popen[bytes] | None:
-    """The run's process, or None where another process is at this run already."""
+    """Start the run's process; None if another process trains this run already."""
     with _held(job.lock) as lock:
         if lock is None:
             return None
-        with job.log.open("ab") as said:
+        with job.log.open("ab") as log:
             return subprocess.Popen(
                 job.command(),
                 env=os.environ | environment,
                 stdin=subprocess.DEVNULL,
-                stdout=said,
+                stdout=log,
                 stderr=subprocess.STDOUT,
                 pass_fds=(lock,),
-                start_new_session=True,  # Ctrl-C reaches the launcher alone, which asks each run to stop
+                start_new_session=True,  # Ctrl-C reaches the launcher only, which then stops each run
             )
 
 
 def is_held(job: Job) -> bool:
-    """Whether some process is at this run."""
+    """Whether a process trains this run."""
     if not job.lock.exists():
         return False
-    with job.lock.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    with _held(job.lock) as lock:
+        return lock is None
 
 
 def note_death(job: Job, code: int) -> None:
-    """Count an end that says nothing: no verdict in the summary, and nobody sent it a signal to stop."""
+    """Count an exit without a verdict in the summary, unless a signal stopped the run."""
     status = job.summary().get("status")
-    well = status in OVER or code in (-signal.SIGTERM, -signal.SIGINT) or (code == 0 and status == "stopped")
-    if not well:
-        with job.log.open("a") as said:
-            said.write(f"{DEATH}{code}\n")
+    expected = status in OVER or code in (-signal.SIGTERM, -signal.SIGINT) or (code == 0 and status == "stopped")
+    if not expected:
+        with job.log.open("a") as log:
+            log.write(f"{DEATH}{code}\n")
 
 
 def free_slots(jobs: int | None) -> list[dict[str, str]]:
-    """An environment for each run that can train at once: one per free GPU; without a GPU one per core, each with one
-    thread. At most `jobs` of them, where given."""
+    """The environment of each run that can train at the same time: one per free GPU; without a GPU one per core, each
+    with one thread. `jobs` overrides their number."""
     gpus = _free_gpus()
     if gpus is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         slots = [{"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}] * cores
     elif not gpus:
-        raise BadInput("every GPU has more than a tenth of its memory taken; wait, or choose by CUDA_VISIBLE_DEVICES")
+        raise BadInput("every GPU has more than a tenth of its memory in use; wait, or set CUDA_VISIBLE_DEVICES")
     else:
         slots = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus]
-    if jobs is None:
-        return slots
-    if jobs < 1:
-        raise BadInput(f"--jobs {jobs}: must be at least 1")
-    return [slots[i % len(slots)] for i in range(jobs)]
+    return slots if jobs is None else [slots[i % len(slots)] for i in range(jobs)]
 
 
 def _free_gpus() -> list[str] | None:
-    """The GPUs with at most a tenth of their memory taken, or those that CUDA_VISIBLE_DEVICES names; None without one.
-    Asks nvidia-smi, which creates no context on them."""
+    """The GPUs with at most a tenth of their memory in use, or those that CUDA_VISIBLE_DEVICES names; None if there are
+    none. Runs nvidia-smi, which creates no CUDA context."""
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shutil.which("nvidia-smi") is None or allowed == "":
         return None
@@ -204,57 +196,55 @@ def _free_gpus() -> list[str] | None:
 
 
 class Interrupted(Exception):
-    """Somebody asked the launcher to stop; every run has stopped and can go on later."""
+    """A signal stopped the launcher; every run has stopped and can be resumed."""
 
 
 @dataclass(frozen=True)
-class Later:
-    """What a suite has to train after these jobs, as far as it is known: for the time left."""
+class LaterStages:
+    """Runs and tokens of the stages after this one, as far as they are known: for the estimate of the time left."""
 
     runs: int = 0
     tokens: int = 0
 
 
-def run_here(jobs: Sequence[Job], slots: Sequence[dict[str, str]], later: Later = Later()) -> None:
-    """Train every job that is not over, in order, as many at once as there are slots; Interrupted after Ctrl-C or
-    SIGTERM, once each has written its checkpoint."""
+def run_here(jobs: Sequence[Job], slots: Sequence[dict[str, str]], later: LaterStages = LaterStages()) -> None:
+    """Train every job that is not over, in order, one per slot at a time; Interrupted after Ctrl-C or SIGTERM, when
+    each run has written its checkpoint. A second signal kills the runs."""
     waiting = [job for job in jobs if job.state() not in OVER]
     running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}  # by slot
-    asked: list[int] = []  # signals to stop; the second kills
-    told: set[tuple[int, bool]] = set()  # processes that have been sent one
-
-    def ask(signal_number: int, frame: object) -> None:
-        asked.append(signal_number)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    progress = Progress(jobs, later)
+    stops: list[int] = []  # signals that this process has received
+    sent: set[tuple[int, signal.Signals]] = set()  # (process id, signal) passed on to the runs
+    before = {
+        number: signal.signal(number, lambda received, frame: stops.append(received))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    progress = SuiteProgress(jobs, later)
     try:
-        while (waiting and not asked) or running:
+        while (waiting and not stops) or running:
+            stop = signal.SIGKILL if len(stops) > 1 else signal.SIGTERM
             for slot, (job, process) in list(running.items()):
-                kill = len(asked) > 1
-                if asked and (process.pid, kill) not in told:
-                    told.add((process.pid, kill))
-                    process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
+                if stops and (process.pid, stop) not in sent:
+                    sent.add((process.pid, stop))
+                    process.send_signal(stop)
                 code = process.poll()
-                if code is not None:
-                    del running[slot]
-                    if not kill:
-                        note_death(job, code)
-                    if job.state() not in OVER and not asked:
-                        waiting.insert(0, job)
-                    progress.ended(job)
-            elsewhere = []
+                if code is None:
+                    continue
+                del running[slot]
+                if stop != signal.SIGKILL:
+                    note_death(job, code)
+                if job.state() not in OVER and not stops:
+                    waiting.insert(0, job)
+                progress.ended(job)
+            elsewhere = []  # runs that another process trains: look again later
             for slot in range(len(slots)):
-                while slot not in running and waiting and not asked:
+                while slot not in running and waiting and not stops:
                     job = waiting.pop(0)
                     if job.state() in OVER:
-                        progress.ended(job)  # by a process that outlived an earlier launcher
-                        continue
-                    process = start(job, slots[slot])
-                    if process is None:
+                        progress.ended(job)  # finished by a process that outlived an earlier launcher
+                    elif (process := start(job, slots[slot])) is None:
                         elsewhere.append(job)
-                        continue
-                    running[slot] = job, process
+                    else:
+                        running[slot] = job, process
             waiting += elsewhere
             progress.show(len(running))
             time.sleep(POLL_SECONDS)
@@ -262,53 +252,55 @@ def run_here(jobs: Sequence[Job], slots: Sequence[dict[str, str]], later: Later 
         progress.close()
         for number, handler in before.items():
             signal.signal(number, handler)
-    if asked:
+    if stops:
         raise Interrupted
 
 
-class Progress:
-    """How far all the suites are, in training tokens, with the time left; without a terminal a line per run."""
+class SuiteProgress:
+    """A progress bar over the training tokens of all stages; without a terminal a line per run with the time left."""
 
-    def __init__(self, jobs: Sequence[Job], later: Later) -> None:
+    def __init__(self, jobs: Sequence[Job], later: LaterStages) -> None:
         self.jobs, self.later = {job.name: job for job in jobs}, later
         self.over = {job.name for job in jobs if job.state() in OVER}
-        tokens = sum(job.tokens for job in jobs) + later.tokens
-        self.began, self.already = time.monotonic(), self._tokens()
+        self.total = sum(job.tokens for job in self.jobs.values()) + later.tokens
+        self.began, self.done_before = time.monotonic(), self._tokens_done()
         self.bar = None
         if sys.stderr.isatty():
-            self.bar = tqdm(total=tokens, initial=self.already, unit="tok", unit_scale=True, dynamic_ncols=True)
+            options = {"unit": "tok", "unit_scale": True, "dynamic_ncols": True}
+            self.bar = tqdm(total=self.total, initial=self.done_before, **options)
 
-    def _tokens(self) -> int:
-        done = (1.0 if name in self.over else job.updates_done() / job.updates for name, job in self.jobs.items())
-        return round(sum(share * job.tokens for share, job in zip(done, self.jobs.values(), strict=True)))
+    def _tokens_done(self) -> int:
+        jobs = self.jobs.values()
+        return round(sum(j.tokens * (1.0 if j.name in self.over else j.steps_done() / j.steps) for j in jobs))
 
     def ended(self, job: Job) -> None:
-        state = job.state()
+        """Report a run whose process has ended."""
+        state, detail = job.state(), ""
         if state in OVER:
             self.over.add(job.name)
         loss = job.summary().get("final_val_loss")
-        words = f"validation loss {loss:.4f}" if state == "finished" and loss is not None else ""
-        words = job.reason() if state == "failed" else words
+        if state == "failed":
+            detail = f", {job.reason()}"
+        elif state == "finished" and loss is not None:
+            detail = f", validation loss {loss:.4f}"
         more = f", then {self.later.runs} more" if self.later.runs else ""
-        line = f"[{len(self.over)}/{len(self.jobs)}{more}] {job.name}: {state}{', ' * bool(words)}{words}{self._left()}"
+        line = f"[{len(self.over)}/{len(self.jobs)}{more}] {job.name}: {state}{detail}"
         if self.bar is not None:
             self.bar.write(line)
         else:
-            print(line, flush=True)
+            print(line + self._time_left(), flush=True)
 
-    def _left(self) -> str:
-        if self.bar is not None:
+    def _time_left(self) -> str:
+        done = self._tokens_done()
+        if done <= self.done_before or done >= self.total:
             return ""
-        total, done = sum(job.tokens for job in self.jobs.values()) + self.later.tokens, self._tokens()
-        if done <= self.already or done >= total:
-            return ""
-        minutes = (time.monotonic() - self.began) * (total - done) / (done - self.already) / 60
-        return f"; about {minutes:.0f} minutes left"
+        seconds_per_token = (time.monotonic() - self.began) / (done - self.done_before)
+        return f"; about {seconds_per_token * (self.total - done) / 60:.0f} minutes left"
 
     def show(self, running: int) -> None:
         if self.bar is not None:
-            self.bar.n = self._tokens()
-            self.bar.set_postfix_str(f"{len(self.over)} of {len(self.jobs)} runs over, {running} at work")
+            self.bar.n = self._tokens_done()
+            self.bar.set_postfix_str(f"{len(self.over)} of {len(self.jobs)} runs over, {running} running")
 
     def close(self) -> None:
         if self.bar is not None:
@@ -317,7 +309,7 @@ class Progress:
 
 
 def train_once(job: Job) -> int:
-    """What a scheduler's job does: train one run to its end, after any other process that is at it; its exit code."""
+    """The job of a scheduler: train one run to its end, once no other process trains it; returns the exit code."""
     while job.state() not in OVER:
         process = start(job, {})
         if process is not None:
@@ -328,8 +320,10 @@ def train_once(job: Job) -> int:
     return 0
 
 
-def submit(jobs: Sequence[Job], cluster: str, partition: str | None, hours: float, later: Later = Later()) -> None:
-    """Every job that is not over as one job of an existing scheduler, through submitit; waits for all of them."""
+def submit(
+    jobs: Sequence[Job], cluster: str, partition: str | None, hours: float, later: LaterStages = LaterStages()
+) -> None:
+    """Hand every job that is not over to an existing scheduler, through submitit, and wait for all of them."""
     try:
         import submitit
     except ModuleNotFoundError:
@@ -341,14 +335,16 @@ def submit(jobs: Sequence[Job], cluster: str, partition: str | None, hours: floa
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
     try:
         executor = submitit.AutoExecutor(folder=waiting[0].runs_dir / "logs" / cluster, cluster=cluster)
-    except RuntimeError as refusal:  # no such scheduler on this machine
+    except RuntimeError as refusal:  # the machine has no such scheduler
         raise BadInput(f"--submit {cluster}: {refusal}") from None
     slurm = {"slurm_partition": partition} if partition else {}
     executor.update_parameters(timeout_min=round(60 * hours), gpus_per_node=1 if cluster == "slurm" else 0, **slurm)
     with executor.batch():
         submitted = [executor.submit(train_once, job) for job in waiting]
-    print(f"{len(submitted)} jobs on {cluster}: {submitted[0].job_id} and on; logs in {executor.folder}", flush=True)
-    progress, left = Progress(jobs, later), dict(zip(submitted, waiting, strict=True))
+    print(
+        f"{len(submitted)} jobs on {cluster}, the first is {submitted[0].job_id}; logs in {executor.folder}", flush=True
+    )
+    progress, left = SuiteProgress(jobs, later), dict(zip(submitted, waiting, strict=True))
     try:
         while left:
             for task in [task for task in left if task.done()]:
@@ -356,7 +352,7 @@ def submit(jobs: Sequence[Job], cluster: str, partition: str | None, hours: floa
             progress.show(len(left))
             time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
-        print("the jobs go on without this command; run it again to follow them", file=sys.stderr)
+        print("the jobs continue without this command; run it again to follow them", file=sys.stderr)
         raise Interrupted from None
     finally:
         progress.close()

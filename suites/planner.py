@@ -1,8 +1,8 @@
-"""Suites as jobs: which runs a suite needs, in which order, under which names.
+"""Turn suites into jobs: the runs that a suite needs, their order and their names.
 
     planner = Planner(Selection(suite="moe-momentum", scale="nano")); planner.plan("moe-momentum")
 
-Runs are named by a hash of their settings, so suites share those they have in common and a finished run is never
+A hash of its settings names a run, so suites share the runs that they have in common, and a finished run is never
 trained twice.
 """
 
@@ -21,7 +21,7 @@ from engine.identity import MEASUREMENT, NOT_LEARNED, config_hash
 from engine.ranks import Rank
 from settings import Settings, identity, resolve
 from suites.catalog import SCALES, SUITES, Condition, Fields, with_needs
-from suites.launcher import OVER, Job, Later
+from suites.launcher import OVER, Job, LaterStages
 from suites.results import Results
 
 EVERYTHING = "everything"
@@ -29,22 +29,22 @@ EVERYTHING = "everything"
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Which runs, and where they are."""
+    """Selects runs and their folder."""
 
     suite: tyro.conf.Positional[str]
-    """A suite of `list`, or everything."""
+    """Choose a suite of `list`, or everything."""
     scale: Literal["full", "nano"] = "full"
-    """The documents' sizes, or the same experiments on a model for two CPU cores."""
+    """Use the documents' sizes, or the same experiments on a model for two CPU cores."""
     only: str | None = None
-    """Only conditions whose name matches this pattern, as in "muon*"; of the suite named, not of those it needs."""
+    """Keep only conditions whose name matches this pattern, as in "muon*"; the suites that it needs stay whole."""
     seeds: tuple[int, ...] | None = None
-    """Other seeds than the suite's; of the suite named, not of those it needs."""
+    """Use these seeds instead of the suite's; the suites that it needs keep theirs."""
     tokens: Count | None = None
-    """Another budget for every run: a first look. Such runs are kept apart from the suite's own."""
+    """Train every run on this many tokens, for a first look; such runs have names of their own."""
     data: Path | None = None
-    """Folder of token shards (default: the embedded shards that make speedrun builds)."""
+    """Read this folder of token shards (default: the embedded shards that make speedrun builds)."""
     runs_dir: Path | None = None
-    """Where the runs are (default: runs/experiments-<scale>)."""
+    """Keep the runs in this folder (default: runs/experiments-<scale>)."""
 
     @property
     def folder(self) -> Path:
@@ -57,54 +57,54 @@ class Selection:
 
 
 class NotYet(BadInput):
-    """A suite cannot be planned before the runs of another are over."""
+    """A suite cannot be planned before the runs of another suite are over."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A condition of a suite with its runs, one for each seed."""
+    """A condition of a suite with its runs, one per seed."""
 
     condition: Condition
     jobs: tuple[Job, ...]
 
 
 class Planner:
-    """Suites as jobs; a suite that takes up another's winners can be planned when that one's runs are over."""
+    """Plans suites; one that uses the winners of another can be planned when the runs of that one are over."""
 
     def __init__(self, chosen: Selection) -> None:
         self.chosen, self.scale = chosen, SCALES[chosen.scale]
 
     @functools.cache  # noqa: B019  one planner per command
     def job(self, fields: tuple[tuple[str, Any], ...], seed: int) -> Job:
-        """The run of these settings; settings that make the same run give the same name."""
+        """The run with these settings; settings that train the same model give the same name."""
         given = dict(fields) | {"seed": seed}
         if self.chosen.tokens is not None:
             given["tokens"] = self.chosen.tokens
         if self.chosen.data is not None:
             given["data"] = self.chosen.data
         resolved, _, shards = resolve(Settings(**given), Rank())
-        # What "auto" precision becomes is the machine's affair: a login node without a GPU plans the same runs.
-        said = identity(resolved, shards) | {"precision": given.get("precision", "auto")}
-        key = config_hash(said, (NOT_LEARNED | {"seed"}) - set(MEASUREMENT))
+        # "auto" precision stays "auto" in the hash, so that a login node without a GPU plans the same runs.
+        hashed = identity(resolved, shards) | {"precision": given.get("precision", "auto")}
+        key = config_hash(hashed, (NOT_LEARNED | {"seed"}) - set(MEASUREMENT))
         defaults = {f.name: f.default for f in dataclasses.fields(Settings)}
         flags = [word for name, value in given.items() if value != defaults[name] for word in _flag(name, value)]
         return Job(
             name=f"{resolved.model}-{resolved.optimizer}-{key[:10]}-seed{seed}",
             flags=tuple(flags),
-            updates=-(-resolved.tokens // resolved.batch_tokens),
+            steps=-(-resolved.tokens // resolved.batch_tokens),
             tokens=resolved.tokens,
             runs_dir=self.chosen.folder,
         )
 
     def plan(self, name: str) -> list[Planned]:
-        """The conditions of a suite with their runs; BadInput where a suite that it needs has runs to go."""
+        """The conditions of a suite with their runs; NotYet if a suite that it needs has runs to go."""
         suite, named = SUITES[name], name in self.chosen.suites()
         seeds = self.chosen.seeds if named and self.chosen.seeds is not None else suite.seeds
         conditions = suite.plan(self.scale, self.winner)
         if named and self.chosen.only is not None:
             conditions = [c for c in conditions if fnmatch.fnmatchcase(c.name, self.chosen.only)]
             if not conditions and self.chosen.suite != EVERYTHING:
-                raise BadInput(f"--only {self.chosen.only}: no condition of {name} has such a name")
+                raise BadInput(f"--only {self.chosen.only}: no condition of {name} matches")
         return [Planned(c, tuple(self.job(tuple(c.fields.items()), seed) for seed in seeds)) for c in conditions]
 
     def results(self, name: str) -> Results:
@@ -114,24 +114,29 @@ class Planner:
 
     @functools.cache  # noqa: B019
     def winner(self, name: str, optimizer: str) -> Fields:
-        """The settings of a suite's condition with the least mean loss; NotYet until all its runs are over."""
+        """The settings of the suite's condition with the least mean loss; NotYet until all its runs are over."""
         planned = [p for p in self.plan(name) if p.condition.fields["optimizer"] == optimizer]
         if not planned:
-            raise BadInput(f"--only {self.chosen.only}: leaves no run of {optimizer} in {name}, whose best is needed")
+            raise BadInput(
+                f"--only {self.chosen.only}: leaves no run of {optimizer} in {name}, but its best setting is needed"
+            )
         to_go = [job.name for p in planned for job in p.jobs if job.state() not in OVER]
         if to_go:
             raise NotYet(f"{name}: {to_go[0]} has not finished, and its best setting is needed")
         best = self.results(name).best(optimizer)
         if best is None:
-            raise BadInput(f"{name}: runs of every setting of {optimizer} failed, so there is no best one")
+            raise BadInput(f"{name}: every setting of {optimizer} has a failed run, so there is no best one")
         return best.condition.fields
 
-    def outline(self, name: str) -> Later:
-        """About how much a suite will train whose settings are not known yet."""
-        conditions = SUITES[name].plan(self.scale, lambda suite, optimizer: UnknownRates())
-        seeds = self.chosen.seeds or SUITES[name].seeds
-        tokens = sum(self.chosen.tokens or c.fields["tokens"] for c in conditions)
-        return Later(len(conditions) * len(seeds), tokens * len(seeds))
+    def estimate(self, stages: Sequence[Sequence[str]]) -> LaterStages:
+        """The size of stages whose settings are not known yet."""
+        runs = tokens = 0
+        for name in (name for stage in stages for name in stage):
+            conditions = SUITES[name].plan(self.scale, lambda suite, optimizer: UnknownRates())
+            seeds = len(self.chosen.seeds or SUITES[name].seeds)
+            runs += seeds * len(conditions)
+            tokens += seeds * sum(self.chosen.tokens or c.fields["tokens"] for c in conditions)
+        return LaterStages(runs, tokens)
 
     def stages(self) -> list[list[str]]:
         return with_needs(self.chosen.suites())
@@ -150,7 +155,7 @@ def unique(planned: Sequence[Planned]) -> list[Job]:
 
 
 class UnknownRates(dict[str, Any]):
-    """Stands for settings that a sweep has yet to find, where only the names of conditions are wanted."""
+    """Replaces the settings that a sweep has yet to find, when only the names of conditions matter."""
 
     def __missing__(self, key: str) -> float:
         return 1.0

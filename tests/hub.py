@@ -1,4 +1,4 @@
-"""A Hugging Face hub of one dataset on a loopback port, that drops connections in the middle of a file."""
+"""A Hugging Face hub with one dataset on a loopback port; it drops connections in the middle of a file."""
 
 import hashlib
 import http.server
@@ -13,7 +13,7 @@ COMMIT = "a" * 40
 
 
 class Hub:
-    """Serves the files of `folder` as dataset me/data; `drops` answers of a file's bytes break off half-way."""
+    """Serves the files of `folder` as dataset me/data and breaks off the first `drops` downloads half-way."""
 
     def __init__(self, folder: Path, drops: int = 0) -> None:
         self.folder, self.drops, self.dropped, self.rng = folder, drops, 0, random.Random(0)
@@ -82,10 +82,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if not path.exists():
             self.answer(404, X_Error_Code="EntryNotFound")
             return
-        whole, asked = path.read_bytes(), re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        whole, part = path.read_bytes(), re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         body, status, headers = whole, 200, {"ETag": '"x"', "Accept_Ranges": "bytes"}
-        if asked:
-            begin, end = int(asked[1]), int(asked[2] or len(whole) - 1)
+        if part:
+            begin, end = int(part[1]), int(part[2] or len(whole) - 1)
             body, status = whole[begin : end + 1], 206
             headers["Content_Range"] = f"bytes {begin}-{end}/{len(whole)}"
         drop = self.command == "GET" and self.hub.dropped < self.hub.drops and len(body) > 1000

@@ -1,4 +1,4 @@
-"""The benchmark of the data path measures what it says, and nothing where the builder is wrong."""
+"""The benchmark of the data path reports every figure with its goal, and refuses to time a wrong builder."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Shards from mixes of sources, interrupted anywhere; what goes in comes out."""
+"""Builds from mixes of sources, interrupted anywhere: every document comes out once, with the same bytes."""
 
 import gzip
 import itertools
@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from corpus import build, commands, shards, sources
-from corpus.build import Part, build_shards
+from corpus.build import MixPart, build_shards
 from corpus.shards import open_shards
 from corpus.sources import Repeated, TextFiles
 from engine.cli import BadInput
@@ -41,7 +41,7 @@ def documents_of(folder):
 
 
 def odd_text(rng):
-    """Any Unicode: all planes, controls, NUL, combining marks, what looks like special tokens, nothing at all."""
+    """Any Unicode: all planes, controls, NUL, combining marks, spelled-out special tokens, or an empty text."""
     pieces = (
         "\x00",
         "\r\n",
@@ -71,7 +71,7 @@ def test_a_thousand_odd_texts_come_back_as_they_were(tmp_path):
     )
     rows = "".join(json.dumps({"text": text}, ensure_ascii=rng.random() < 0.5) + "\n" for text in texts)
     (tmp_path / "odd.jsonl").write_text(rows, encoding="utf-8", newline="")
-    parts = [Part("odd", TextFiles([tmp_path / "odd.jsonl"]))]
+    parts = [MixPart("odd", TextFiles([tmp_path / "odd.jsonl"]))]
     build_shards(parts, tmp_path / "s", source="odd", vocab_size=600, val_fraction=0.2)
     assert sorted(documents_of(tmp_path / "s")) == sorted(texts)
 
@@ -92,7 +92,7 @@ def test_a_lone_surrogate_from_any_source_is_refused(tmp_path):
 
 
 def three_parts(folder):
-    """Files of three kinds that share some of their documents."""
+    """Write files of three kinds that share some of their documents."""
     texts = random_documents(4000)
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts[:2000]))
     (folder / "b.txt.gz").write_bytes(gzip.compress("\n".join(texts[1300:2700]).encode()))
@@ -100,9 +100,9 @@ def three_parts(folder):
 
     pandas.DataFrame({"text": texts[1500:4000]}).to_parquet(folder / "c.parquet", row_group_size=50)
     return [
-        Part("a", TextFiles([folder / "a.jsonl"]), 0.5),
-        Part("b and c", TextFiles([folder / "b.txt.gz", folder / "c.parquet"]), 0.25),
-        Part("c again", TextFiles([folder / "c.parquet"]), 0.25),
+        MixPart("a", TextFiles([folder / "a.jsonl"]), 0.5),
+        MixPart("b and c", TextFiles([folder / "b.txt.gz", folder / "c.parquet"]), 0.25),
+        MixPart("c again", TextFiles([folder / "c.parquet"]), 0.25),
     ]
 
 
@@ -123,7 +123,7 @@ def kept_tokens():
     return sum(writer["tokens"] for writer in saved["writers"].values()) if saved else 0
 
 while not out.exists():
-    child = os.fork()  # nothing is imported anew, and no thread runs here yet
+    child = os.fork()  # saves the imports; no thread runs here yet
     if not child:
         three_parts_again(folder, out)
         os._exit(0)
@@ -131,7 +131,7 @@ while not out.exists():
     if killed < 20:
         while kept_tokens() == before and time.monotonic() < end:
             time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.05))
+        time.sleep(rng.uniform(0, 0.02))
         os.kill(child, signal.SIGKILL)
         killed += 1
     status = os.waitpid(child, 0)[1]
@@ -142,15 +142,15 @@ print(killed, len(places))
 
 
 def small_pieces(build_module, shardfiles_module):
-    """Many batches, many shards, a record of progress after almost every document."""
+    """Make many batches and shards, and save after almost every document."""
     build_module.BATCH_CHARS, build_module.SAVE_SECONDS = 4000, 0.01
     shardfiles_module.SHARD_TOKENS, shardfiles_module.WRITE_TOKENS = 20_000, 700
 
 
 def three_parts_again(folder, out):
-    paths = [Part("a", TextFiles([folder / "a.jsonl"]), 0.5)]
-    paths.append(Part("b and c", TextFiles([folder / "b.txt.gz", folder / "c.parquet"]), 0.25))
-    paths.append(Part("c again", TextFiles([folder / "c.parquet"]), 0.25))
+    paths = [MixPart("a", TextFiles([folder / "a.jsonl"]), 0.5)]
+    paths.append(MixPart("b and c", TextFiles([folder / "b.txt.gz", folder / "c.parquet"]), 0.25))
+    paths.append(MixPart("c again", TextFiles([folder / "c.parquet"]), 0.25))
     return build_shards(paths, out, source="three", vocab_size=300, val_fraction=0.1)
 
 
@@ -161,7 +161,7 @@ def test_a_build_killed_twenty_times_ends_with_the_same_bytes(tmp_path, monkeypa
     assert done.returncode == 0, done.stderr
     killed, places = map(int, done.stdout.split())
     assert killed == 20
-    assert places > 15, "killed at too few different places to show anything"
+    assert places > 15, "too few different places to prove anything"
     monkeypatch.setattr(shards, "SHARD_TOKENS", 20_000)
     three_parts_again(tmp_path, tmp_path / "undisturbed")
     assert shard_bytes(tmp_path / "killed") == shard_bytes(tmp_path / "undisturbed")
@@ -173,7 +173,7 @@ def test_a_mix_keeps_its_shares_and_no_document_twice(tmp_path):
     lists = (texts[:600], texts[300:900], texts[500:1200] + texts[:100])
     shares = (0.5, 0.3, 0.2)
     parts = [
-        Part(str(number), Repeated(lambda mine=mine: mine), share)
+        MixPart(str(number), Repeated(lambda mine=mine: mine), share)
         for number, (mine, share) in enumerate(zip(lists, shares, strict=True))
     ]
     most = 40_000
@@ -188,7 +188,7 @@ def test_a_mix_keeps_its_shares_and_no_document_twice(tmp_path):
 
 def test_a_mix_ends_where_a_part_is_used_up(tmp_path, capsys):
     texts = random_documents(300)
-    parts = [Part("short", Repeated(lambda: texts[:50])), Part("long", Repeated(lambda: texts[50:]))]
+    parts = [MixPart("short", Repeated(lambda: texts[:50])), MixPart("long", Repeated(lambda: texts[50:]))]
     meta = build_shards(parts, tmp_path / "s", source="mix", vocab_size=300, val_fraction=0.2)
     assert "short: used up" in capsys.readouterr().err
     assert meta["parts"]["short"]["documents"] == 50
@@ -196,14 +196,16 @@ def test_a_mix_ends_where_a_part_is_used_up(tmp_path, capsys):
 
 
 def test_a_preset_names_known_datasets_and_their_tokenizer(monkeypatch, run_main, tmp_path):
-    asked = {}
-    monkeypatch.setattr(commands, "build_shards", lambda parts, out, **more: asked.update(parts=parts, **more) or 1 / 0)
+    request = {}
+    monkeypatch.setattr(
+        commands, "build_shards", lambda parts, out, **more: request.update(parts=parts, **more) or 1 / 0
+    )
     with pytest.raises(ZeroDivisionError):
         run_main(commands.main, "hf", "smollm-mix", "--out", tmp_path / "s", "--max-tokens", "1e9")
     names = [("HuggingFaceTB/smollm-corpus fineweb-edu-dedup", 0.7), ("HuggingFaceTB/smollm-corpus cosmopedia-v2", 0.3)]
-    assert [(part.name, part.share) for part in asked["parts"]] == names
-    assert asked["tokenizer"] == "HuggingFaceTB/SmolLM2-135M"
-    assert asked["max_tokens"] == 10**9
+    assert [(part.name, part.share) for part in request["parts"]] == names
+    assert request["tokenizer"] == "HuggingFaceTB/SmolLM2-135M"
+    assert request["max_tokens"] == 10**9
 
 
 def test_token_ids_are_taken_as_they_are(tmp_path, run_main):
@@ -244,7 +246,7 @@ def test_an_unfinished_build_of_something_else_is_not_touched(tmp_path, monkeypa
     assert run_main(commands.main, *words, 300)[0] == 0
 
 
-def test_two_builds_of_one_folder_do_not_meet(tmp_path):
+def test_a_second_build_of_a_folder_is_refused(tmp_path):
     def meanwhile():
         with pytest.raises(BadInput, match="another build"):
             build_shards(lambda: iter("abc"), tmp_path / "s", source="test", vocab_size=300)
@@ -254,7 +256,7 @@ def test_two_builds_of_one_folder_do_not_meet(tmp_path):
 
 
 def test_memory_of_a_build_does_not_grow_with_the_text(tmp_path):
-    """Three times the text, 44 MB more, the same peak: in batches so small that both fill every queue."""
+    """Three times the text, 44 MB more, has the same peak, in batches so small that both builds fill every queue."""
     script = "import sys; from corpus import build, commands; build.BATCH_CHARS = 100_000; sys.exit(commands.main())"
     peaks = {}
     for count in (25_000, 75_000):
@@ -302,7 +304,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, run_main, monkeypatch):
 
 @pytest.fixture
 def interrupted(tmp_path, monkeypatch, run_main):
-    """The command of a build that broke off after some of its documents, which are kept."""
+    """The command of a build that failed after some documents, and kept them."""
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in random_documents(300)))
     words = ("text", tmp_path / "a.jsonl", "--out", tmp_path / "s", "--vocab-size", 300)
     monkeypatch.setattr(build, "SAVE_SECONDS", 0)
@@ -312,27 +314,27 @@ def interrupted(tmp_path, monkeypatch, run_main):
 
         def lost(feed):
             if feed.documents > 100:
-                raise BadInput("the line is dead")
+                raise BadInput("the connection is gone")
             return fetch(feed)
 
         broken.setattr(build._Feed, "fetch", lost)
         code, _, err = run_main(commands.main, *words)
     assert code == 2
-    assert "the line is dead; " in err
+    assert "the connection is gone; " in err
     assert "tokens are kept in" in err
     return words
 
 
-def test_what_an_interrupted_build_has_is_kept_and_gone_on_from(interrupted, tmp_path, run_main, monkeypatch):
+def test_an_interrupted_build_continues_from_what_it_kept(interrupted, tmp_path, run_main, monkeypatch):
     begun = []
     monkeypatch.setattr(sources.TextFiles, "open", spy(begun))
     assert run_main(commands.main, *interrupted)[0] == 0
-    assert begun[-1]["at"] is not None, "began anew"
+    assert begun[-1]["at"] is not None, "started again"
     assert sorted(documents_of(tmp_path / "s")) == sorted(random_documents(300))
 
 
-def test_hashes_of_documents_that_were_not_kept_are_forgotten(interrupted, tmp_path, run_main, monkeypatch):
-    """A kill between the hashes and the record leaves them; the next start would take them for those that it counts."""
+def test_hashes_of_documents_that_were_not_kept_are_dropped(interrupted, tmp_path, run_main, monkeypatch):
+    """A kill after writing the hashes and before the record leaves them; the next start must not count them."""
     hashes, sizes, save = tmp_path / "s.partial" / build.HASHES, [], build._Build._save
     with hashes.open("ab") as file:
         file.write(bytes(40))
@@ -375,13 +377,13 @@ def test_an_interrupted_build_that_was_changed_is_refused_and_kept(interrupted, 
     assert {path.name for path in partial.iterdir()} == before
 
 
-def test_a_misspelt_preset_asks_nobody(tmp_path, run_main):
+def test_a_misspelt_preset_is_refused_without_a_network(tmp_path, run_main):
     code, _, err = run_main(commands.main, "hf", "smollm-mx", "--out", tmp_path / "s")
     assert (code, err) == (2, "error: hf smollm-mx: no such preset; did you mean smollm-mix?\n")
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "refusal"),
     [
         (("a/a", "b/b", "--config", "c"), "--config: 1 given for 2 datasets"),
         (("a/a", "b/b", "--shares", "1", "2", "3"), "--shares: 3 given for 2 datasets"),
@@ -390,9 +392,9 @@ def test_a_misspelt_preset_asks_nobody(tmp_path, run_main):
         (("smollm-mix", "--shares", "1"), "a preset has its own"),
     ],
 )
-def test_a_mix_that_makes_no_sense_is_one_sentence(tmp_path, run_main, words, said):
+def test_an_impossible_mix_is_one_sentence(tmp_path, run_main, words, refusal):
     code, _, err = run_main(commands.main, "hf", *words, "--out", tmp_path / "s")
     assert code == 2
-    assert said in err
+    assert refusal in err
     assert len(err.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []

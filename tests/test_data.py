@@ -1,8 +1,12 @@
+"""From text to shards and from shards to batches: nothing is lost, repeated or on both sides; damage is named."""
+
 import gzip
 import itertools
 import json
 import shutil
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -17,6 +21,7 @@ from corpus.build import build_shards
 from corpus.shards import open_shards
 from data import Loader, TokenStream, shuffle_index, validation_batches
 from engine.cli import BadInput
+from engine.files import ROOT
 from tests.conftest import random_documents
 
 
@@ -160,15 +165,15 @@ def test_a_tokenizers_own_truncation_is_ignored(tmp_path):
     assert again["train_tokens"] == open_shards(tmp_path / "a").tokens("train")
 
 
-def test_hashes_are_seen_once():
+def test_a_set_of_hashes_knows_what_was_added():
     rng = np.random.default_rng(0)
     seen, reference = documents.SeenHashes(), set()
     for _ in range(50):
-        hashes = rng.integers(0, 2000, 100, dtype=np.uint64)
-        fresh = seen.add(hashes)
-        for value, is_fresh in zip(hashes.tolist(), fresh.tolist(), strict=True):
-            assert is_fresh == (value not in reference)
-            reference.add(value)
+        hashes = np.unique(rng.integers(0, 2000, 100, dtype=np.uint64))
+        known = seen.known(hashes)
+        assert known.tolist() == [value in reference for value in hashes.tolist()]
+        seen.add(hashes[~known])
+        reference |= set(hashes.tolist())
     assert sum(map(len, seen.runs)) == len(reference)
     assert len(seen.runs) <= 12
 
@@ -197,7 +202,7 @@ def test_shuffling_is_a_bijection(n, seed, epoch):
 
 
 @pytest.mark.parametrize("n", [64, 1000, 4097])
-def test_shuffling_depends_on_seed_and_epoch_and_forgets_the_order(n):
+def test_shuffling_depends_on_seed_and_epoch_and_not_on_the_order(n):
     index = np.arange(n)
     a, b, c = (shuffle_index(index, n, seed, epoch) for seed, epoch in ((0, 0), (1, 0), (0, 1)))
     assert (a != b).mean() > 0.9 < (a != c).mean()
@@ -231,8 +236,8 @@ def test_different_seeds_give_a_different_order(split_shards):
 
 
 def test_iteration_gives_the_pure_batches_and_resumes_anywhere(split_shards):
-    said = []
-    loader = Loader(TokenStream(split_shards, "train"), 8, 64, seed=0, say=said.append)
+    lines = []
+    loader = Loader(TokenStream(split_shards, "train"), 8, 64, seed=0, say=lines.append)
     steps = 2 * loader.windows // 8 + 3
     for i in range(steps):
         np.testing.assert_array_equal(next(loader).numpy(), loader.batch(i))
@@ -244,10 +249,10 @@ def test_iteration_gives_the_pure_batches_and_resumes_anywhere(split_shards):
             other.load_state_dict(state)
             np.testing.assert_array_equal(next(other).numpy(), loader.batch(i + 1))
             other.close()
-            assert len(again) == ((i + 1) * 8 <= loader.windows < (i + 2) * 8)  # not said before it was stopped
+            assert len(again) == ((i + 1) * 8 <= loader.windows < (i + 2) * 8)  # not printed before it was stopped
     loader.close()
-    assert len(said) == 1
-    assert "going round again" in said[0]
+    assert len(lines) == 1
+    assert "starting another epoch" in lines[0]
 
 
 def test_validation_is_always_the_first_tokens(split_shards):
@@ -365,7 +370,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(run_main, tmp_path, argume
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_tokenizer_file_out_of_all_proportion_is_refused(tmp_path, run_main):
+def test_a_tokenizer_file_that_is_far_too_large_is_refused(tmp_path, run_main):
     huge = tmp_path / "tokenizer.json"
     with huge.open("wb") as file:
         file.truncate(2**28)
@@ -374,3 +379,10 @@ def test_a_tokenizer_file_out_of_all_proportion_is_refused(tmp_path, run_main):
     code, _, err = run_main(commands.main, "text", *where, "--tokenizer", huge)
     assert code == 2
     assert "larger than" in err
+
+
+def test_reading_shards_imports_no_tokenizer_and_no_datasets():
+    """A machine that only trains may lack both, and importing them costs seconds."""
+    script = "import data, sys; print(sorted({'tokenizers', 'datasets', 'pyarrow', 'tqdm'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -21,7 +21,7 @@ from settings import Settings, resolve
 from tests.test_train import lines
 
 START = 3
-DENSE = ModelConfig(32, 2, 4, 4, 48, seq_len=24, ffn="relu2", qk_norm=True)
+DENSE = ModelConfig(d_model=32, layers=2, heads=4, kv_heads=4, d_ff=48, seq_len=24, ffn="relu2", qk_norm=True)
 KINDS = {
     "dense": DENSE,
     "shared heads": dataclasses.replace(DENSE, kv_heads=2),

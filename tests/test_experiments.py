@@ -1,4 +1,4 @@
-"""Suites as processes: killed, interrupted, failed and resumed; free GPUs; what an old GPU gets."""
+"""Suites as processes: killed, interrupted, failed and resumed; one run per free GPU; the settings on an old GPU."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from suites import launcher, planner
 from tests.processes import children_of, steps_logged
 
 SLIVER = ("run", "moe-lr-muon", "--scale", "nano", "--tokens", "8192")
-RUNS, UPDATES = 3, 4  # the rates 0.01, 0.02 and 0.04
+RUNS, STEPS = 3, 4  # the rates 0.01, 0.02 and 0.04
 
 
 def command(tmp_path, shards_folder, *more, only="* 0.0[124]", jobs=("--jobs", "2")):
@@ -43,7 +43,7 @@ def assert_complete(tmp_path, runs=RUNS):
     assert len(folders) == runs
     for folder in folders:
         assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
-        assert steps_logged(folder) == list(range(1, UPDATES + 1)), folder
+        assert steps_logged(folder) == list(range(1, STEPS + 1)), folder
 
 
 @pytest.mark.parametrize("runs_die_too", [False, True])
@@ -65,15 +65,15 @@ def test_a_suite_killed_in_the_middle_loses_and_repeats_nothing(tmp_path, shards
     assert re.findall(r"(\d+) to go", third.stdout) == ["0"]
 
 
-def test_an_interrupted_suite_stops_its_runs_and_goes_on(tmp_path, shards_folder):
+def test_an_interrupted_suite_stops_its_runs_and_can_be_continued(tmp_path, shards_folder):
     suite = subprocess.Popen(
         command(tmp_path, shards_folder), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     wait_until(lambda: len(list(tmp_path.glob("*/metrics.jsonl"))) >= 2)
     suite.send_signal(signal.SIGINT)
-    _, said = suite.communicate(timeout=60)
+    _, err = suite.communicate(timeout=60)
     assert suite.returncode == 130
-    assert "goes on from here" in said
+    assert "interrupted; run the same command to continue" in err
     for folder in (path.parent for path in tmp_path.glob("*/metrics.jsonl")):
         assert (folder / "checkpoint.pt").exists()
         assert json.loads((folder / "summary.json").read_text())["status"] in ("stopped", "finished")
@@ -83,7 +83,7 @@ def test_an_interrupted_suite_stops_its_runs_and_goes_on(tmp_path, shards_folder
 
 
 def test_a_suite_runs_as_jobs_of_a_scheduler(tmp_path, shards_folder):
-    """submitit's own local executor stands for Slurm."""
+    """submitit's local executor replaces Slurm."""
     words = command(tmp_path, shards_folder, "--submit", "local", only="* 0.0[12]", jobs=())
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=ROOT, env=one_thread, capture_output=True, text=True, check=False)
@@ -145,23 +145,23 @@ def planner_of(*words):
 
 
 def job(tmp_path, name="a", *flags):
-    return launcher.Job(name, flags, updates=4, tokens=1024, runs_dir=tmp_path)
+    return launcher.Job(name, flags, steps=4, tokens=1024, runs_dir=tmp_path)
 
 
 def fake_training(tmp_path, monkeypatch, code):
-    """Stand in for train.py."""
+    """Replace train.py."""
     script = tmp_path / "fake.py"
     script.write_text(code)
     monkeypatch.setattr(launcher, "TRAIN", script)
 
 
-def test_a_run_that_keeps_dying_is_given_up(tmp_path, monkeypatch, capsys):
+def test_a_run_that_exits_three_times_without_a_summary_has_failed(tmp_path, monkeypatch, capsys):
     fake_training(tmp_path, monkeypatch, "import os, pathlib; pathlib.Path('n').open('a').write('x'); os._exit(9)")
     monkeypatch.chdir(tmp_path)
     launcher.run_here([job(tmp_path)], [{}])
     assert (tmp_path / "n").read_text() == "xxx"
     assert job(tmp_path).state() == "failed"
-    assert "died 3 times" in job(tmp_path).reason()
+    assert "exited 3 times without a summary" in job(tmp_path).reason()
     launcher.run_here([job(tmp_path)], [{}])
     assert (tmp_path / "n").read_text() == "xxx"
     job(tmp_path).forget()
@@ -171,8 +171,8 @@ def test_a_run_that_keeps_dying_is_given_up(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("code", [0, 1])
-def test_an_end_without_a_verdict_is_no_end_of_a_loop(tmp_path, monkeypatch, code):
-    """An old summary says stopped, and the process ends without changing it."""
+def test_a_run_that_stops_without_progress_does_not_restart_forever(tmp_path, monkeypatch, code):
+    """The summary has status stopped, and the process exits without changing it."""
     stop = "" if code else "Path('a/summary.json').unlink(missing_ok=True)"
     fake_training(tmp_path, monkeypatch, f"import os\nfrom pathlib import Path\n{stop}\nos._exit({code})")
     monkeypatch.chdir(tmp_path)
@@ -202,7 +202,7 @@ def test_a_diverged_run_is_reported_and_not_tried_again(tmp_path, shards_folder)
     assert diverged.log.read_text() == before
 
 
-def test_a_run_that_another_process_is_at_is_waited_for(tmp_path, monkeypatch):
+def test_the_launcher_waits_for_a_run_that_another_process_trains(tmp_path, monkeypatch):
     summary = '{"status": "finished", "final_val_loss": 1.0}'
     fake_training(
         tmp_path,
@@ -228,7 +228,7 @@ def test_one_run_per_free_gpu(tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in launcher.free_slots(None)] == ["GPU-a", "GPU-c"]
     assert len(launcher.free_slots(1)) == 1
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # the user's word counts, whatever runs there
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # the user's choice counts, even if the GPU is in use
     assert launcher.free_slots(None) == [{"CUDA_VISIBLE_DEVICES": "1"}]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     tool.write_text("#!/bin/sh\necho 'GPU-b, 20000, 24564'\n")
@@ -245,7 +245,7 @@ def test_one_run_per_free_gpu(tmp_path, monkeypatch):
         (("status", "everythin"), "no such suite"),
         (("report", "moe-clip"), "moe-lr-muon"),
         (("run", "lr-sensitivity", "--jobs", "0"), "--jobs 0: must be at least 1"),
-        (("run", "lr-sensitivity", "--only", "sgd*"), "no condition of lr-sensitivity has such a name"),
+        (("run", "lr-sensitivity", "--only", "sgd*"), "no condition of lr-sensitivity matches"),
         (("run", "lr-sensitivity", "--seeds", "-1"), "--seed -1"),
         (("run", "lr-sensitivity", "--data", "nowhere"), "nowhere"),
         (("run", "lr-sensitivity", "--data", "nowhere", "--dry-run"), "nowhere"),

@@ -1,4 +1,4 @@
-"""Looking into a folder of shards, and naming everything in it that is damaged."""
+"""inspect describes a folder of shards, and verify names every damage."""
 
 import json
 import struct
@@ -40,7 +40,7 @@ def test_inspect_says_what_is_in_the_shards(folder, run_main):
     assert "every checksum matches" in out
 
 
-def test_published_shards_are_told_by_their_pattern(tmp_path, run_main):
+def test_published_shards_are_selected_by_a_pattern(tmp_path, run_main):
     for name, ids in (
         ("fineweb_val_000000.bin", [50256, *range(98)]),
         ("fineweb_train_000001.bin", [50256, 7, 50256, 8]),
@@ -85,7 +85,7 @@ def test_verify_names_every_damage(folder, run_main, how, words):
             raw[-9] ^= 4
         elif how == "cut":
             del raw[-8:]
-        elif how == "other text":  # a whole shard, with a checksum of its own, but not the one that was built
+        elif how == "other text":  # a valid shard without a checksum, but with other tokens
             raw[20:24] = bytes(4)
             raw[-9] ^= 1
         path.write_bytes(raw)

@@ -15,7 +15,7 @@ PUBLISHED_COUNTS = {
     "88m": 88_630_528,
     "108m": 108_543_744,
 }
-SMALL = ModelConfig(32, 2, 4, 2, 48, seq_len=24, ffn="relu2", qk_norm=True)
+SMALL = ModelConfig(d_model=32, layers=2, heads=4, kv_heads=2, d_ff=48, seq_len=24, ffn="relu2", qk_norm=True)
 
 
 def small_model(**changes):

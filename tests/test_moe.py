@@ -13,7 +13,7 @@ from optim import Muon, build_optimizers, step_cost
 from tests.conftest import ask_to_stop
 from tests.test_train import lines, losses, without_time
 
-SMALL = ModelConfig(32, 2, 4, 4, 48, seq_len=24, ffn="silu", experts=4)
+SMALL = ModelConfig(d_model=32, layers=2, heads=4, kv_heads=4, d_ff=48, seq_len=24, ffn="silu", experts=4)
 MOE = ("--model", "moe-nano", "--kv-heads", 2, "--experts", 4)
 
 

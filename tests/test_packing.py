@@ -1,4 +1,4 @@
-"""Windows that begin at documents, and shards whose checksums are looked at behind the reader."""
+"""Windows that begin at documents, and checksums that a thread checks in the background."""
 
 import json
 import time
@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from corpus import shards
+import data
 from corpus.shards import open_shards
 from data import Loader, TokenStream, aligned_windows, document_starts
 from engine.cli import BadInput
@@ -69,7 +69,7 @@ def test_alignment_needs_to_know_the_end_of_text(shards_folder, tmp_path, train_
 
 @pytest.fixture
 def damaged(shards_folder, tmp_path, monkeypatch):
-    """A damaged shard that counts as a large one, and whose check takes a while."""
+    """A damaged shard that counts as large, whose check takes a second."""
     import shutil
 
     shutil.copytree(shards_folder, tmp_path / "s")
@@ -77,13 +77,13 @@ def damaged(shards_folder, tmp_path, monkeypatch):
     raw = bytearray(path.read_bytes())
     raw[-9] ^= 1
     path.write_bytes(raw)
-    monkeypatch.setattr("data.CHECKED_AT_ONCE_BYTES", 0)
-    check = shards.check_payload
-    monkeypatch.setattr("data.check_payload", lambda *a: (time.sleep(1.0), check(*a)))
+    monkeypatch.setattr(data, "CHECKED_AT_ONCE_BYTES", 0)
+    check = data.check_payload
+    monkeypatch.setattr(data, "check_payload", lambda *a: (time.sleep(1.0), check(*a)))
     return path
 
 
-def test_a_large_shard_is_checked_behind_the_reader(damaged):
+def test_a_large_shard_is_checked_in_the_background(damaged):
     stream = TokenStream(open_shards(damaged.parent), "train")
     stream.read(0, 100)  # at once
     with pytest.raises(BadInput, match=r"train_000000\.bin: its checksum"):
@@ -92,8 +92,8 @@ def test_a_large_shard_is_checked_behind_the_reader(damaged):
         stream.read(0, 100)
 
 
-def test_no_checkpoint_vouches_for_tokens_that_are_not_checked(damaged, train_small):
-    """Without the wait the run would be over before the check is."""
+def test_no_checkpoint_is_written_before_the_tokens_are_checked(damaged, train_small):
+    """Without waiting, the run would finish before the check does."""
     code, folder, _, err = train_small("a", "--tokens", 512, "--checkpoint-every", 1, data_folder=damaged.parent)
     assert code != 0
     assert "its checksum does not match" in err

@@ -1,4 +1,4 @@
-"""Sources over lines that break: nothing lost or repeated, and an end where nobody answers."""
+"""Sources over connections that break: no document is lost or repeated, and an absent hub ends the build."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ from tests.test_build import ROOT, documents_of
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub on loopback for a process of its own, since huggingface_hub reads its address when it is imported."""
+    """A hub on loopback and a command in its own process, since huggingface_hub reads the hub's address on import."""
     folder = tmp_path / "hub"
     folder.mkdir()
 
@@ -55,7 +55,7 @@ def test_a_hub_that_is_not_there_is_one_sentence(hub, tmp_path):
 
 
 class Flaky:
-    """A dataset whose rows break off every few, with a network's error."""
+    """A dataset that raises a network error after every few rows."""
 
     def __init__(self, rows, every):
         self.rows, self.every, self.at = rows, every, 0
@@ -74,7 +74,7 @@ class Flaky:
             yield {"text": row}
 
 
-def test_rows_are_taken_up_where_the_connection_broke(monkeypatch):
+def test_rows_continue_where_the_connection_broke(monkeypatch):
     waits = []
     monkeypatch.setattr(sources.time, "sleep", waits.append)
     rows = [str(i) for i in range(40)]
@@ -107,7 +107,7 @@ def test_a_connection_that_stays_lost_ends_after_growing_waits(monkeypatch):
 
 
 def test_datasets_are_opened_one_at_a_time():
-    """What `datasets` does when it opens several at once depends on luck (tqdm's lock vanishes)."""
+    """When `datasets` opens several at once, tqdm's lock sometimes vanishes."""
     inside = []
 
     def load():
