@@ -190,6 +190,7 @@ class Transformer(nn.Module):
         self.config, self.vocab_size = config, vocab_size
         self.compute_dtype, self.kernels = torch.float32, frozenset()
         self.document_start: int | None = None
+        self.whole_batch = False
         D, L, E = config.d_model, config.layers, config.head_width
         self.embedding = nn.Parameter(torch.empty(vocab_size, D))
         stored = {"q": (D, D), "k": (config.kv_heads * E, D), "v": (config.kv_heads * E, D), "o": (D, D)}
@@ -220,6 +221,8 @@ class Transformer(nn.Module):
             self.router = nn.Parameter(torch.empty(L, config.experts, D).normal_(std=INIT_STD))
             # Choices per expert in the last forward pass.
             self.register_buffer("expert_counts", torch.zeros(L, config.experts, dtype=torch.long), persistent=False)
+            # The shares f_e over all micro-batches and ranks, where a step sets them (engine/step.py).
+            self.register_buffer("batch_shares", torch.zeros(L, config.experts), persistent=False)
 
     def banks(self) -> list[Bank]:
         """Every block matrix, grouped by stored shape; embedding, gains and router belong to no bank."""
@@ -257,6 +260,27 @@ class Transformer(nn.Module):
         overwritten in place.
         """
         c, dtype = self.config, self.compute_dtype
+        x, counts, balance = self._trunk(tokens_BT)
+        if c.experts:
+            self.expert_counts.copy_(counts)
+        # The tied head: logits are inner products with the rows of the embedding.
+        if targets_BT is not None and "cross_entropy" in self.kernels and self.training:
+            loss = linear_cross_entropy(x.flatten(0, 1), self.embedding.to(dtype), targets_BT.flatten())
+            return loss + balance if c.experts else loss
+        logits = F.linear(x, self.embedding.to(dtype))
+        if targets_BT is None:
+            return logits
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets_BT.flatten())
+        return loss + balance if c.experts and self.training else loss
+
+    @torch.no_grad()
+    def choices(self, tokens_BT: Tensor) -> Tensor:
+        """How many choices of a forward pass fall on each expert of each layer, (layers, experts)."""
+        return self._trunk(tokens_BT)[1]
+
+    def _trunk(self, tokens_BT: Tensor) -> tuple[Tensor, Tensor | None, Tensor | float]:
+        """The final hidden states (B, T, D); for a mixture the choices of each layer and the load-balancing loss."""
+        c, dtype = self.config, self.compute_dtype
         # Banks -> for each projection its matrix of every layer.
         per_layer: dict[str, tuple[Tensor, ...]] = {}
         for bank in self.banks():
@@ -282,18 +306,7 @@ class Transformer(nn.Module):
             else:
                 h = self._ffn(h, w)
             x = x + self._drop(h)
-        if c.experts:
-            self.expert_counts.copy_(torch.stack(counts))
-        x = rms_norm(x, self.final_gain)
-        # The tied head: logits are inner products with the rows of the embedding.
-        if targets_BT is not None and "cross_entropy" in self.kernels and self.training:
-            loss = linear_cross_entropy(x.flatten(0, 1), self.embedding.to(dtype), targets_BT.flatten())
-            return loss + balance if c.experts else loss
-        logits = F.linear(x, self.embedding.to(dtype))
-        if targets_BT is None:
-            return logits
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets_BT.flatten())
-        return loss + balance if c.experts and self.training else loss
+        return rms_norm(x, self.final_gain), torch.stack(counts) if counts else None, balance
 
     def _attention(self, x: Tensor, w: dict[str, Tensor], layer: int, mask: BlockMask | Tensor | None) -> Tensor:
         (B, T, _), E = x.shape, self.config.head_width
@@ -334,7 +347,8 @@ class Transformer(nn.Module):
     def _mixture(self, x_ND: Tensor, w: dict[str, Tensor], layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """The weighted sum of the chosen experts' outputs (N, D); choices per expert (X,); the load-balancing loss.
 
-        The loss is balance X sum_e f_e P_e (Fedus et al. 2021): f_e the share of the choices, P_e the mean probability.
+        The loss is balance X sum_e f_e P_e (Fedus et al. 2021): f_e the share of the choices, P_e the mean probability,
+        f_e over the whole batch where `whole_batch` says so. The mean over micro-batches is then that of the batch.
         """
         c = self.config
         # Router: a logit per token and expert, in fp32. P_e is the mean over tokens, before any noise.
@@ -355,6 +369,8 @@ class Transformer(nn.Module):
         y_ND = (y_NRD * chosen_NR.softmax(-1).to(y_NRD.dtype)[..., None]).sum(1)
         # Least when f and P are uniform: it pulls probability away from the experts that get most tokens.
         shares_X = routing.counts.to(probabilities_X.dtype) / experts_NR.numel()
+        if self.whole_batch and self.training:
+            shares_X = self.batch_shares[layer]
         return y_ND, routing.counts, c.balance * c.experts * (shares_X * probabilities_X).sum()
 
     def _drop(self, x: Tensor) -> Tensor:

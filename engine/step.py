@@ -92,6 +92,9 @@ class TrainingStep:
         self.sharding = sharding or Sharding(model)
         self.world_size = self.sharding.world_size
         self.forward = torch.compile(model, dynamic=False, fullgraph=True, backend=backend) if compiled else model
+        self.choices = model.choices
+        if compiled and model.config.experts:
+            self.choices = torch.compile(model.choices, dynamic=False, fullgraph=True, backend=backend)
         self.names = tuple(share.name for share in self.sharding.shares)
         self.mixture = model.config.experts > 0
         self.device = model.embedding.device
@@ -112,6 +115,11 @@ class TrainingStep:
         self.times.mark("transfer")
         loss = torch.zeros((), device=self.device)
         counts = torch.zeros_like(self.model.expert_counts, dtype=torch.float32) if self.mixture else loss.new_empty(0)
+        if self.mixture and self.model.config.balance:
+            self.model.whole_batch = len(micro_batches) > 1 or self.world_size > 1
+            if self.model.whole_batch:
+                self.model.batch_shares.copy_(self._batch_shares(micro_batches))
+                self.times.mark("forward")
         for rows in micro_batches:
             share = self.forward(rows[:, :-1], rows[:, 1:]) / (len(micro_batches) * self.world_size)
             self.times.mark("forward")
@@ -134,6 +142,20 @@ class TrainingStep:
             optimizer.grad_scale, optimizer.found_inf = clip, found_inf
         values = torch.cat((torch.stack((loss, grad_norm, stop)), norms, counts))
         return PendingStats(values, self.names, self.model.config.layers if self.mixture else 0)
+
+    def _batch_shares(self, micro_batches: Sequence[Tensor]) -> Tensor:
+        """The share of the choices that fall on each expert over the global batch, (layers, experts).
+
+        The load-balancing loss of a batch is a product of two means over it, so that of its parts does not add up to
+        it: this pass without gradients finds one factor, the passes with gradients that follow use it.
+        """
+        states = torch.get_rng_state(), torch.cuda.get_rng_state_all()  # noise and dropout are drawn again alike
+        counts = sum(self.choices(rows[:, :-1]) for rows in micro_batches).float()
+        torch.set_rng_state(states[0])
+        torch.cuda.set_rng_state_all(states[1])
+        if self.world_size > 1:
+            dist.all_reduce(counts)
+        return counts / counts.sum(-1, keepdim=True)
 
     def apply(self) -> Times:
         """The optimizers' step on the gradients, clipped, or nothing where they are not finite; frees the gradients."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from engine.step import TrainingStep
 from kernels.optimizer import scales_of
 from model import SIZES, ModelConfig, Transformer
 from optim import Muon, build_optimizers, step_cost
@@ -256,3 +257,54 @@ def test_a_stopped_run_of_a_mixture_resumes_to_the_bit(train_small, before_step)
     assert code == 0
     for name in ("metrics.jsonl", "manifold_stats.jsonl"):
         assert without_time(lines(parts, name)) == without_time(lines(whole, name))
+
+
+def gradients_of(micro_batch, tokens, compiled=False):
+    model = small_model(balance=0.5)
+    optimizers = build_optimizers(model, "muon", lr=0.1, adamw_lr=0.1)
+    step = TrainingStep(model, optimizers, micro_batch=micro_batch, compiled=compiled, backend="eager")
+    stats = step.gradients(tokens).read()
+    return stats, {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("micro_batch", "compiled"), [(1, False), (2, False), (4, True)])
+def test_the_balance_loss_is_that_of_the_whole_batch_whatever_the_micro_batch(micro_batch, compiled):
+    """And its gradients: of the product of two means over the batch, not the mean of products over its parts."""
+    tokens = torch.randint(50, (8, SMALL.seq_len + 1), generator=torch.Generator().manual_seed(3))
+    whole, expected = gradients_of(8, tokens)
+    stats, found = gradients_of(micro_batch, tokens, compiled)
+    assert stats.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert stats.expert_counts == whole.expert_counts
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_the_balance_loss_of_a_batch_in_parts_equals_a_hand_calculation():
+    """balance X sum_e f_e P_e with f and P over all tokens of the batch, from the logits of the router."""
+    model = small_model(balance=0.5, layers=1)
+    tokens = torch.randint(50, (4, SMALL.seq_len + 1), generator=torch.Generator().manual_seed(3))
+    step = TrainingStep(model, build_optimizers(model, "muon", lr=0.1, adamw_lr=0.1), micro_batch=1)
+    with_balance = step.gradients(tokens).read().loss
+    seen = []
+    hook = torch.nn.functional.linear
+
+    def linear(x, weight, *rest):
+        if weight.shape == model.router[0].shape:
+            seen.append(hook(x, weight).detach())
+        return hook(x, weight, *rest)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(torch.nn.functional, "linear", linear)
+        model.eval()
+        pure = model(tokens[:, :-1], tokens[:, 1:]).item()
+    (logits,) = seen
+    P = logits.softmax(-1).mean(0)
+    f = torch.bincount(logits.topk(2).indices.flatten(), minlength=4) / (2 * len(logits))
+    assert with_balance == pytest.approx(pure + 0.5 * 4 * (f * P).sum().item(), rel=1e-5)
+
+
+def test_twenty_steps_of_a_mixture_do_not_depend_on_the_micro_batch(train_small):
+    """Muon turns a small error of a gradient into a large one of the weights, so they would show it."""
+    arguments = (*MOE, "--tokens", 20 * 256, "--balance", 0.1, "--eval-every", 20, "--spectra-every", 0)
+    one, eight = (train_small(f"by-{n}", *arguments, "--micro-batch", n)[1] for n in (1, 8))
+    assert losses(one) == pytest.approx(losses(eight), abs=1e-4)
