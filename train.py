@@ -18,6 +18,8 @@ from collections import deque
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads must not spin on cores others need
+
 import numpy as np
 import torch
 import torch.distributed as dist

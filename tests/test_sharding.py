@@ -100,7 +100,7 @@ def test_three_ranks_train_like_one_and_one_or_four_go_on_from_their_checkpoint(
 
 
 def test_two_ranks_train_a_mixture_like_one(train_small, shards_folder, tmp_path):
-    arguments = (*TWELVE[len(SMALL_MODEL) :], *MIXTURE, "--spectra-every", "6")
+    arguments = (*TWELVE[len(SMALL_MODEL) :], *MIXTURE, "--spectra-every", "6", "--balance", "0.5")
     _, one, _, _ = train_small("one", *arguments)
     where = ("--data", shards_folder, "--runs-dir", tmp_path, "--no-plots", "--name", "two")
     said = torchrun(2, *TWELVE, *arguments, *where).splitlines()
