@@ -26,10 +26,9 @@ from torch import Tensor
 
 from engine.cli import RunFailed
 from engine.eigh import eigh_leading
-from engine.files import JsonlWriter, finite
+from engine.files import SUBSPACE_RANK, JsonlWriter, finite
 from model import Transformer
 
-SUBSPACE_RANK = 5  # of the singular subspaces whose alignment is measured
 UPDATE_KEYS = (
     "left_alignment",
     "right_alignment",
@@ -134,8 +133,8 @@ def chance_alignment(dimension: int, k: int, trials: int = 1000) -> float:
 def projection_record(weight: Spectrum, update: Spectrum | None, grad_norm: float | None) -> dict[str, Any]:
     """Every metric of one projection (out, in) from its spectra; update keys are None without an update.
 
-    update_gap is s_k - s_{k+1} of the update (k = 5): where it is small beside s_k, the update's top directions are
-    arbitrary, and so is their alignment.
+    update_gap is s_k - s_{k+1} of the update (k = 5): the smaller it is compared with s_k, the more arbitrary are the
+    update's top directions, and their alignment.
     """
     k, rows, cols = weight.left.shape[1], len(weight.left), len(weight.right)
     record = spectral_metrics(weight.singular_values) | dict.fromkeys(UPDATE_KEYS)
@@ -250,7 +249,7 @@ class SpectraRecorder:
     def flush(self) -> None:
         """Wait until every event so far is on disk."""
         start = time.perf_counter()
-        with self.events.all_tasks_done:  # as events.join() does, which would wait for a dead worker for ever
+        with self.events.all_tasks_done:  # as events.join() does, which would wait endlessly for a dead worker
             while self.events.unfinished_tasks and self.worker.is_alive():
                 self.events.all_tasks_done.wait(timeout=0.5)
         self.writer.sync()
@@ -258,13 +257,13 @@ class SpectraRecorder:
         self.check()
 
     def close(self) -> None:
-        """Let the worker finish what is queued, and end it; says nothing of a failure, which `flush` does."""
+        """Let the worker finish what is queued, and end it; a failure is raised by `flush`, not here."""
         if self.worker.is_alive():
             self.events.put(None)
             self.worker.join()
 
     def _work(self) -> None:
-        # A second pool of OpenMP threads beside a training on the CPU cost every step 25 % (bench/LOG.md).
+        # A second pool of OpenMP threads during a training on the CPU cost every step 25 % (bench/LOG.md).
         torch.set_num_threads(1 if self.stream is None else max(1, (os.cpu_count() or 2) - 1))
         ended = False
         while not ended:

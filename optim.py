@@ -3,7 +3,7 @@
     optimizers = build_optimizers(model, "muon", lr=0.02, adamw_lr=0.005)
 
 Matrices in the blocks go to Muon (or AdamW); embedding, gains and router always to AdamW, at a rate of their own.
-Muon costs one batched Newton-Schulz per bank and step: about 2 % of the model's FLOPs at 65k tokens per update.
+Muon costs one batched Newton-Schulz per bank and step: about 2 % of the model's FLOPs at 65k tokens per step.
 """
 
 import math
@@ -14,11 +14,8 @@ import torch
 from torch import Tensor
 
 from engine.ranks import Sharding
-from kernels.newton_schulz import (
-    half_product_cost,
-    method_of,
-)
-from kernels.optimizer import Muon
+from kernels import Muon
+from kernels.newton_schulz import half_product_cost, method_of
 from model import Transformer
 
 SCHEDULES = ("constant", "cosine", "linear", "step", "wsd")

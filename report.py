@@ -4,8 +4,8 @@
     python report.py runs/my-muon runs/my-adamw --watch                       the same, rewritten until they are over
     python report.py compare runs/muon-0,runs/muon-1 runs/adamw-0             two runs or groups, in the terminal
 
-Where a run's folder is asked for, a folder that holds runs stands for all of them. Reads only the runs' folders and
-takes about half a minute; it needs no torch and no network.
+In place of a run's folder, a folder that holds runs means all of them. Reads only the runs' folders and takes about
+half a minute; it needs no torch and no network.
 """
 
 import shlex
@@ -20,16 +20,15 @@ import tyro
 
 from analysis import compare, plots
 from analysis.figures import curve_drawings, draw, watched
-from analysis.pages import Code, Page, Part, Picture, Table, Verse, html_page, markdown_page
+from analysis.pages import Chapter, Code, Page, Picture, Section, Table, counted, number, write_pages
 from analysis.questions import answers
-from analysis.runs import Run, find_runs, group_seeds, load_run, representative
+from analysis.runs import Run, find_runs, group_seeds, load_runs, representative
 from analysis.stats import t_interval
-from analysis.verdict import arenas, careful, judge, memory
-from engine import files
+from analysis.verdict import comparable_sets, judge, memory, warnings
 from engine.cli import BadInput, exit_with_a_sentence
 
 WATCH_SECONDS = 30.0
-SILENT_SECONDS = 1800.0  # a run that has written nothing for so long was killed: --watch does not wait for it
+SILENT_SECONDS = 1800.0  # a run that has written nothing for this long was killed; --watch does not wait for it
 
 
 @dataclass(frozen=True)
@@ -41,60 +40,39 @@ class Arguments:
     out: Path = Path("runs/report")
     """Folder for report.html, report.md and plots/; an earlier report there is replaced."""
     watch: float | None = None
-    """Rewrite the report every so many seconds (30 without a number) until all runs are over."""
-
-
-def number(value: float, form: str, unit: str = "") -> str:
-    return format(value, form) + unit if np.isfinite(value) else "-"
+    """Rewrite the report at this interval in seconds (default 30) until all runs are over."""
 
 
 def last(run: Run, key: str) -> float:
     return float(run.val[key][-1]) if run.val else np.nan
 
 
-RUN_COLUMNS = (
-    *("run", "folder", "status", "learning rate", "updates", "tokens", "last val. loss", "best val. loss"),
-    *("val. accuracy", "tokens/s", "ms/update", "training time", "memory"),
-)
-
-
-def run_row(run: Run, label: str) -> list[str]:
-    """The cells of `RUN_COLUMNS` for one run."""
+def run_row(run: Run, label: str) -> dict[str, str]:
+    """A row of the table of runs: column -> cell."""
     rates = [run.config.get(key) for key in ("lr", "adamw_lr")]
     losses = run.val["val_loss"] if run.val else np.array([np.nan])
     best = np.nanmin(losses) if np.isfinite(losses).any() else np.nan
-    return [
-        label,
-        run.name,
-        run.status,
-        " / ".join("-" if rate is None else f"{rate:g}" for rate in rates),
-        f"{run.updates:,} of {run.config['steps']:,}",
-        f"{run.tokens:,.0f}",
-        number(last(run, "val_loss"), ".4f"),
-        number(best, ".4f"),
-        number(100 * last(run, "val_accuracy"), ".2f", " %"),
-        number(run.tokens_per_second, ",.0f"),
-        number(run.step_ms, ",.1f"),
-        number(run.train_seconds, ",.1f", " s"),
-        memory(run.memory_bytes),
-    ]
+    return {
+        "run": label,
+        "folder": run.name,
+        "status": run.status,
+        "learning rate": " / ".join("-" if rate is None else f"{rate:g}" for rate in rates),
+        "steps": f"{run.steps_done:,} of {run.config['steps']:,}",
+        "tokens": f"{run.tokens:,.0f}",
+        "last val. loss": number(last(run, "val_loss"), ".4f"),
+        "best val. loss": number(best, ".4f"),
+        "val. accuracy": number(100 * last(run, "val_accuracy"), ".2f", " %"),
+        "tokens/s": number(run.tokens_per_second, ",.0f"),
+        "ms/step": number(run.step_ms, ",.1f"),
+        "training time": number(run.train_seconds, ",.1f", " s"),
+        "memory": memory(run.memory_bytes),
+    }
 
 
 def summary_table(runs: Sequence[Run]) -> Table:
     """A row for each setting, the best first within the runs that compare."""
-    header = (
-        "setting",
-        "seeds",
-        "val. loss",
-        "95 %",
-        "perplexity",
-        "accuracy",
-        "tokens/s",
-        "ms/update",
-        "training time",
-    )
     groups = group_seeds(runs)
-    parts = [{run.path for run in part} for part in arenas(runs)]
+    set_of = {run.path: number for number, members in enumerate(comparable_sets(runs)) for run in members}
     rows = []
     for group, label in zip(groups, plots.group_labels(groups), strict=True):
         samples = group.samples()
@@ -104,28 +82,24 @@ def summary_table(runs: Sequence[Run]) -> Table:
         accuracy = np.mean([last(run, "val_accuracy") for run in shown]) if shown else np.nan
         open_runs = [run for run in group.runs if run.status != "finished"]
         progress = f" ({', '.join(sorted({run.status for run in open_runs}))})" if open_runs else ""
-        rows.append(
-            (
-                next(i for i, part in enumerate(parts) if group.runs[0].path in part),
-                mean if samples and np.isfinite(mean) else np.inf,
-                [
-                    label,
-                    f"{len(group.runs)}{progress}",
-                    number(mean, ".4f"),
-                    interval,
-                    number(float(np.exp(min(mean, 700))), ",.2f"),
-                    number(100 * accuracy, ".2f", " %"),
-                    number(group.mean("tokens_per_second"), ",.0f"),
-                    number(group.mean("step_ms"), ",.1f"),
-                    number(group.mean("train_seconds"), ",.1f", " s"),
-                ],
-            )
-        )
-    return Table(header, [cells for *_, cells in sorted(rows, key=lambda row: row[:2])])
+        place = set_of[group.runs[0].path], mean if samples and np.isfinite(mean) else np.inf
+        row = {
+            "setting": label,
+            "seeds": f"{len(group.runs)}{progress}",
+            "val. loss": number(mean, ".4f"),
+            "95 %": interval,
+            "perplexity": number(float(np.exp(min(mean, 700))), ",.2f"),
+            "accuracy": number(100 * accuracy, ".2f", " %"),
+            "tokens/s": number(group.mean("tokens_per_second"), ",.0f"),
+            "ms/step": number(group.mean("step_ms"), ",.1f"),
+            "training time": number(group.mean("train_seconds"), ",.1f", " s"),
+        }
+        rows.append((place, row))
+    return Table.of([row for _, row in sorted(rows, key=lambda pair: pair[0])])
 
 
 def command(run: Run) -> str:
-    """The command that trains this run again: every setting of its config but where it wrote."""
+    """The command that trains this run again: every setting of its config except where it wrote."""
     ranks = int(run.config.get("world_size") or 1)
     words = ["python"] if ranks == 1 else ["torchrun", "--standalone", f"--nproc_per_node={ranks}"]
     words.append("train.py")
@@ -140,17 +114,17 @@ def command(run: Run) -> str:
     return shlex.join(words)
 
 
-def provenance(runs: Sequence[Run], names: Sequence[str]) -> list[Table | Verse | Code]:
+def provenance(runs: Sequence[Run], names: Sequence[str]) -> list[Table | Section | Code]:
     """What the runs share, what they differ in, and the commands that repeat them."""
     keys = list(dict.fromkeys(key for run in runs for key in run.config))
     values = {key: [str(run.config.get(key)) for run in runs] for key in keys}
     shared = [[key, values[key][0]] for key in keys if len(set(values[key])) == 1]
     different = [key for key in keys if len(set(values[key])) > 1]
-    tables: list[Table | Verse | Code] = []
+    items: list[Table | Section | Code] = []
     if different:
         rows = [[name, *(values[key][i] for key in different)] for i, name in enumerate(names)]
-        tables += [Verse("What differs", []), Table(["run", *different], rows)]
-    tables += [Verse("What all runs share" if len(runs) > 1 else "Settings", []), Table(("setting", "value"), shared)]
+        items += [Section("What differs", []), Table(["run", *different], rows)]
+    items += [Section("What all runs share" if len(runs) > 1 else "Settings", []), Table(("setting", "value"), shared)]
     commits = sorted({str(run.config["git_commit"]) for run in runs if run.config.get("git_commit")})
     prints = sorted({str(run.config["data_fingerprint"]) for run in runs if run.config.get("data_fingerprint")})
     words = (
@@ -160,7 +134,7 @@ def provenance(runs: Sequence[Run], names: Sequence[str]) -> list[Table | Verse 
         words.insert(0, f"Build or fetch the shards first; their fingerprint must be {' or '.join(prints)}.")
     checkout = [f"git checkout {commit.rstrip('+')}" for commit in commits]
     lines = [*checkout, *dict.fromkeys(command(run) for run in runs)]
-    return [*tables, Verse("Commands to reproduce", words), Code(lines)]
+    return [*items, Section("Commands to reproduce", words), Code(lines)]
 
 
 def build_page(runs: Sequence[Run], pictures: Sequence[Picture]) -> Page:
@@ -168,31 +142,27 @@ def build_page(runs: Sequence[Run], pictures: Sequence[Picture]) -> Page:
     names = plots.run_labels(runs)
     groups = plots.group_labels(group_seeds(runs))
     title = " and ".join(groups) if len(groups) <= 2 else f"{len(groups)} settings"
-    title += f", {len(runs)} run{'s' * (len(runs) > 1)}"
+    title += f", {counted(len(runs), 'run')}"
     first, *others = judge(runs)
     spectra = watched(runs)
     curves = {drawing.picture.stem for drawing in curve_drawings(runs)}
-    parts = [
-        Part("Curves", [picture for picture in pictures if picture.stem in curves]),
-        Part("Runs", [Table(RUN_COLUMNS, [run_row(run, name) for run, name in zip(runs, names, strict=True)])]),
+    chapters = [
+        Chapter("Curves", [picture for picture in pictures if picture.stem in curves]),
+        Chapter("Runs", [Table.of([run_row(run, name) for run, name in zip(runs, names, strict=True)])]),
     ]
+    elsewhere = ""
     if others:
-        verses = [Verse(verdict.title, verdict.sentences()) for verdict in (first, *others)]
-        parts.insert(0, Part("Verdicts", verses))
+        elsewhere = f"Losses compare only within each of {1 + len(others)} sets of runs; each has its verdict below."
+        verdicts = [Section(verdict.title, verdict.sentences()) for verdict in (first, *others)]
+        chapters.insert(0, Chapter("Verdicts", verdicts))
     if spectra:
-        asked = [group.runs for group in representative(group_seeds(spectra), 2)]
-        replies = answers([run for members in asked for run in members])
-        parts.append(Part("What the spectra say", [Verse(*reply) for reply in replies]))
-        shown = [picture for picture in pictures if picture.stem not in curves]
-        parts.append(Part("Spectra", shown))
-    parts.append(Part("Settings and provenance", provenance(runs, names), folded=True))
-    elsewhere = (
-        f"That is one of {1 + len(others)} sets of runs whose losses do not compare: each has its verdict below."
-    )
-    elsewhere = elsewhere if others else ""
-    warnings = careful(runs)
-    if len(warnings) > 6:
-        warnings = [*warnings[:5], f"… and {len(warnings) - 5} more of this kind: see the table of runs."]
+        two = [run for group in representative(group_seeds(spectra), 2) for run in group.runs]
+        chapters.append(Chapter("Findings in the spectra", [Section(*reply) for reply in answers(two)]))
+        chapters.append(Chapter("Spectra", [picture for picture in pictures if picture.stem not in curves]))
+    chapters.append(Chapter("Settings and provenance", provenance(runs, names), folded=True))
+    cautions = warnings(runs)
+    if len(cautions) > 6:
+        cautions = [*cautions[:5], f"… and {len(cautions) - 5} more notes: see the table of runs."]
     return Page(
         title=f"muon-speedrun: {title}",
         headline=(f"{first.title}: " if first.title else "") + first.headline,
@@ -200,8 +170,8 @@ def build_page(runs: Sequence[Run], pictures: Sequence[Picture]) -> Page:
         tiles=first.tiles,
         summary=summary_table(runs),
         notes=first.notes,
-        warnings=warnings,
-        parts=[part for part in parts if part.items],
+        warnings=cautions,
+        chapters=[chapter for chapter in chapters if chapter.items],
     )
 
 
@@ -210,7 +180,7 @@ def check_out(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise BadInput(f"--out {out}: is a file; name a folder")
     if out.is_dir() and any(out.iterdir()) and not (out / "report.html").exists():
-        raise BadInput(f"--out {out}: holds something that is no report; choose another folder")
+        raise BadInput(f"--out {out}: holds something that is not a report; choose another folder")
 
 
 def write_report(
@@ -218,23 +188,15 @@ def write_report(
 ) -> Path:
     """Draw the figures, or `only` those, and write both pages; returns the path of report.html."""
     pictures = draw(runs, out / "plots", ("png", "svg"), only)
-    page = build_page(runs, pictures)
-    for name, text in (
-        ("report.md", markdown_page(page)),
-        ("report.html", html_page(page, out / "plots", refresh_seconds)),
-    ):
-        files.write_whole(out / name, lambda file, text=text: file.write(text.encode()))
-    return out / "report.html"
+    return write_pages(build_page(runs, pictures), out, refresh_seconds)
 
 
 def load(paths: Sequence[Path]) -> list[Run]:
-    """The runs of all folders named, each once."""
-    found = [folder for path in paths for folder in find_runs(path)]
-    return [load_run(folder) for folder in {folder.resolve(): folder for folder in found}.values()]
+    return load_runs(folder for path in paths for folder in find_runs(path))
 
 
 def is_over(run: Run) -> bool:
-    """Finished, stopped or failed, or so long without a word that nothing more is to be expected."""
+    """Finished, stopped or failed, or killed: it has written nothing for SILENT_SECONDS."""
     if run.summary:
         return True
     latest = max((file.stat().st_mtime for file in run.path.iterdir() if file.is_file()), default=0.0)
@@ -242,14 +204,14 @@ def is_over(run: Run) -> bool:
 
 
 def watch(paths: Sequence[Path], out: Path, seconds: float) -> list[Run]:
-    """Rewrite the report every `seconds` until all runs are over; returns them as they ended."""
+    """Rewrite the report every `seconds` until all runs are over; returns these runs."""
     while True:
         runs = load(paths)
         over = all(is_over(run) for run in runs)
         if any(run.val for run in runs):
             began = time.monotonic()
             page = write_report(runs, out, None if over else seconds)
-            words = ", ".join(f"{run.name} {run.updates}/{run.config['steps']}" for run in runs[:4])
+            words = ", ".join(f"{run.name} {run.steps_done}/{run.config['steps']}" for run in runs[:4])
             more = f" and {len(runs) - 4} more" if len(runs) > 4 else ""
             print(f"{page}: {words}{more}, drawn in {time.monotonic() - began:.0f} s", flush=True)
         if over:
@@ -293,7 +255,7 @@ def main() -> None:
     for verdict in judge(runs):
         for sentence in verdict.sentences():
             print(f"{verdict.title}: {sentence}" if verdict.title else sentence)
-    for sentence in careful(runs):
+    for sentence in warnings(runs):
         print(sentence)
     print(f"report: {page}")
     return None

@@ -2,7 +2,7 @@
 
     python train.py --help
 
-`Settings` is what a user may say, `resolve` what the run then does; a value out of range is one sentence, exit code 2.
+`Settings` is what a user may set, `resolve` checks it and fills in the rest; a bad value is one sentence, exit code 2.
 """
 
 import dataclasses
@@ -79,9 +79,9 @@ class Settings:
     packing: Packing = "stream"
     """How sequences are cut from the tokens: end to end, or each from the start of a document, tails left out."""
     tokens: Annotated[Count, AT_LEAST_1] = 2_015_232
-    """Training tokens in all, rounded up to whole updates; 2e6 works too."""
+    """Training tokens in all, rounded up to whole steps; 2e6 works too."""
     batch_tokens: Annotated[Count, AT_LEAST_1] | None = None
-    """Tokens per update over all ranks (default: 16,384; nano 8,192)."""
+    """Tokens per step over all ranks (default: 16,384; nano 8,192)."""
     micro_batch: Literal["auto"] | int = "auto"
     """Sequences per forward pass and rank; auto is the most that is counted to fit a GPU, 1k tokens on a CPU."""
     seq_len: Annotated[int, AT_LEAST_1] | None = None
@@ -105,7 +105,7 @@ class Settings:
     lr_scale: Annotated[str, one_of(LR_SCALES)] = "spectral"
     """Scale of Muon's update by shape: spectral, rms or none."""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
-    """Decoupled weight decay of the block matrices, times the learning rate per update."""
+    """Decoupled weight decay of the block matrices, times the learning rate per step."""
     beta1: Annotated[float, BELOW_1] = 0.9
     """AdamW's decay of the first moment."""
     beta2: Annotated[float, BELOW_1] = 0.95
@@ -113,25 +113,25 @@ class Settings:
     adam_eps: Annotated[float, POSITIVE] = 1e-8
     """AdamW's epsilon."""
     schedule: Annotated[str, one_of(SCHEDULES)] = "linear"
-    """Learning rate over updates: constant, cosine, linear, step or wsd."""
+    """Learning rate over steps: constant, cosine, linear, step or wsd."""
     warmup: Annotated[float, SHARE] = 0.05
-    """Share of the updates over which the rate rises from zero, 0 to 1."""
+    """Share of the steps over which the rate rises from zero, 0 to 1."""
     min_lr: Annotated[float, SHARE] = 0.1
     """Final rate of cosine, linear and wsd as a share of the peak, 0 to 1."""
     grad_clip: Annotated[float, NOT_NEGATIVE] = 1.0
     """Largest gradient norm over all parameters; 0 = off."""
     eval_every: Annotated[int, AT_LEAST_1] | None = None
-    """Updates between validations (default: a twentieth of the run)."""
+    """Steps between validations (default: a twentieth of the run)."""
     eval_tokens: Annotated[Count, AT_LEAST_1] | None = None
     """Validation tokens, always the same first ones (default: 131,072; nano 16,384)."""
     spectra_every: Annotated[int, Limit("must be 0 (never) or more", lambda value: value >= 0)] | None = None
-    """Updates between spectra events (default: a quarter of the run; nano a twentieth); 0 = never."""
+    """Steps between spectra events (default: a quarter of the run; nano a twentieth); 0 = never."""
     checkpoint_every: Annotated[int, AT_LEAST_1] = 1000
-    """Updates between checkpoints; the end always writes one."""
+    """Steps between checkpoints; the end always writes one."""
     log_every: Annotated[int, AT_LEAST_1] = 10
-    """Updates between printed step lines; metrics.jsonl has every update."""
+    """Steps between printed lines; metrics.jsonl has every step."""
     log: Literal["jsonl", "tensorboard"] = "jsonl"
-    """A live view beside the JSONL files; tensorboard needs that package installed."""
+    """A live view in addition to the JSONL files; tensorboard needs that package installed."""
     resume: bool = False
     """Continue the run of this --name from its last checkpoint."""
     kernels: Literal["auto", "on", "off"] = "auto"
@@ -226,9 +226,9 @@ def identity(s: Settings, shards: Shards) -> dict[str, Any]:
 
 def describe(s: Settings, shards: Shards, model: Transformer, ranks: int, device_name: str) -> dict[str, Any]:
     """config.json: every resolved setting under its flag's name, and where the run comes from."""
-    said = identity(s, shards)
+    flags = identity(s, shards)
     return {
-        **said,
+        **flags,
         "steps": s.steps,
         "params": model.parameter_count(),
         "active_params": model.active_parameter_count(),
@@ -237,7 +237,7 @@ def describe(s: Settings, shards: Shards, model: Transformer, ranks: int, device
         "flops_per_token": model.flops_per_token(s.seq_len),
         "world_size": ranks,
         "device_name": device_name,
-        "config_hash": config_hash(said),
+        "config_hash": config_hash(flags),
         **provenance(),
     }
 

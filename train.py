@@ -145,8 +145,7 @@ def run(s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> int:
             gc.freeze()  # what exists now stays: collections need not walk it again in every step
             threads.callback(gc.unfreeze)
 
-            parts = (s, work, layout, loader, val_stream, folder, spectra, speed, progress, clock, signals)
-            train(*parts, fresh)
+            train(s, work, layout, loader, val_stream, folder, spectra, speed, progress, clock, signals, fresh)
     except BaseException as error:
         read_clocks(progress, clock, spectra)
         reason = reason_of(
@@ -232,7 +231,7 @@ def train(
                 spectra.seconds_blocked += time.perf_counter() - began
             spectra.record(step, step * s.batch_tokens)
         if measures:
-            last = point(device)  # what the event held up is no step's time
+            last = point(device)  # the event's time belongs to no step
         if saves and spectra is not None:
             spectra.flush()  # what a checkpoint vouches for is on disk before it
         if validates or saves:
@@ -304,14 +303,16 @@ def validate(
 
 
 def stop_on(signals: list[int]) -> None:
-    """On SIGINT or SIGTERM finish the step, then stop; a second signal ends the process at once."""
+    """On a signal finish the step, then stop; a second one ends the process at once. SIGHUP comes from a terminal that
+    is closed (ignored under nohup, as it should be), SIGUSR1 from Slurm before a job's time is up."""
 
     def note(number: int, frame: object) -> None:
         signals.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, note)
 
 
 def introduce(folder: RunFolder, model: Transformer, memory: MemoryCount, loader: Loader, s: Settings) -> None:

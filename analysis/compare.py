@@ -4,7 +4,7 @@
     python report.py compare runs/muon-0,runs/muon-1 'runs/adamw-*'
 
 A and B are each a run's folder, a folder that holds runs, a pattern in quotes, or several of these joined by commas.
-Runs on other data, or with another token budget, are refused with exit code 2 unless --anyway is given.
+Runs on different data, or with different token budgets, are refused with exit code 2 unless --anyway is given.
 """
 
 import glob
@@ -15,18 +15,19 @@ from pathlib import Path
 
 import tyro
 
+from analysis.pages import number
 from analysis.plots import group_labels, setting
-from analysis.runs import Group, Run, find_runs, group_seeds, load_run
+from analysis.runs import Group, Run, find_runs, group_seeds, load_runs
 from analysis.stats import compare, t_interval
-from analysis.verdict import chance_sentence, cost_sentence, lead_sentence, memory
+from analysis.verdict import chance_sentence, comparable_value, cost_sentence, lead_sentence, memory
 from engine.cli import BadInput
 
-# What must agree before two losses are set side by side, and why.
+# What must agree before two losses are compared, and why.
 MUST_AGREE = {
-    "data_fingerprint": ("data fingerprints", "they saw different tokens and were measured on different ones"),
-    "budget": ("token budgets", "the one that saw more tokens had the advantage"),
+    "data_fingerprint": ("data fingerprints", "they were trained and measured on different tokens"),
+    "budget": ("token budgets", "more training tokens are an advantage"),
     "eval_tokens": ("--eval-tokens", "their losses are means over different validation tokens"),
-    "seq_len": ("--seq-len", "the one with longer sequences predicts from more context"),
+    "seq_len": ("--seq-len", "longer sequences give more context to predict from"),
 }
 
 
@@ -37,13 +38,13 @@ class Arguments:
     a: tyro.conf.Positional[str]
     """A run's folder, a folder that holds runs, a quoted pattern, or several of these joined by commas."""
     b: tyro.conf.Positional[str]
-    """The other side, likewise."""
+    """The other side, in the same form."""
     anyway: bool = False
     """Compare even where data, token budget or progress differ."""
 
 
 def side(words: str) -> list[Run]:
-    """The runs that one side of the comparison names; BadInput where it names none."""
+    """The runs of one side; BadInput where it names none."""
     folders: list[Path] = []
     for word in filter(None, words.split(",")):
         matches = (
@@ -55,11 +56,11 @@ def side(words: str) -> list[Run]:
         folders += found
     if not folders:
         raise BadInput(f"'{words}': names no run folder")
-    return [load_run(folder) for folder in {folder.resolve(): folder for folder in folders}.values()]
+    return load_runs(folders)
 
 
 def objections(a: Sequence[Run], b: Sequence[Run]) -> list[str]:
-    """Why these losses do not compare, a clause each with the values; empty if they do."""
+    """Why these losses do not compare, one clause per reason, with the values; empty if they do."""
     found = []
     runs = [*a, *b]
     for key, (words, why) in MUST_AGREE.items():
@@ -71,13 +72,13 @@ def objections(a: Sequence[Run], b: Sequence[Run]) -> list[str]:
             found.append(f"their {words} differ ({', '.join(named)}): {why}")
     for run in runs:
         if run.status != "finished":
-            progress = f"{run.updates:,} of {run.config['steps']:,} updates"
-            found.append(f"{run.name} is {run.status} after {progress}: its loss is not a final one")
+            progress = f"{run.steps_done:,} of {run.config['steps']:,} steps"
+            found.append(f"{run.name} is {run.status} after {progress}: its loss is not final")
     return found
 
 
 def _value(run: Run, key: str) -> str:
-    value = run.budget if key == "budget" else run.config.get(key)
+    value = comparable_value(run, key)
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
@@ -89,18 +90,18 @@ def comparison(a: Sequence[Run], b: Sequence[Run]) -> list[str]:
     for letter, group, name in zip("AB", sides, names, strict=True):
         lines.append(f"{letter}: {name} ({', '.join(run.name for run in group.runs)})")
         if len(group_seeds(group.runs)) > 1:
-            lines.append(f"   Careful: {letter} mixes settings, so its spread is not that of seeds.")
+            lines.append(f"   Note: {letter} mixes settings, so its spread is not that of seeds.")
     lines.append("")
     rows = [("", "A", "B")]
     rows.append(("runs with a final loss", *(str(len(group.losses())) for group in sides)))
     rows.append(("final validation loss", *map(_interval, sides)))
     rows.append(("validation accuracy", *(_percent(group) for group in sides)))
     for words, key, form in (
-        ("ms per update", "step_ms", ",.1f"),
+        ("ms per step", "step_ms", ",.1f"),
         ("tokens/s", "tokens_per_second", ",.0f"),
         ("training time (s)", "train_seconds", ",.1f"),
     ):
-        rows.append((words, *(_number(group.mean(key), form) for group in sides)))
+        rows.append((words, *(number(group.mean(key), form) for group in sides)))
     rows.append(("peak memory", *(memory(group.mean("memory_bytes")) for group in sides)))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -109,13 +110,12 @@ def comparison(a: Sequence[Run], b: Sequence[Run]) -> list[str]:
         order = sorted(zip(sides, names, strict=True), key=lambda pair: pair[0].loss)
         (best, better), (other, worse) = order
         result = compare(best, other)
-        lines += [lead_sentence(result, better, worse), chance_sentence(result, better, worse)]
-        lines.append(cost_sentence(result, better, worse))
+        lines += [sentence(result, better, worse) for sentence in (lead_sentence, chance_sentence, cost_sentence)]
     else:
-        lines.append("No difference: at least one side has no finished run with a finite loss.")
+        lines.append("No comparison: at least one side has no finished run with a finite loss.")
     differ = _differences(a[0], b[0])
-    lines.append(f"Settings that differ: {differ}." if differ else "No setting differs but the seed.")
-    return [line for line in lines if line is not None]
+    lines.append(f"Settings that differ: {differ}." if differ else "Only the seed differs.")
+    return lines
 
 
 def _names(sides: tuple[Group, Group]) -> list[str]:
@@ -127,16 +127,12 @@ def _names(sides: tuple[Group, Group]) -> list[str]:
 
 def _interval(group: Group) -> str:
     mean, low, high = t_interval(group.losses())
-    return f"{_number(mean, '.4f')} [{low:.4f}, {high:.4f}]" if math.isfinite(low) else _number(mean, ".4f")
+    return f"{number(mean, '.4f')} [{low:.4f}, {high:.4f}]" if math.isfinite(low) else number(mean, ".4f")
 
 
 def _percent(group: Group) -> str:
     values = [float(run.val["val_accuracy"][-1]) for run in group.samples()]
     return f"{100 * sum(values) / len(values):.2f} %" if values else "-"
-
-
-def _number(value: float, form: str) -> str:
-    return format(value, form) if math.isfinite(value) else "-"
 
 
 def _differences(a: Run, b: Run) -> str:
@@ -157,7 +153,7 @@ def main(words: Sequence[str]) -> None:
             raise BadInput(f"{run.path}: has logged no validation yet")
     reasons = objections(a, b)
     if reasons and not arguments.anyway:
-        raise BadInput(f"not compared, because {'; '.join(reasons)}; --anyway compares all the same")
+        raise BadInput(f"not compared, because {'; '.join(reasons)}; use --anyway to compare them anyway")
     for reason in reasons:
-        print(f"Careful: {reason}.")
+        print(f"Note: {reason}.")
     print("\n".join(comparison(a, b)))

@@ -2,13 +2,12 @@
 
     figure = singular_value_fan(runs, layer=2); plots.save(figure, Path("plots"), "singular_value_fan")
 
-The layer is the middle one unless it is named; the look is that of plots.py, axes and titles those of plots_spectra.py.
+The default is the middle layer; the style is that of plots.py, axes and titles those of plots_spectra.py.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib import pyplot as plt
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from analysis.plots import REFERENCE_COLOR, group_handles, legend_below, looks, run_labels
+from analysis.plots import REFERENCE_COLOR, captioned, group_handles, legend_below, line_styles
 from analysis.plots_spectra import (
     ORDER_COLORS,
     PROJECTION_LOOKS,
@@ -24,6 +23,7 @@ from analysis.plots_spectra import (
     initial_handle,
     log_axis,
     projection_panels,
+    run_panels,
 )
 from analysis.runs import Run, group_seeds
 
@@ -40,15 +40,20 @@ def middle_layer(run: Run) -> int:
     return run.layers // 2
 
 
+@captioned(
+    "Singular values while training",
+    "Every singular value of the middle layer is a line. A fan that opens upwards grows a few strong directions; lines "
+    "that dive have lost directions.",
+)
 def singular_value_fan(runs: Sequence[Run], layer: int | None = None) -> Figure:
-    """Every singular value of one layer (default: the middle one) against updates: a fan, largest dark, smallest light.
+    """Every singular value of one layer (default: the middle one) against steps: a fan, largest dark, smallest light.
 
     A row per run, one log scale down each column; values under a thousandth of the largest fall off the panel.
     """
     layer = middle_layer(runs[0]) if layer is None else layer
     names = runs[0].projections()
-    size = (12, 1.5 + 2.1 * len(runs))
-    figure, axes = plt.subplots(len(runs), len(names), figsize=size, sharex="row", sharey="col", squeeze=False)
+    titles = [PROJECTION_TITLES[name] for name in names]
+    figure, axes = run_panels(runs, titles, "singular value", sharex="row", sharey="col")
     for column, name in enumerate(names):
         spectra = [run.singular_values(name, layer) for run in runs]
         limits = _largest_to_smallest(np.concatenate([values.ravel() for _, values in spectra]))
@@ -62,10 +67,6 @@ def singular_value_fan(runs: Sequence[Run], layer: int | None = None) -> Figure:
         axes[0, column].set_ylim(*limits)
         log_axis(axes[0, column])
         axes[0, column].set_ylim(*limits)
-        axes[0, column].set_title(PROJECTION_TITLES[name])
-        axes[-1, column].set_xlabel("updates")
-    for row, label in enumerate(run_labels(runs)):
-        axes[row, 0].set_ylabel(f"{label}\nsingular value")
     bar = figure.colorbar(ScalarMappable(Normalize(0, 1), ORDER_COLORS), ax=axes, aspect=30, pad=0.01)
     bar.set_ticks([0, 1], labels=["largest", "smallest"])
     bar.ax.invert_yaxis()
@@ -73,14 +74,20 @@ def singular_value_fan(runs: Sequence[Run], layer: int | None = None) -> Figure:
     return figure
 
 
+@captioned(
+    "Singular values at the end",
+    "Every singular value of the middle layer, largest first, against the initial ones. A flat line is an orthogonal "
+    "matrix.",
+)
 def singular_value_spectrum(runs: Sequence[Run], layer: int | None = None) -> Figure:
     """All singular values of one layer (default: the middle one) by index, at initialisation and at the last event."""
     layer = middle_layer(runs[0]) if layer is None else layer
     groups = group_seeds(runs)
-    figure, panels = projection_panels(runs[0].projections(), sharex=False)
+    words = "index of the singular value", "singular value"
+    figure, panels = projection_panels(runs[0].projections(), *words, sharex=False)
     for name, ax in panels:
         drawn = []
-        for group, look in zip(groups, looks(groups), strict=True):
+        for group, style in zip(groups, line_styles(groups), strict=True):
             spectra = [run.singular_values(name, layer)[1] for run in group.pool()]
             spectra = [values for values in spectra if len(values)]
             if not spectra:
@@ -88,16 +95,12 @@ def singular_value_spectrum(runs: Sequence[Run], layer: int | None = None) -> Fi
             last, first = (np.mean([values[i] for values in spectra], axis=0) for i in (-1, 0))
             index = np.arange(1, len(last) + 1)
             ax.plot(index, first, color=REFERENCE_COLOR, linestyle=":", linewidth=1.2)
-            ax.plot(index, last, **look.line())
+            ax.plot(index, last, **style.line())
             drawn += [first, last]
         ax.set_ylim(*_largest_to_smallest(np.concatenate(drawn)) if drawn else (0.1, 1))
         limits = ax.get_ylim()
         log_axis(ax)
         ax.set_ylim(limits)
-    for ax in figure.axes[3:]:
-        ax.set_xlabel("index of the singular value")
-    for ax in figure.axes[::3]:
-        ax.set_ylabel("singular value")
     figure.suptitle(f"Singular values of layer {layer}, at the last event")
     legend_below(figure, [*group_handles(groups), initial_handle()])
     return figure
@@ -113,15 +116,18 @@ MRI_PANELS = (
 )
 
 
+@captioned(
+    "MRI of one layer",
+    "The middle layer's six projections through training. Alignment is shown as its distance from chance; the update "
+    "norm as a share of the weight norm, the relative change of one step.",
+)
 def layer_mri(runs: Sequence[Run], layer: int | None = None) -> Figure:
     """One layer (default: the middle one) over training: six metrics, a line per projection, a row per run."""
     layer = middle_layer(runs[0]) if layer is None else layer
     names = runs[0].projections()
-    columns = len(MRI_PANELS)
-    size = (13, 1.7 + 2.1 * len(runs))
-    figure, axes = plt.subplots(len(runs), columns, figsize=size, sharex="row", sharey="col", squeeze=False)
+    figure, axes = run_panels(runs, [words for _, words in MRI_PANELS], "", sharex="row", sharey="col")
     for row, run in enumerate(runs):
-        for column, (key, words) in enumerate(MRI_PANELS):
+        for column, (key, _) in enumerate(MRI_PANELS):
             ax = axes[row, column]
             for name in names:
                 steps, values = run.grid(name, key)
@@ -139,12 +145,7 @@ def layer_mri(runs: Sequence[Run], layer: int | None = None) -> Figure:
                 ax.axhline(0, color=REFERENCE_COLOR, linestyle=":", linewidth=1.2)
             if key == "update_norm" and any(np.nanmax(line.get_ydata(), initial=0) > 0 for line in ax.lines):
                 log_axis(ax)
-            axes[0, column].set_title(words, fontsize=9)
             ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
-    for ax in axes[-1]:
-        ax.set_xlabel("updates")
-    for row, label in enumerate(run_labels(runs)):
-        axes[row, 0].set_ylabel(label)
     figure.suptitle(f"MRI of layer {layer}: its six projections while it trains")
     handles = [Line2D([], [], linewidth=1.8, label=PROJECTION_TITLES[n], **PROJECTION_LOOKS[n]) for n in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=6)

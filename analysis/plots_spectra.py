@@ -1,4 +1,4 @@
-"""Figures of the spectra of weights: loaded runs that have logged them -> a Matplotlib figure, in the look of plots.py.
+"""Figures of the spectra of weights: loaded runs that have logged them -> a Matplotlib figure, styled as in plots.py.
 
     figure = metric_heatmap(runs, "effective_rank"); plots.save(figure, Path("plots"), "effective_rank_heatmap")
 
@@ -7,6 +7,7 @@ initialisation, or of chance, is drawn in. Figures of one layer are in plots_lay
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -17,9 +18,21 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from analysis.plots import REFERENCE_COLOR, WIDTH, Look, group_handles, group_labels, legend_below, looks, run_labels
+from analysis.plots import (
+    REFERENCE_COLOR,
+    WIDTH,
+    Caption,
+    LineStyle,
+    captioned,
+    group_handles,
+    group_labels,
+    legend_below,
+    line_styles,
+    run_labels,
+)
 from analysis.runs import Group, Run, group_seeds
 from analysis.stats import chance_spread
+from engine.files import SUBSPACE_RANK
 
 HEATMAP_COLORS = "cividis"
 DIFFERENCE_COLORS = "PuOr_r"
@@ -45,7 +58,6 @@ PROJECTION_LOOKS = {
     "up": {"color": "#000000", "linestyle": (0, (5, 1.6))},
     "down": {"color": "#8C8C8C", "linestyle": (0, (5, 1.6))},
 }
-SUBSPACE_RANK = 5
 
 
 def group_grid(group: Group, proj: str, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -63,15 +75,36 @@ def relative_rank(run: Run, proj: str) -> tuple[np.ndarray, np.ndarray]:
     return steps, values / run.full_rank(proj)
 
 
-def projection_panels(projections: Sequence[str], sharex: bool = True) -> tuple[Figure, list[tuple[str, plt.Axes]]]:
-    """A 2 x 3 figure with a panel for each projection."""
+def projection_panels(
+    projections: Sequence[str], x_words: str, y_words: str, sharex: bool = True
+) -> tuple[Figure, list[tuple[str, plt.Axes]]]:
+    """A 2 x 3 figure with a panel for each projection, words at the outer axes."""
     figure, axes = plt.subplots(2, 3, figsize=(WIDTH, 5.8), sharex=sharex)
     panels = list(zip(projections, axes.flat, strict=False))
     for name, ax in panels:
         ax.set_title(PROJECTION_TITLES[name])
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
+    for ax in axes[1]:
+        ax.set_xlabel(x_words)
+    for ax in axes[:, 0]:
+        ax.set_ylabel(y_words)
     return figure, panels
+
+
+def run_panels(
+    runs: Sequence[Run], titles: Sequence[str], y_words: str, x_words: str = "step", height: float = 2.1, **shared: Any
+) -> tuple[Figure, np.ndarray]:
+    """A figure with a row for each run and a column for each title, words at the outer axes."""
+    size = (12, 1.6 + height * len(runs))
+    figure, axes = plt.subplots(len(runs), len(titles), figsize=size, squeeze=False, **shared)
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set_title(title)
+    for ax in axes[-1]:
+        ax.set_xlabel(x_words)
+    for ax, label in zip(axes[:, 0], run_labels(runs), strict=True):
+        ax.set_ylabel(f"{label}\n{y_words}".strip())
+    return figure, axes
 
 
 def initial_handle(words: str = "at initialisation") -> Line2D:
@@ -93,32 +126,38 @@ def log_axis(ax: plt.Axes) -> None:
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
+@captioned(
+    "Spectral norm against depth",
+    "The largest factor by which a projection can stretch its input. The dotted line is where training began. Watch "
+    "norms above 4 to 5.",
+)
 def spectral_norm_by_depth(runs: Sequence[Run]) -> Figure:
     """Largest singular value of each projection by layer, at initialisation and at the last event."""
     groups = group_seeds(runs)
-    figure, panels = projection_panels(runs[0].projections())
+    figure, panels = projection_panels(runs[0].projections(), "layer", "spectral norm")
     for name, ax in panels:
-        for group, look in zip(groups, looks(groups), strict=True):
+        for group, style in zip(groups, line_styles(groups), strict=True):
             _, values = group_grid(group, name, "spectral_norm")
             layers = np.arange(len(values))
             ax.plot(layers, values[:, 0], color=REFERENCE_COLOR, linestyle=":", linewidth=1.2)
-            ax.plot(layers, values[:, -1], marker="o", markersize=4, **look.line())
+            ax.plot(layers, values[:, -1], marker="o", markersize=4, **style.line())
         ax.set_ylim(0, 1.08 * ax.dataLim.ymax)
         _layer_ticks(ax, max(run.layers for run in runs))
-    for ax in figure.axes[3:]:
-        ax.set_xlabel("layer")
-    for ax in figure.axes[::3]:
-        ax.set_ylabel("spectral norm")
     figure.suptitle("Spectral norm against depth, at the last event")
     legend_below(figure, [*group_handles(groups), initial_handle()])
     return figure
 
 
-def depth_profiles(runs: Sequence[Run], key: str, steps: Sequence[int] | None = None) -> Figure:
-    """A metric against layer at chosen updates (default: five from first to last), a row per run, dark to light."""
+@captioned(
+    "Spectral entropy against layer",
+    "A scan through the depth of the network at five moments, dark (early) to light (late). Layers that leave the pack "
+    "late in training do so because of training, not of their shape.",
+)
+def depth_profiles(runs: Sequence[Run], key: str = "spectral_entropy", steps: Sequence[int] | None = None) -> Figure:
+    """A metric against layer at chosen steps (default: five from first to last), a row per run, dark to light."""
     names = runs[0].projections()
-    size = (12, 1.5 + 1.75 * len(runs))
-    figure, axes = plt.subplots(len(runs), len(names), figsize=size, sharey="col", sharex="row", squeeze=False)
+    titles, y_words = [PROJECTION_TITLES[name] for name in names], key.replace("_", " ")
+    figure, axes = run_panels(runs, titles, y_words, "layer", 1.75, sharey="col", sharex="row")
     for row, run in enumerate(runs):
         defined = [at[~np.isnan(values).all(axis=0)] for at, values in (run.grid(name, key) for name in names)]
         events = defined[0] if steps is None else np.intersect1d(defined[0], steps)
@@ -135,49 +174,46 @@ def depth_profiles(runs: Sequence[Run], key: str, steps: Sequence[int] | None = 
         handles = [Line2D([], [], color=c, marker="o", markersize=3) for c, _ in zip(colors, events, strict=False)]
         words = [f"{int(event)}" for event in events]
         axes[row, -1].legend(
-            handles, words, title="update", loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, title_fontsize=8
+            handles, words, title="step", loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, title_fontsize=8
         )
-    for row, label in enumerate(run_labels(runs)):
-        axes[row, 0].set_ylabel(f"{label}\n{key.replace('_', ' ')}")
-    for column, name in enumerate(names):
-        axes[0, column].set_title(PROJECTION_TITLES[name])
-        axes[-1, column].set_xlabel("layer")
-    figure.suptitle(f"{METRIC_TITLES[key]}\nagainst layer at chosen updates; one vertical scale down each column")
+    figure.suptitle(f"{METRIC_TITLES[key]}\nagainst layer at chosen steps; one vertical scale down each column")
     return figure
 
 
-def metric_over_time(runs: Sequence[Run], key: str) -> Figure:
-    """A metric averaged over layers and seeds against updates, a panel per projection; band = least to greatest layer.
+@captioned(
+    "Effective rank over time",
+    "Averaged over layers and seeds; the band spans the lowest to the highest layer. The dotted line is the value of "
+    "the random initial weights, which depends on the shape alone: differences between projections that exist there "
+    "were not learned.",
+)
+def metric_over_time(runs: Sequence[Run], key: str = "effective_rank") -> Figure:
+    """A metric averaged over layers and seeds against steps, a panel per projection; band = least to greatest layer.
 
     Dotted grey: the value at initialisation, where the metric has one.
     """
     groups = group_seeds(runs)
-    figure, panels = projection_panels(runs[0].projections())
+    figure, panels = projection_panels(runs[0].projections(), "step", key.replace("_", " "))
     for name, ax in panels:
-        for group, look in zip(groups, looks(groups), strict=True):
-            _mean_and_band(ax, *group_grid(group, name, key), look)
+        for group, style in zip(groups, line_styles(groups), strict=True):
+            _mean_and_band(ax, *group_grid(group, name, key), style)
             initial = group_grid(group, name, key)[1]
             if initial.size and np.isfinite(initial[:, 0]).any():
                 ax.axhline(np.nanmean(initial[:, 0]), color=REFERENCE_COLOR, linestyle=":", linewidth=1.2)
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    for ax in figure.axes[3:]:
-        ax.set_xlabel("updates")
-    for ax in figure.axes[::3]:
-        ax.set_ylabel(key.replace("_", " "))
     figure.suptitle(f"{METRIC_TITLES[key]}\nmean over layers, band from the lowest to the highest layer")
     legend_below(figure, [*group_handles(groups), initial_handle()])
     return figure
 
 
-def _mean_and_band(ax: plt.Axes, steps: np.ndarray, values: np.ndarray, look: Look) -> None:
+def _mean_and_band(ax: plt.Axes, steps: np.ndarray, values: np.ndarray, style: LineStyle) -> None:
     defined = ~np.isnan(values).all(axis=0)
     steps, values = steps[defined], values[:, defined]
     if not len(steps):
         return
-    if look.strong:
+    if style.strong:
         low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
-        ax.fill_between(steps, low, high, color=look.color, alpha=0.15, linewidth=0)
-    ax.plot(steps, np.nanmean(values, axis=0), marker="o" if len(steps) == 1 else None, **look.line())
+        ax.fill_between(steps, low, high, color=style.color, alpha=0.15, linewidth=0)
+    ax.plot(steps, np.nanmean(values, axis=0), marker="o" if len(steps) == 1 else None, **style.line())
 
 
 def has_gap(runs: Sequence[Run]) -> bool:
@@ -185,6 +221,14 @@ def has_gap(runs: Sequence[Run]) -> bool:
     return any(line.get("update_gap") is not None for run in runs for line in run.spectra)
 
 
+@captioned(
+    "Alignment over time, with chance",
+    "How far the update pushes along the weight's own five strongest output directions. The dotted line is what random "
+    "subspaces reach, the grey band how far a single random pair strays from it; the mean over layers strays less. "
+    "Muon's update has nearly equal singular values, so its five strongest directions are nearly arbitrary, and low "
+    "alignment alone is not a sign of exploration. The lower row, where it was logged, shows how arbitrary: the nearer "
+    "the gap s₅ − s₆ to zero, the more so.",
+)
 def alignment_with_chance(runs: Sequence[Run], side: str = "left") -> Figure:
     """Alignment of update and weight over time, with its chance band, and below it how distinct the update's top 5 are.
 
@@ -202,16 +246,17 @@ def alignment_with_chance(runs: Sequence[Run], side: str = "left") -> Figure:
         low, high = chance_spread(min(SUBSPACE_RANK, runs[0].full_rank(name)))
         ax.axhspan(chance * low, chance * high, color=REFERENCE_COLOR, alpha=0.16, linewidth=0)
         ax.axhline(chance, color=REFERENCE_COLOR, linestyle=":", linewidth=1.2)
-        for group, look in zip(groups, looks(groups), strict=True):
-            _mean_and_band(ax, *group_grid(group, name, key), look)
+        for group, style in zip(groups, line_styles(groups), strict=True):
+            _mean_and_band(ax, *group_grid(group, name, key), style)
             if rows > 1:
                 steps, gap = group_grid(group, name, "update_gap")
+                # root mean square of the singular values: the Frobenius norm squared is the sum of s²
                 rms = group_grid(group, name, "update_norm")[1] / np.sqrt(group.runs[0].full_rank(name))
                 relative = np.divide(gap, rms, out=np.full_like(gap, np.nan), where=rms > 0)
                 relative[relative <= 0] = np.nan
-                _mean_and_band(axes[1, column], steps, relative, look)
+                _mean_and_band(axes[1, column], steps, relative, style)
         ax.set_title(PROJECTION_TITLES[name])
-        axes[-1, column].set_xlabel("updates")
+        axes[-1, column].set_xlabel("step")
         axes[-1, column].xaxis.set_major_locator(MaxNLocator(3, integer=True))
     axes[0, 0].set_ylim(bottom=0)
     axes[0, 0].set_ylabel("alignment")
@@ -232,9 +277,9 @@ def _only_outer_ticks(axes: np.ndarray) -> None:
         ax.yaxis.set_visible(False)
 
 
-def _heat(ax: plt.Axes, steps: np.ndarray, values: np.ndarray, **look: object) -> ScalarMappable:
+def _heat(ax: plt.Axes, steps: np.ndarray, values: np.ndarray, **style: object) -> ScalarMappable:
     """Rows x events as an image whose cells are centred on their events."""
-    mesh = ax.pcolormesh(steps, np.arange(len(values)), values, shading="nearest", rasterized=True, **look)
+    mesh = ax.pcolormesh(steps, np.arange(len(values)), values, shading="nearest", rasterized=True, **style)
     ax.grid(False)
     ax.set_facecolor("#f4f4f4")  # where a value is undefined
     _layer_ticks(ax, len(values), 5, axis="y")
@@ -242,19 +287,44 @@ def _heat(ax: plt.Axes, steps: np.ndarray, values: np.ndarray, **look: object) -
     return mesh
 
 
+HEATMAP_CAPTIONS = {
+    "effective_rank": Caption(
+        "Effective rank, layer by layer",
+        "The number of directions that a matrix uses, between 1 and its smaller side. A dark band that spreads would "
+        "be rank collapse. Compare colours down a column, not across.",
+    ),
+    "spectral_entropy": Caption(
+        "Spectral entropy, layer by layer",
+        "1 means that all singular values are equal, small values that a few directions carry the matrix. Shapes "
+        "differ already at initialisation, so compare colours down a column, not across.",
+    ),
+    "left_alignment": Caption(
+        "Alignment, layer by layer",
+        "Of update and weight, output directions. The line on each bar is the level of chance: compare with it.",
+    ),
+    "spectral_norm": Caption("Spectral norm, layer by layer", "The largest singular value, as it grows."),
+    "weight_norm": Caption(
+        "Weight norm, layer by layer",
+        "The Frobenius norm: the size of a matrix as a whole. Without weight decay it mostly grows.",
+    ),
+    "update_norm": Caption(
+        "Update norm, layer by layer",
+        "The size of a single update. For Muon it follows shape and learning rate, for AdamW nearly so.",
+    ),
+}
+
+
 def metric_heatmap(runs: Sequence[Run], key: str) -> Figure:
-    """Layer x update heatmaps, a row per run and a column per projection; one colour scale per column.
+    """Layer x step heatmaps, a row per run and a column per projection; one colour scale per column.
 
     The line on each colour bar is the value at initialisation (alignment: the level of chance).
     """
     names = runs[0].projections()
-    size = (12, 1.6 + 1.5 * len(runs))
-    figure, axes = plt.subplots(len(runs), len(names), figsize=size, sharex=True, sharey="row", squeeze=False)
+    titles = [PROJECTION_TITLES[name] for name in names]
+    figure, axes = run_panels(runs, titles, "layer", height=1.5, sharex=True, sharey="row")
     is_alignment = key.endswith("_alignment")
     marked = False
     for column, name in enumerate(names):
-        axes[0, column].set_title(PROJECTION_TITLES[name])
-        axes[-1, column].set_xlabel("updates")
         grids = [run.grid(name, key) for run in runs]
         known = np.concatenate([values[np.isfinite(values)] for _, values in grids])
         if not len(known):
@@ -276,8 +346,6 @@ def metric_heatmap(runs: Sequence[Run], key: str) -> Figure:
             marked = True
             bar.ax.axvline(mark, color="white", linewidth=3.0)
             bar.ax.axvline(mark, color="black", linewidth=1.4)
-    for row, label in enumerate(run_labels(runs)):
-        axes[row, 0].set_ylabel(f"{label}\nlayer")
     _only_outer_ticks(axes)
     words = "colour shared down each column"
     if marked:
@@ -286,6 +354,11 @@ def metric_heatmap(runs: Sequence[Run], key: str) -> Figure:
     return figure
 
 
+@captioned(
+    "Quick scan",
+    "Each strip is one run and shows all its matrices; a matrix that loses rank shows as a dark line. One colour scale "
+    "for all.",
+)
 def quick_scan(runs: Sequence[Run]) -> Figure:
     """Effective rank of every matrix of up to six runs at a glance: a strip of scans on one colour scale.
 
@@ -305,7 +378,7 @@ def quick_scan(runs: Sequence[Run]) -> Figure:
     for ax, run, label, (steps, values) in zip(axes[0], runs, run_labels(runs), scans, strict=True):
         mesh = _heat(ax, steps, values, vmin=low, vmax=high, cmap=HEATMAP_COLORS)
         ax.set_title(label.replace(", ", "\n"), fontsize=9)
-        ax.set_xlabel("updates")
+        ax.set_xlabel("step")
         ax.invert_yaxis()
         for border in range(1, len(names)):
             ax.axhline(border * run.layers - 0.5, color="white", linewidth=1.6)
@@ -318,8 +391,13 @@ def quick_scan(runs: Sequence[Run]) -> Figure:
     return figure
 
 
+@captioned(
+    "Effective rank, every seed",
+    "A row per setting, a column per seed, one colour scale. Structure that differs between rows but not within them "
+    "belongs to the optimizer.",
+)
 def rank_grid(runs: Sequence[Run]) -> Figure:
-    """Effective rank by layer and update, mean over projections: a row per group, a column per seed, one scale."""
+    """Effective rank by layer and step, mean over projections: a row per group, a column per seed, one scale."""
     groups = group_seeds(runs)
     columns = max(len(group.runs) for group in groups)
     size = (max(5.0, 1.9 + 2.6 * columns), 1.5 + 1.9 * len(groups))
@@ -339,14 +417,19 @@ def rank_grid(runs: Sequence[Run]) -> Figure:
             run = group.runs[column]
             mesh = _heat(ax, *grids[run.path], vmin=low, vmax=high, cmap=HEATMAP_COLORS)
             ax.set_title(f"seed {run.config['seed']}")
-            ax.set_xlabel("updates") if row == len(groups) - 1 else None
+            ax.set_xlabel("step") if row == len(groups) - 1 else None
         axes[row, 0].set_ylabel(f"{label}\nlayer")
     figure.colorbar(mesh, ax=axes, label="effective rank / smaller side", pad=0.01)
     figure.suptitle("Effective rank, mean over the six projections, every seed on one scale")
     return figure
 
 
-def pair_grid(a: Run, b: Run, key: str) -> Figure:
+@captioned(
+    "Two seeds",
+    "The first two seeds on one scale per projection and their difference below, on a scale of its own around zero: "
+    "structure that both share is not an accident of the seed.",
+)
+def pair_grid(a: Run, b: Run, key: str = "effective_rank") -> Figure:
     """Two runs, say two seeds of one setting, on a shared scale per projection, and their difference below."""
     names = a.projections()
     figure, axes = plt.subplots(3, len(names), figsize=(12, 6.4), sharex=True, sharey=True, squeeze=False)
@@ -369,7 +452,7 @@ def pair_grid(a: Run, b: Run, key: str) -> Figure:
             one.locator = MaxNLocator(3)
             one.update_ticks()
         axes[0, column].set_title(PROJECTION_TITLES[name])
-        axes[2, column].set_xlabel("updates")
+        axes[2, column].set_xlabel("step")
     _only_outer_ticks(axes)
     for ax, label in zip(axes[:, 0], (label_a, label_b, "difference"), strict=True):
         ax.set_ylabel(f"{label}\nlayer")

@@ -3,7 +3,7 @@
     for question, sentences in answers(runs): print(question, *sentences)
 
 Which layer stands out, when effective rank falls and where, Q against V, first sign of collapse, where entropy drops,
-spectral norms above 4, whether updates are aligned beyond chance. The sentences say what was measured, not why.
+spectral norms above 4, whether updates are aligned beyond chance. The sentences give measurements, not causes.
 """
 
 import math
@@ -11,14 +11,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from analysis.pages import counted
 from analysis.plots import group_labels
-from analysis.plots_spectra import PROJECTION_TITLES, SUBSPACE_RANK, group_grid
+from analysis.plots_spectra import PROJECTION_TITLES, group_grid
 from analysis.runs import Group, Run, group_seeds
 from analysis.stats import chance_spread
+from engine.files import SUBSPACE_RANK
 
 FALL = 0.10  # share of its initial effective rank that a matrix must lose to be named
-NORM_WARNING, NORM_ALARM = 4.0, 5.0  # spectral norms that the earlier work advises to watch
-ENTROPY_DROP = 0.01  # of the spectral entropy, which lies in [0, 1]
+NORM_WARNING, NORM_ALARM = 4.0, 5.0  # spectral norms that the prior work advises to watch
+ENTROPY_DROP = 0.01  # of the spectral entropy, between 0 and 1
 STANDOUT_KEYS = {"spectral_norm": "spectral norm", "effective_rank": "effective rank", "stable_rank": "stable rank"}
 
 
@@ -39,10 +41,7 @@ def answers(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         ("Are spectral norms above 4 to 5?", high_norms),
         ("Do updates follow the weight's strong directions?", beyond_chance),
     )
-    result = []
-    for words, answer in questions:
-        result.append((words, [f"{name}: {answer(group)}" for group, name in named]))
-    return result
+    return [(words, [f"{name}: {answer(group)}" for group, name in named]) for words, answer in questions]
 
 
 def _events(group: Group, key: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -62,7 +61,7 @@ def standout(group: Group) -> str:
     """The layer that differs most from the median of the other layers, averaged over projections and three metrics."""
     layers = group.runs[0].layers
     if layers < 3:
-        return f"with {layers} layer{'s' * (layers > 1)} there is no majority to stand out from."
+        return f"with {counted(layers, 'layer')} none can stand out."
     scores: dict[int, dict[int, list[tuple]]] = {event: {layer: [] for layer in range(layers)} for event in (0, -1)}
     for key, words in STANDOUT_KEYS.items():
         for proj, (_, values) in _events(group, key).items():
@@ -71,7 +70,7 @@ def standout(group: Group) -> str:
                 for layer in range(len(column)):
                     others = float(np.nanmedian(np.delete(column, layer)))
                     if column[layer] > 0 and others > 0:
-                        distance = abs(math.log(column[layer] / others))
+                        distance = abs(math.log(column[layer] / others))  # twice and half are equally far
                         scores[event][layer].append(
                             (distance, f"{PROJECTION_TITLES[proj]} {words}", column[layer], others)
                         )
@@ -95,10 +94,10 @@ def _percent(log_ratio: float) -> str:
     return f"{100 * math.expm1(log_ratio):.1f} %"
 
 
-def _falls(run_or_group: Group) -> list[tuple[int, str, int, float, float, bool]]:
+def _falls(group: Group) -> list[tuple[int, str, int, float, float, bool]]:
     """(step, proj, layer, rank before, rank then, still so at the end) of each matrix's first fall by `FALL`."""
     found = []
-    for proj, (steps, values) in _events(run_or_group, "effective_rank").items():
+    for proj, (steps, values) in _events(group, "effective_rank").items():
         for layer, line in enumerate(values):
             below = np.flatnonzero(line <= (1 - FALL) * line[0])
             if len(below):
@@ -123,7 +122,7 @@ def rank_fall(group: Group) -> str:
     if _too_early(group):
         return TOO_EARLY
     falls, (share, where) = _falls(group), _lowest(group)
-    ending = f"at the end {where} holds the least of its initial rank, {100 * share:.1f} %."
+    ending = f"at the end {where} keeps the smallest share of its initial rank, {100 * share:.1f} %."
     if not falls:
         return f"in none of {_matrices(group)} matrices; {ending}"
     step, proj, layer, before, then, _ = falls[0]
@@ -132,13 +131,13 @@ def rank_fall(group: Group) -> str:
         seeds = sum(bool(_falls(Group((run,)))) for run in group.runs)
         per_seed = f" (some matrix does in {seeds} of {len(group.runs)} seeds)"
     return (
-        f"in {len(falls)} of {_matrices(group)} matrices, first in {place(proj, layer)} at update {step} "
+        f"in {len(falls)} of {_matrices(group)} matrices, first in {place(proj, layer)} at step {step} "
         f"({before:.1f} to {then:.1f}){per_seed}; {ending}"
     )
 
 
 def collapse(group: Group) -> str:
-    """A fall of the effective rank by a tenth that is not made up by the end is a first sign, a half is collapse."""
+    """A first sign is an effective rank that falls by a tenth and does not recover; half is collapse."""
     if _too_early(group):
         return TOO_EARLY
     lasting = [fall for fall in _falls(group) if fall[-1]]
@@ -150,7 +149,7 @@ def collapse(group: Group) -> str:
     state = f"no matrix is below half (least: {where}, {100 * share:.1f} %)"
     if share < 0.5:
         state = f"{where} has lost more than half ({100 * share:.1f} % left)"
-    return f"{place(proj, layer)} falls by 10 % at update {step} and does not recover by the end; {state}."
+    return f"{place(proj, layer)} falls by 10 % at step {step} and does not recover by the end; {state}."
 
 
 def q_against_v(group: Group) -> str:
@@ -187,11 +186,11 @@ def entropy_drop(group: Group) -> str:
     dropped = [drop for drop in drops if drop[4] is not None]
     size, where, step, value, _ = max(drops)
     if not dropped:
-        return f"by less than {ENTROPY_DROP} everywhere; the largest drop is {size:.4f}, in {where} at update {step}."
+        return f"by less than {ENTROPY_DROP} everywhere; the largest drop is {size:.4f}, in {where} at step {step}."
     first = min(dropped, key=lambda drop: drop[4])
     return (
         f"by {ENTROPY_DROP} or more in {len(dropped)} of {len(drops)} matrices, first in {first[1]} at "
-        f"update {first[4]}; deepest in {where}, by {size:.3f} to {value:.3f} at update {step}."
+        f"step {first[4]}; deepest in {where}, by {size:.3f} to {value:.3f} at step {step}."
     )
 
 
@@ -210,7 +209,7 @@ def high_norms(group: Group) -> str:
     return (
         f"yes, {len(found)} of {_matrices(group)} matrices end above {NORM_WARNING:g} and {alarms} above "
         f"{NORM_ALARM:g}; the largest is {largest[0]:.2f}, {largest[1]}; the first to cross {NORM_WARNING:g} was "
-        f"{where} at update {step}."
+        f"{where} at step {step}."
     )
 
 
@@ -226,12 +225,13 @@ def beyond_chance(group: Group) -> str:
             above += aligned > chance * chance_spread(min(SUBSPACE_RANK, rank))[1]
             ratios.append(aligned / chance)
             if line.get("update_gap") is not None and line.get("update_norm"):
-                gaps.append(line["update_gap"] / (line["update_norm"] / math.sqrt(rank)))
+                rms = line["update_norm"] / math.sqrt(rank)  # the Frobenius norm squared is the sum of s²
+                gaps.append(line["update_gap"] / rms)
     if not total:
         return "no alignment was logged yet."
     sentence = (
-        f"{100 * above / total:.0f} % of {total:,} measured updates are aligned (output side) beyond what 97.5 % of "
-        f"random subspaces are; on average alignment is {np.mean(ratios):.2f} times chance"
+        f"{100 * above / total:.0f} % of {total:,} measured updates are aligned (output side) more than 97.5 % of "
+        f"random subspaces; on average alignment is {np.mean(ratios):.2f} times chance"
     )
     if gaps:
         sentence += (

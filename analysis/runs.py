@@ -2,14 +2,14 @@
 
     run = load_run(Path("runs/my-run")); run.val["val_loss"][-1]; groups = group_seeds([run, other_run])
 
-A file that a crash, an editor or somebody else made may hold anything: BadInput names the file, the line and the key.
+A damaged or foreign file may hold anything: BadInput names the file, the line and the key.
 """
 
 import functools
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,21 @@ from engine import files
 from engine.cli import BadInput
 from engine.identity import NOT_COMPARED
 
-MOST_LAYERS = 10_000  # more are damage, and would be allocated
-LARGEST = 2**53  # whole numbers beyond are no counts, and floats do not hold them
-CONFIG_NUMBERS = (
-    *("lr", "adamw_lr", "weight_decay", "momentum", "warmup", "min_lr", "grad_clip", "dropout", "batch_tokens"),
-    *("seq_len", "eval_tokens", "vocab_size", "params", "active_params", "tokens", "world_size", "ns_steps"),
-)
-TRAIN = ("step", "tokens", "train_loss", "step_ms")
-VAL = ("step", "tokens", "val_loss", "val_accuracy", "train_seconds")
+MOST_LAYERS = 10_000  # a greater number is damage, and arrays of that size would be allocated
+LARGEST = 2**53  # floats do not hold every whole number beyond
+RATES = ("lr", "adamw_lr", "weight_decay", "momentum", "warmup", "min_lr", "grad_clip", "dropout")
+SIZES = ("batch_tokens", "seq_len", "eval_tokens", "vocab_size", "params", "active_params", "tokens", "world_size")
+CONFIG_NUMBERS = (*RATES, *SIZES, "ns_steps")
+OPTIMIZER_NAMES = {"muon": "Muon", "adamw": "AdamW"}
 PROJECTIONS = ("q", "k", "v", "o", "up", "down")  # the six that every dense model logs, in the order they are shown
+
+
+def optimizer_name(optimizer: str) -> str:
+    return OPTIMIZER_NAMES.get(optimizer, optimizer)
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def is_number(value: Any) -> bool:
@@ -39,35 +45,58 @@ def is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value <= LARGEST
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A run's settings: flat, and with the few that every report needs."""
-    read = files.load_json(path)
-    missing = {"optimizer", "seed", "model", "steps"} - read.keys()
+def is_layer(value: Any) -> bool:
+    return is_count(value) and value < MOST_LAYERS
+
+
+def is_number_or_null(value: Any) -> bool:
+    return value is None or is_number(value)
+
+
+def is_list_of_numbers(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(is_number_or_null, value))
+
+
+Rule = Callable[[Any], bool]
+CONFIG: dict[str, Rule] = {"optimizer": is_text, "seed": is_count, "model": is_text, "steps": is_count}
+SUMMARY: dict[str, Rule] = {"status": is_text}
+SUMMARY |= dict.fromkeys(("reason", "data_fingerprint", "config_hash"), lambda value: value is None or is_text(value))
+LINE: dict[str, Rule] = {"kind": is_text, "step": is_count}
+LINES = {
+    "train": LINE | {"tokens": is_count, "train_loss": is_number_or_null, "step_ms": is_number_or_null},
+    "val": LINE
+    | {"tokens": is_count}
+    | dict.fromkeys(("val_loss", "val_accuracy", "train_seconds"), is_number_or_null),
+    "experts": LINE | {"layer": is_layer, "utilization": is_list_of_numbers},
+}
+SPECTRA: dict[str, Rule] = {"step": is_count, "layer": is_layer, "proj": is_text, "singular_values": is_list_of_numbers}
+
+
+def _check(where: str, record: dict[str, Any], rules: dict[str, Rule], other: Rule, needed: Iterable[str]) -> None:
+    """The needed keys are there, and every value passes its key's rule, or `other` where there is none."""
+    missing = [key for key in needed if key not in record]
     if missing:
-        raise BadInput(f"{path}: lacks {', '.join(sorted(missing))}")
-    for key, value in read.items():
-        right = value is None or isinstance(value, str | int | float)
-        if key in ("optimizer", "model"):
-            right = isinstance(value, str)
-        elif key in ("seed", "steps"):
-            right = is_count(value)
-        elif key in CONFIG_NUMBERS:
-            right = value is None or is_number(value)
-        if not right:
-            raise BadInput(f"{path}: {key} is {_short(value)}")
+        raise BadInput(f"{where}: lacks {', '.join(missing)}")
+    for key, value in record.items():
+        if not rules.get(key, other)(value):
+            words = repr(value)
+            raise BadInput(f"{where}: {key} is {words if len(words) <= 40 else words[:37] + '...'}")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A run's settings: flat, with the four that every report needs."""
+    read = files.load_json(path)
+    rules = CONFIG | dict.fromkeys(CONFIG_NUMBERS, is_number_or_null)
+    _check(
+        str(path), read, rules, other=lambda value: value is None or isinstance(value, str | int | float), needed=CONFIG
+    )
     return read
 
 
 def read_summary(path: Path) -> dict[str, Any]:
     """How a run ended; empty where there is no such file."""
-    if not path.exists():
-        return {}
-    read = files.load_json(path)
-    for key, value in read.items():
-        words = key in ("status", "reason", "data_fingerprint", "config_hash")
-        right = isinstance(value, str) if words else is_number(value)
-        if not right and (value is not None or key == "status"):
-            raise BadInput(f"{path}: {key} is {_short(value)}")
+    read = files.load_json(path) if path.exists() else {}
+    _check(str(path), read, SUMMARY, other=is_number_or_null, needed=())
     return read
 
 
@@ -76,15 +105,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = files.read_jsonl(path)
     for number, line in enumerate(lines, start=1):
         kind = line.get("kind")
-        if not isinstance(kind, str):
-            raise BadInput(f"{path}: line {number} says of no kind what it is")
-        where = f"{path}: line {number}"
-        if kind == "experts":
-            _counts(where, line, ("step", "layer"))
-            _list_of_numbers(where, line, "utilization")
-        elif kind in ("train", "val"):
-            _counts(where, line, ("step", "tokens"))
-            _numbers(where, line, TRAIN if kind == "train" else VAL, but=("kind",))
+        if not is_text(kind):
+            raise BadInput(f'{path}: line {number} has no "kind"')
+        if kind in LINES:
+            other = (lambda value: True) if kind == "experts" else is_number_or_null
+            _check(f"{path}: line {number}", line, LINES[kind], other, needed=LINES[kind])
     return lines
 
 
@@ -94,42 +119,11 @@ def read_spectra(path: Path) -> list[dict[str, Any]]:
     sizes: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         where = f"{path}: line {number}"
-        _counts(where, line, ("step", "layer"))
-        if not isinstance(line.get("proj"), str):
-            raise BadInput(f"{where}: proj is {_short(line.get('proj'))}")
-        _list_of_numbers(where, line, "singular_values")
-        size = len(line["singular_values"])
-        if sizes.setdefault(line["proj"], size) != size:
-            raise BadInput(f"{where}: {size} singular values where {sizes[line['proj']]} were before")
-        _numbers(where, line, (), but=("proj", "singular_values"))
+        _check(where, line, SPECTRA, other=is_number_or_null, needed=SPECTRA)
+        proj, size = line["proj"], len(line["singular_values"])
+        if sizes.setdefault(proj, size) != size:
+            raise BadInput(f"{where}: {size} singular values, earlier lines of {proj} have {sizes[proj]}")
     return lines
-
-
-def _counts(where: str, line: dict[str, Any], keys: Sequence[str]) -> None:
-    for key in keys:
-        if not is_count(line.get(key)) or (key == "layer" and line[key] >= MOST_LAYERS):
-            raise BadInput(f"{where}: {key} is {_short(line.get(key))}")
-
-
-def _numbers(where: str, line: dict[str, Any], needed: Sequence[str], but: Sequence[str]) -> None:
-    """The needed keys are there, and every value is a number or null."""
-    for key in needed:
-        if key not in line:
-            raise BadInput(f"{where}: lacks {key}")
-    for key, value in line.items():
-        if key not in but and value is not None and not is_number(value):
-            raise BadInput(f"{where}: {key} is {_short(value)}")
-
-
-def _list_of_numbers(where: str, line: dict[str, Any], key: str) -> None:
-    values = line.get(key)
-    if not isinstance(values, list) or not values or not all(value is None or is_number(value) for value in values):
-        raise BadInput(f"{where}: {key} is {_short(values)}")
-
-
-def _short(value: Any) -> str:
-    words = repr(value)
-    return words if len(words) <= 40 else words[:37] + "..."
 
 
 @dataclass(frozen=True)
@@ -157,8 +151,8 @@ class Run:
         return str(self.summary.get("status", "running"))
 
     @property
-    def updates(self) -> int:
-        """Updates done, as far as the files tell."""
+    def steps_done(self) -> int:
+        """The last step in the files."""
         logged = [int(columns["step"][-1]) for columns in (self.train, self.val) if columns]
         return max(logged, default=0)
 
@@ -169,7 +163,7 @@ class Run:
 
     @property
     def budget(self) -> int:
-        """Training tokens in all; without a batch size in the settings, the updates."""
+        """Training tokens in all; steps where the settings have no batch size."""
         return int(self.config["steps"]) * int(self.config.get("batch_tokens") or 1)
 
     @property
@@ -191,7 +185,7 @@ class Run:
 
     @property
     def step_ms(self) -> float:
-        """Median time of an update."""
+        """Median step time."""
         return float(np.nanmedian(self.train["step_ms"])) if self.train else math.nan
 
     @property
@@ -200,13 +194,13 @@ class Run:
         return float(value) if isinstance(value, int | float) else math.nan
 
     def settings(self) -> dict[str, Any]:
-        """The resolved flags: config.json lists them before what was derived from them, data fingerprint first."""
+        """The resolved flags: config.json lists them first, derived values from the data fingerprint on."""
         keys = list(self.config)
         end = keys.index("data_fingerprint") if "data_fingerprint" in keys else len(keys)
         return {key: self.config[key] for key in keys[:end]}
 
     def experiment(self) -> dict[str, Any]:
-        """What decides the result apart from the seed: runs that agree in it are repetitions."""
+        """Everything but the seed that decides the result: runs that agree in it are repetitions."""
         kept = {key: value for key, value in self.settings().items() if key not in NOT_COMPARED}
         return kept | {key: self.config.get(key) for key in ("data_fingerprint", "steps")}
 
@@ -258,7 +252,7 @@ def load_run(path: Path) -> Run:
     config, summary = read_config(path / files.CONFIG), read_summary(path / files.SUMMARY)
     metrics, spectra = read_metrics(path / files.METRICS), read_spectra(path / files.SPECTRA)
     for line in spectra:
-        line["singular_values"] = np.array(line["singular_values"], dtype=np.float32)  # an eighth of a list's memory
+        line["singular_values"] = np.array(line["singular_values"], dtype=np.float32)  # an eighth of the list's memory
     return Run(
         path=path,
         config=config,
@@ -271,10 +265,15 @@ def load_run(path: Path) -> Run:
 
 
 def find_runs(path: Path) -> list[Path]:
-    """The folder itself, or, where it is no run but holds runs, these in the order of their names."""
+    """The folder itself, or, where it is not a run but holds runs, these in the order of their names."""
     if (path / files.CONFIG).exists() or not path.is_dir():
         return [path]
     return sorted(folder.parent for folder in path.glob(f"*/{files.CONFIG}")) or [path]
+
+
+def load_runs(folders: Iterable[Path]) -> list[Run]:
+    """The runs of all folders, each once."""
+    return [load_run(folder) for folder in {folder.resolve(): folder for folder in folders}.values()]
 
 
 def _whole_events(spectra: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -305,16 +304,19 @@ class Group:
         return self.runs[0].config
 
     def samples(self) -> list[Run]:
-        """The finished runs with a finite final loss, one for each seed: a repeated seed is no new sample."""
+        """The finished runs with a finite final loss, one for each seed: a repeated seed is not a new sample."""
         by_seed = {run.config["seed"]: run for run in self.runs if math.isfinite(run.final_loss)}
         return list(by_seed.values())
 
     def pool(self) -> list[Run]:
-        """The runs to average over: `samples`, or one for each seed of whatever there is."""
+        """The runs to average over: `samples`, or, where none has finished, one for each seed."""
         return self.samples() or list({run.config["seed"]: run for run in self.runs}.values())
 
+    def losses_by_seed(self) -> dict[int, float]:
+        return {run.config["seed"]: run.final_loss for run in self.samples()}
+
     def losses(self) -> list[float]:
-        return [run.final_loss for run in self.samples()]
+        return list(self.losses_by_seed().values())
 
     @property
     def loss(self) -> float:
@@ -329,7 +331,7 @@ class Group:
         return steps, np.array([run.val[key][np.isin(run.val["step"], steps)][: len(steps)] for run in runs])
 
     def mean(self, attribute: str) -> float:
-        """Mean of a number of `Run` over the finished runs, over all of them if none is finished."""
+        """Mean of an attribute of `Run` over the finished runs, over all runs if none has finished."""
         values = [getattr(run, attribute) for run in self.samples() or self.runs]
         values = [value for value in values if math.isfinite(value)]
         return float(np.mean(values)) if values else math.nan

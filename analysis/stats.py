@@ -1,10 +1,14 @@
-"""Intervals, tests and corrections over seeds; learning-rate tolerance; times to a loss.
+"""Intervals, tests and corrections over seeds; learning-rate tolerance; time to a loss.
 
-test = difference(muon_by_seed, adamw_by_seed); test.low, test.high, test.p_value
+    test = difference(muon_by_seed, adamw_by_seed); test.low, test.high, test.p_value, test.test
+
+Runs that share a seed share batches and initial weights, so they are paired. `difference` is the only test of two
+groups: reports, suites, records and figures all call it.
 """
 
 import functools
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,9 +17,10 @@ from scipy import stats as scipy_stats
 
 from analysis.runs import Group, Run
 
-pass
-
 CONFIDENCE = 0.95
+SIGNIFICANT = 0.05  # a difference with a p value below this is called significant
+STEADY = 1.2  # slowest over fastest median step of one setting's seeds, up to which times count
+PAIRED, WELCH = "paired t-test", "Welch's t-test"
 BySeed = Mapping[int, float]
 Pair = tuple[str, str, BySeed, BySeed]
 
@@ -29,35 +34,66 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple
     return mean, mean - float(half), mean + float(half)
 
 
-def welch(a: Sequence[float], b: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float, float]:
-    """mean(a) - mean(b), its confidence interval and the two-sided p value, variances not assumed equal (Welch 1947).
-
-    t = (mean a - mean b) / sqrt(va + vb), v = s²/n, with (va + vb)² / (va²/(na-1) + vb²/(nb-1)) degrees of freedom.
-    Bounds and p are NaN with fewer than two values on a side, or with no spread on either.
-    """
-    difference = float(np.mean(a) - np.mean(b)) if len(a) and len(b) else math.nan
-    if len(a) < 2 or len(b) < 2:
-        return difference, math.nan, math.nan, math.nan
-    va, vb = np.var(a, ddof=1) / len(a), np.var(b, ddof=1) / len(b)
-    if va + vb == 0:
-        return difference, math.nan, math.nan, math.nan
-    freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
-    error = math.sqrt(va + vb)
-    half = float(scipy_stats.t.ppf((1 + confidence) / 2, freedom)) * error
-    p_value = 2 * float(scipy_stats.t.sf(abs(difference) / error, freedom))
-    return difference, difference - half, difference + half, p_value
-
-
 @dataclass(frozen=True)
-class Comparison:
-    """Two groups side by side; differences are a - b in nats, ratios a / b, NaN where there is nothing to tell."""
+class Difference:
+    """mean(a) - mean(b), its confidence interval, the two-sided p value, the test's name and the number of seeds.
 
-    a: Group
-    b: Group
+    Interval and p are NaN where a side has fewer than two seeds or nothing varies.
+    """
+
     difference: float
     low: float
     high: float
     p_value: float
+    test: str
+    n: tuple[int, int]
+
+    @property
+    def paired(self) -> bool:
+        return self.test == PAIRED
+
+    @property
+    def tested(self) -> bool:
+        return not math.isnan(self.p_value)
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+def difference(a: BySeed, b: BySeed, confidence: float = CONFIDENCE) -> Difference:
+    """Test a - b: paired where both have the same seeds, at least two, else by Welch (1947), variances not equal."""
+    paired = len(a) > 1 and a.keys() == b.keys()
+    x, y = (np.array([side[seed] for seed in sorted(side)], dtype=float) for side in (a, b))
+    mean = float(np.mean(x) - np.mean(y)) if len(x) and len(y) else math.nan
+    bounds_and_p = (_paired if paired else _welch)(x, y, confidence)
+    return Difference(mean, *bounds_and_p, PAIRED if paired else WELCH, (len(x), len(y)))
+
+
+def _paired(x: np.ndarray, y: np.ndarray, confidence: float) -> tuple[float, float, float]:
+    """Bounds and p; p = 1 where every difference is 0 (both sides did the same), NaN where all are equal otherwise."""
+    gaps = x - y
+    if np.ptp(gaps) <= 1e-12 * np.abs(gaps).max():  # equal up to rounding
+        return float(gaps.mean()), float(gaps.mean()), math.nan if gaps.any() else 1.0
+    result = scipy_stats.ttest_rel(x, y)
+    return *map(float, result.confidence_interval(confidence)), float(result.pvalue)
+
+
+def _welch(x: np.ndarray, y: np.ndarray, confidence: float) -> tuple[float, float, float]:
+    if min(len(x), len(y)) < 2 or np.ptp(x) == np.ptp(y) == 0:
+        return math.nan, math.nan, math.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # SciPy warns where one side alone does not vary
+        result = scipy_stats.ttest_ind(x, y, equal_var=False)
+    return *map(float, result.confidence_interval(confidence)), float(result.pvalue)
+
+
+@dataclass(frozen=True)
+class Comparison(Difference):
+    """The difference of two groups' final losses in nats, and ratios a / b; NaN where something was not logged."""
+
+    a: Group
+    b: Group
     step_time_ratio: float
     speed_ratio: float
     seconds_ratio: float
@@ -65,14 +101,18 @@ class Comparison:
 
 
 def compare(a: Group, b: Group) -> Comparison:
-    ratios = [_ratio(a.mean(key), b.mean(key)) for key in ("step_ms", "tokens_per_second", "train_seconds")]
+    def ratio(key: str) -> float:
+        return a.mean(key) / b.mean(key) if b.mean(key) else math.nan
+
     return Comparison(
-        a, b, *welch(a.losses(), b.losses()), *ratios, _ratio(a.mean("memory_bytes"), b.mean("memory_bytes"))
+        **vars(difference(a.losses_by_seed(), b.losses_by_seed())),
+        a=a,
+        b=b,
+        step_time_ratio=ratio("step_ms"),
+        speed_ratio=ratio("tokens_per_second"),
+        seconds_ratio=ratio("train_seconds"),
+        memory_ratio=ratio("memory_bytes"),
     )
-
-
-def _ratio(a: float, b: float) -> float:
-    return a / b if b else math.nan
 
 
 def first_reaching(x: np.ndarray, loss: np.ndarray, target: float) -> float | None:
@@ -89,7 +129,7 @@ def first_reaching(x: np.ndarray, loss: np.ndarray, target: float) -> float | No
 
 @dataclass(frozen=True)
 class Tolerance:
-    """The learning rates around the best whose loss stays near the best one's; `open_*`: the grid ended first."""
+    """The learning rates around the best whose loss stays near the best loss; `open_*`: the grid ended first."""
 
     best: float
     low: float
@@ -100,11 +140,6 @@ class Tolerance:
     @property
     def decades(self) -> float:
         return math.log10(self.high / self.low)
-
-    @property
-    def at_edge(self) -> bool:
-        """Whether the best rate is the lowest or highest that was tried."""
-        return (self.open_low and self.low == self.best) or (self.open_high and self.high == self.best)
 
 
 def learning_rate_tolerance(rates: Sequence[float], losses: Sequence[float], share: float = 0.01) -> Tolerance | None:
@@ -129,7 +164,8 @@ def learning_rate_tolerance(rates: Sequence[float], losses: Sequence[float], sha
             if not y[after] <= limit:
                 if not np.isfinite(y[after]):
                     return float(exact[i]), False
-                return math.exp(x[i] + (limit - y[i]) / (y[after] - y[i]) * (x[after] - x[i])), False
+                crossing = (limit - y[i]) / (y[after] - y[i])  # as a share of the way to the next rate, in logarithms
+                return math.exp(x[i] + crossing * (x[after] - x[i])), False
             i = after
         return float(exact[i]), True
 
@@ -138,13 +174,14 @@ def learning_rate_tolerance(rates: Sequence[float], losses: Sequence[float], sha
 
 
 def unsteadiness(run: Run, share: float = 0.1) -> float:
-    """Standard deviation of the last `share` of the training losses about their line, in nats; NaN below 4 updates."""
+    """Standard deviation of the last `share` of the training losses around their trend, in nats; NaN below 4 steps."""
     loss = run.train.get("train_loss", np.empty(0))
     last = loss[-max(4, round(share * len(loss))) :]
     if len(loss) < 4 or not np.isfinite(last).all():
         return math.nan
     x = np.arange(len(last))
-    return float(np.std(last - np.polyval(np.polyfit(x, last, 1), x), ddof=2))
+    trend = np.polyval(np.polyfit(x, last, 1), x)
+    return float(np.std(last - trend, ddof=2))  # the line took two degrees of freedom
 
 
 def largest_spike(run: Run) -> float:
@@ -172,56 +209,22 @@ def chance_spread(k: int, trials: int = 20_000) -> tuple[float, float]:
     scales with sqrt(1/d) and its relative spread depends on k alone.
     """
     overlaps = np.random.default_rng(0).standard_normal((trials, k, k))
-    means = np.linalg.svd(overlaps, compute_uv=False).mean(axis=1)
+    means = np.linalg.svd(overlaps, compute_uv=False).mean(axis=1)  # singular values: cosines of principal angles
     low, high = np.quantile(means, (0.025, 0.975)) / means.mean()
     return float(low), float(high)
 
 
-def finite(values: BySeed) -> dict[int, float]:
+def finite_only(values: BySeed) -> dict[int, float]:
     return {seed: value for seed, value in values.items() if math.isfinite(value)}
-
-
-@dataclass(frozen=True)
-class Summary:
-    """n, mean, sample standard deviation and 95 % t-interval; NaN where there is nothing to tell."""
-
-    n: int
-    mean: float
-    deviation: float
-    low: float
-    high: float
-
-
-def summarize(values: Sequence[float]) -> Summary:
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-    return Summary(len(values), *t_interval(values)[:1], deviation, *t_interval(values)[1:])
-
-
-def paired(a: BySeed, b: BySeed, confidence: float = CONFIDENCE) -> tuple[float, float, float, float]:
-    """Mean of a - b over the seeds, its t-interval and the two-sided p value; NaN with fewer than two seeds, p = 1
-    where every difference is 0 (the two conditions did the same)."""
-    if set(a) != set(b):
-        raise ValueError(f"seeds {sorted(a)} and {sorted(b)} do not pair")
-    differences = np.array([a[seed] - b[seed] for seed in sorted(a)])
-    mean, low, high = t_interval(list(differences), confidence)
-    if len(differences) < 2:
-        return mean, math.nan, math.nan, math.nan
-    if not differences.any():
-        return 0.0, 0.0, 0.0, 1.0
-    error = float(np.std(differences, ddof=1)) / math.sqrt(len(differences))
-    p_value = 2 * float(scipy_stats.t.sf(abs(mean) / error, len(differences) - 1)) if error else math.nan
-    return mean, low, high, p_value
 
 
 def hedges_g(a: Sequence[float], b: Sequence[float]) -> float:
     """Difference of the means in pooled standard deviations, corrected for small samples by the exact factor
     Gamma(m / 2) / (sqrt(m / 2) Gamma((m - 1) / 2)) with m = na + nb - 2 (Hedges 1981); NaN without spread."""
     freedom = len(a) + len(b) - 2
-    if len(a) < 2 or len(b) < 2:
+    if len(a) < 2 or len(b) < 2 or np.ptp(a) == np.ptp(b) == 0:
         return math.nan
     pooled = math.sqrt(((len(a) - 1) * np.var(a, ddof=1) + (len(b) - 1) * np.var(b, ddof=1)) / freedom)
-    if pooled == 0:
-        return math.nan
     factor = math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom - 1) / 2)) / math.sqrt(freedom / 2)
     return factor * float(np.mean(a) - np.mean(b)) / pooled
 
@@ -233,67 +236,52 @@ def p_words(value: float) -> str:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjusted p values (Holm 1979): the smallest times m, the next times m - 1, ..., never falling, at most 1. A NaN
-    is no test: it stays NaN and is not counted in m."""
+    is not a test: it stays NaN and does not count in m."""
     tested = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
     adjusted, highest = [math.nan] * len(p_values), 0.0
     for rank, (p, i) in enumerate(tested):
-        highest = max(highest, min(1.0, (len(tested) - rank) * p))
+        highest = max(highest, min(1.0, (len(tested) - rank) * p))  # never below the one before
         adjusted[i] = highest
     return adjusted
 
 
 @dataclass(frozen=True)
-class Contrast:
-    """a - b over seeds. `p` is the test that counts: paired where the seeds pair, else Welch's; `low` and `high` are
-    its interval, widened so that all of the family hold together with 95 %."""
+class Contrast(Difference):
+    """Condition `name_a` minus `name_b`; `low` and `high` are widened so that all of the family hold together with
+    95 %, `p_welch` is given for reference, `effect` is Hedges' g."""
 
-    a: str
-    b: str
-    n: tuple[int, int]
-    difference: float
-    low: float
-    high: float
+    name_a: str
+    name_b: str
     p_welch: float
-    p_paired: float
     p_holm: float
     effect: float
-
-    @property
-    def p(self) -> float:
-        return self.p_welch if math.isnan(self.p_paired) else self.p_paired
-
-    @property
-    def tested(self) -> bool:
-        return not math.isnan(self.p)
-
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
 
 
 def family(pairs: Sequence[Pair], others: int = 0) -> list[Contrast]:
     """Every pair of a suite tested, corrected together, and for `others` more tests made elsewhere on the same runs."""
-    kept = [(a, b, finite(x), finite(y)) for a, b, x, y in pairs]
-    testable = sum(len(x) > 1 and len(y) > 1 for _, _, x, y in kept)
-    confidence = 1 - (1 - CONFIDENCE) / max(1, testable + others)
-    unadjusted = []
-    for a, b, x, y in kept:
-        difference, low, high, p_welch = welch(list(x.values()), list(y.values()), confidence)
-        p_paired = math.nan
-        if set(x) == set(y) and len(x) > 1:
-            difference, low, high, p_paired = paired(x, y, confidence)
-        effect = hedges_g(list(x.values()), list(y.values()))
-        unadjusted.append(Contrast(a, b, (len(x), len(y)), difference, low, high, p_welch, p_paired, math.nan, effect))
-    p_values = [test.p for test in unadjusted] + [1.0] * others
-    return [
-        replace(test, p_holm=p_holm) for test, p_holm in zip(unadjusted, holm(p_values)[: len(unadjusted)], strict=True)
-    ]
+    kept = [(name_a, name_b, finite_only(a), finite_only(b)) for name_a, name_b, a, b in pairs]
+    testable = sum(len(a) > 1 and len(b) > 1 for *_, a, b in kept)
+    confidence = 1 - (1 - CONFIDENCE) / max(1, testable + others)  # Bonferroni: all intervals hold together
+    found = []
+    for name_a, name_b, a, b in kept:
+        x, y = np.array(list(a.values())), np.array(list(b.values()))
+        found.append(
+            Contrast(
+                **vars(difference(a, b, confidence)),
+                name_a=name_a,
+                name_b=name_b,
+                p_welch=_welch(x, y, confidence)[2],
+                p_holm=math.nan,
+                effect=hedges_g(x, y),
+            )
+        )
+    adjusted = holm([test.p_value for test in found] + [1.0] * others)
+    return [replace(test, p_holm=p_holm) for test, p_holm in zip(found, adjusted, strict=False)]
 
 
 @dataclass(frozen=True)
 class Reached:
-    """How long it took to reach something over `n` runs, `never` of which did not; `median` is None where fewer than
-    half did."""
+    """Time to a loss over `n` runs; `never` counts those that did not reach it, `median` is None if most did not."""
 
     n: int
     never: int
@@ -301,17 +289,17 @@ class Reached:
 
 
 def median_time(times: Sequence[float | None]) -> Reached:
-    """The median of times of which some are censored: None = not reached in the whole run.
+    """The median of times, some of them censored: None = not reached in the whole run.
 
-    All runs of a condition have the same budget, so a censored one outlasts every time that was seen, and the
-    Kaplan-Meier median is the time by which half of all runs were there.
+    All runs of a condition have the same budget, so a censored time is longer than every observed one, and the
+    Kaplan-Meier median is the time by which half of all runs reached the loss.
     """
     reached, half = sorted(time for time in times if time is not None), math.ceil(len(times) / 2)
     return Reached(len(times), len(times) - len(reached), reached[half - 1] if 0 < half <= len(reached) else None)
 
 
 def slope(values: Mapping[float, BySeed]) -> dict[int, float]:
-    """For each seed that all have, the least-squares slope of its value against log10 of the key."""
-    seeds = set.intersection(*(set(finite(by_seed)) for by_seed in values.values()))
+    """For each seed that all keys share, the least-squares slope of its value against log10 of the key."""
+    seeds = set.intersection(*(set(finite_only(by_seed)) for by_seed in values.values()))
     x = np.log10(list(values))
     return {seed: float(np.polyfit(x, [values[key][seed] for key in values], 1)[0]) for seed in sorted(seeds)}

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from analysis.runs import Run
-from analysis.stats import first_reaching, p_words, paired, t_interval, welch
+from analysis.runs import Run, optimizer_name
+from analysis.stats import SIGNIFICANT, STEADY, Difference, difference, first_reaching, p_words, t_interval
 from bench import machine
 from engine import files
 from engine.cli import BadInput
@@ -26,10 +26,7 @@ TRACKS = {"2m": "2M", "time-to-loss": "time to loss"}
 PLOTS = ("loss_curves", "optimizer_comparison", "effective_rank_over_time", "spectral_norm_by_depth")
 BUDGET = 2_015_232  # tokens of the track 2m, the prior work's 123 updates of 16,384
 LEAST_SEEDS = 3
-TIED = 0.05  # two entries whose losses differ with a p value of this or more are tied
-STEADY = 1.2  # slowest over fastest median update of one optimizer's seeds, up to which times count
 SHOWN = ("driver", "sm_clock_mhz", "memory_clock_mhz", "power_limit_watts", "cpu_mhz", "busy_cores")
-NAMES = {"muon": "Muon", "adamw": "AdamW"}
 MARK = "<!-- figures: {name} -->"
 END = "<!-- end of figures -->"
 
@@ -60,8 +57,9 @@ def figures_of(runs: Sequence[Run]) -> Json:
         columns["slowest_over_fastest"] = max(times) / min(times)
         found["optimizers"][optimizer] = columns
     if {"muon", "adamw"} <= by_optimizer.keys():
-        names = ("difference", "low", "high", "p_value")
-        found["muon_minus_adamw"] = dict(zip(names, map(_finite, contrast(found, "muon", found, "adamw")), strict=True))
+        test = contrast(found, "muon", found, "adamw")
+        keys = ("difference", "low", "high", "p_value")
+        found["muon_minus_adamw"] = {key: _finite(getattr(test, key)) for key in keys}
     return found
 
 
@@ -94,13 +92,10 @@ def _column(values: Sequence[float]) -> Json:
     return {"by_seed": [_finite(value) for value in values], "mean": mean, "low": low, "high": high}
 
 
-def contrast(a: Json, one: str, b: Json, other: str) -> tuple[float, float, float, float]:
-    """Best losses of two entries: difference, interval and p value, paired by seed where the seeds are the same."""
-    left, right = a["optimizers"][one], b["optimizers"][other]
-    values = [entry["best_val_loss"]["by_seed"] for entry in (left, right)]
-    if left["seeds"] == right["seeds"]:
-        return paired(*(dict(zip(left["seeds"], column, strict=True)) for column in values))
-    return welch(*values)
+def contrast(a: Json, one: str, b: Json, other: str) -> Difference:
+    """The difference of the best losses of two entries."""
+    sides = a["optimizers"][one], b["optimizers"][other]
+    return difference(*(dict(zip(side["seeds"], side["best_val_loss"]["by_seed"], strict=True)) for side in sides))
 
 
 def same_figures(a: Any, b: Any) -> bool:
@@ -148,7 +143,7 @@ def seconds_cell(entry: Json, key: str = "train_seconds") -> str:
 def loss_rows(record: Json) -> list[list[str]]:
     rows = []
     for optimizer, entry in record["figures"]["optimizers"].items():
-        rows.append([NAMES[optimizer], with_interval(entry["best_val_loss"])])
+        rows.append([optimizer_name(optimizer), with_interval(entry["best_val_loss"])])
         rows[-1] += [f"{entry['final_val_loss']['mean']:.4f}", f"{100 * entry['final_val_accuracy']['mean']:.2f} %"]
         rows[-1] += [seconds_cell(entry), f"{entry['tokens_per_second']['mean']:,.0f}", str(len(entry["seeds"]))]
     return rows
@@ -171,7 +166,7 @@ def time_rows(record: Json) -> list[list[str]]:
         )
         saved = "sets the loss" if optimizer == "adamw" else saved
         cells = [
-            NAMES[optimizer],
+            optimizer_name(optimizer),
             f"{budget:,}",
             f"{figures['target_loss']:.4f}",
             shown,
@@ -193,8 +188,9 @@ def difference_sentence(record: Json) -> str:
     low, high = found["low"], found["high"]
     if found["difference"] < 0:
         low, high = -high, -low
-    tie = "" if found["p_value"] < TIED else ": a tie"
-    return f"{sentence} (95 % interval {low:.3f} to {high:.3f}, {p_words(found['p_value'])}{tie})"
+    test = contrast(record["figures"], "muon", record["figures"], "adamw").test
+    tie = "" if found["p_value"] < SIGNIFICANT else ": a tie"
+    return f"{sentence} (95 % interval {low:.3f} to {high:.3f}, {p_words(found['p_value'])}, {test}{tie})"
 
 
 def time_sentence(record: Json) -> str:
@@ -202,7 +198,7 @@ def time_sentence(record: Json) -> str:
     tokens = entries["muon"]["tokens_to_target"]["mean"]
     if tokens is None:
         return "Not every seed of Muon reaches AdamW's final loss"
-    sentence = f"Muon is at AdamW's final loss after {percent(tokens / record['tokens'])} of the tokens"
+    sentence = f"Muon reaches AdamW's final loss after {percent(tokens / record['tokens'])} of the tokens"
     if not all(map(steady, entries.values())):
         return sentence
     share = entries["muon"]["seconds_to_target"]["mean"] / entries["adamw"]["train_seconds"]["mean"]
@@ -252,8 +248,8 @@ def ranked(rivals: Sequence[tuple[str, Json, str]]) -> list[tuple[str, Json, str
         _, leader, optimizer = left[0]
         tied = [left[0]]
         for entry in left[1:]:
-            p_value = contrast(leader["figures"], optimizer, entry[1]["figures"], entry[2])[3]
-            tied += [entry] if p_value >= TIED else []
+            p_value = contrast(leader["figures"], optimizer, entry[1]["figures"], entry[2]).p_value
+            tied += [entry] if p_value >= SIGNIFICANT else []
         quickest = sorted(tied, key=lambda entry: (not steady(_entry(entry)), _entry(entry)["train_seconds"]["mean"]))
         order += quickest
         left = [entry for entry in left if not any(entry is one for one in tied)]
@@ -364,6 +360,16 @@ def bench_table(bench: Json) -> str:
     return table(BENCH_HEADER, [bench_cells(row) for row in bench["rows"]])
 
 
+GOAL_HEADER = ("figure", "ours", "peer", "goal", "met")
+
+
+def goal_table(bench: Json) -> str:
+    """The rows that have a goal on this machine, met or not."""
+    kept = [BENCH_HEADER.index(column) for column in GOAL_HEADER]
+    cells = [bench_cells(row) for row in bench["rows"] if row["met"] is not None]
+    return table(GOAL_HEADER, [[line[i] for i in kept] for line in cells])
+
+
 def headline(folder: Path) -> str:
     """The first screen of the project's README: the best record's two pictures and what they say."""
     records = read_all(folder, RECORD)
@@ -378,7 +384,7 @@ def headline(folder: Path) -> str:
     seeds = len(record["figures"]["optimizers"]["muon"]["seeds"])
     say = f"{record['model']}, {record['tokens']:,} tokens, {seeds} seeds each, on {machine.label(record['machine'])}: "
     say += f"{difference_sentence(record)}. {time_sentence(record)}. {rank_sentence(record)}"
-    return "\n\n".join([*pictures, f"{say} The whole [report]({where}/report.md)."])
+    return "\n\n".join([*pictures, f"{say} [Full report]({where}/report.md)."])
 
 
 def rank_sentence(record: Json) -> str:
@@ -390,24 +396,20 @@ def rank_sentence(record: Json) -> str:
 
 
 def performance(folder: Path) -> str:
-    """Section of the project's README: every machine's table, then the records in a line each."""
-    parts = []
-    for name, bench in read_all(folder, BENCH):
+    """Section of the project's README: the goals of every machine that was measured."""
+    parts, benches = [], read_all(folder, BENCH)
+    for name, bench in benches:
         described = bench["machine"]
-        parts.append(
-            f"**{machine.label(described)}**, {described['date']}, commit {bench_commit(bench)}, "
-            f"`{bench['command']}` ([all of it](runs/records/{name}/README.md)):"
-        )
-        parts.append(bench_table(bench))
-    if not parts:
+        parts += [
+            f"**{machine.label(described)}**, {described['date']}, commit {bench_commit(bench)}, `{bench['command']}`:",
+            goal_table(bench),
+            f"All {len(bench['rows'])} figures: [runs/records/{name}](runs/records/{name}/README.md).",
+        ]
+    if not benches:
         parts.append("No table yet: `python -m bench.all --out runs/records/NAME` makes one.")
-    if all(bench["machine"]["device"] == "cpu" for _, bench in read_all(folder, BENCH)):
-        parts.append("GPU: no table yet, no GPU was at hand.")
-    lines = [
-        f"- [{title(record)}](runs/records/{name}/README.md): {difference_sentence(record)}. {time_sentence(record)}."
-        for name, record in read_all(folder, RECORD)
-    ]
-    return "\n\n".join([*parts, "\n".join(lines)] if lines else parts)
+    if all(bench["machine"]["device"] == "cpu" for _, bench in benches):
+        parts.append("There is no GPU table yet.")
+    return "\n\n".join(parts)
 
 
 def fill(text: str, name: str, body: str) -> str:

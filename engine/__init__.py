@@ -1,1 +1,1 @@
-"""What a run stands on: files, ranks, one step, time and memory. Imports `kernels` and nothing else of the project."""
+"""The machinery of a run: files, ranks, one step, time and memory. Imports only `kernels` of the project."""

@@ -5,15 +5,20 @@ one sentence on stderr, exit code 2. `RunFailed` is an expected failure of a run
 and one sentence in summary.json. A bug keeps its traceback.
 """
 
+import contextlib
 import functools
 import math
+import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Any, NamedTuple, TextIO, get_args, get_type_hints
 
 import tyro
 
+MIN_COLUMNS = 40  # of --help; below 6 the layout of its boxes never ends
+GIB = 2**30
 MOST_LETTERS = 1000  # of a sentence, which may quote a file
 # The type of token counts: flags accept 2e6 as well as 2000000.
 Count = Annotated[
@@ -52,10 +57,18 @@ class CannotWrite(RunFailed):
 
 
 def exit_with_a_sentence(main: Callable[[], int | None]) -> Callable[[], int]:
-    """Wrap a command: `BadInput` becomes its sentence on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Wrap a command: `BadInput` becomes its sentence on stderr and exit code 2, Ctrl-C exit code 130.
+
+    No command ends because nobody reads what it prints; --help is laid out on at least `MIN_COLUMNS`.
+    """
 
     @functools.wraps(main)
     def command() -> int:
+        streams = sys.stdout, sys.stderr
+        open_standard_descriptors()
+        sys.stdout, sys.stderr = map(Unfailing, streams)
+        if shutil.get_terminal_size().columns < MIN_COLUMNS:
+            os.environ["COLUMNS"] = str(MIN_COLUMNS)
         try:
             return main() or 0
         except BadInput as refusal:
@@ -64,8 +77,56 @@ def exit_with_a_sentence(main: Callable[[], int | None]) -> Callable[[], int]:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)
             return 130
+        finally:
+            sys.stdout.flush()
+            sys.stdout, sys.stderr = streams
 
     return command
+
+
+class Unfailing:
+    """A standard stream that never raises: its reader may go away, its disk fill up, its encoding lack a letter, or the
+    stream be closed (None). What cannot be printed is dropped, letters that it lacks are escaped."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        self._try("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try("flush")
+
+    def isatty(self) -> bool:
+        return self.stream is not None and self.stream.isatty()
+
+    def _try(self, method: str, *arguments: str) -> None:
+        if self.stream is None:
+            return
+        try:
+            getattr(self.stream, method)(*arguments)
+        except (OSError, ValueError):  # ValueError: the stream is closed
+            with contextlib.suppress(OSError, ValueError):  # what its buffer still holds goes nowhere, without a word
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.stream.fileno())
+                os.close(nowhere)
+            self.stream = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream or sys.__stderr__, name)
+
+
+def open_standard_descriptors() -> None:
+    """Open the null device as each standard descriptor that is closed: else the next file would become it, and a
+    library's warning would be written into that file."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
 
 
 def make_folder(path: Path, exist_ok: bool = False) -> None:

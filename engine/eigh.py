@@ -36,7 +36,7 @@ def routine(name: str) -> Callable[..., None]:
 
 @functools.cache
 def one_thread_per_call() -> None:
-    """Hold SciPy's OpenBLAS to one thread: matrices run side by side instead, and a second pool beside a training on
+    """Limit SciPy's OpenBLAS to one thread: matrices run in parallel instead, and a second pool during a training on
     the CPU would slow every step."""
     for library in ThreadpoolController().lib_controllers:
         if "scipy.libs" in library.filepath:

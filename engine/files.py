@@ -16,21 +16,20 @@ from typing import Any
 
 from engine.cli import BadInput, CannotWrite, first_line
 
-pass
-
 ROOT = Path(__file__).resolve().parent.parent  # of the source tree
 CONFIG, SUMMARY, LOG = "config.json", "summary.json", "log.txt"
 METRICS, SPECTRA = "metrics.jsonl", "manifold_stats.jsonl"
 PACKED = ".gz"  # how a record keeps spectra
+SUBSPACE_RANK = 5  # dimension of the singular subspaces whose alignment manifold_stats.jsonl holds
 CHECKPOINT, PREVIOUS_CHECKPOINT, BEST = "checkpoint.pt", "checkpoint.prev.pt", "best.pt"
 
 
 @contextlib.contextmanager
 def writing(path: Path | str) -> Iterator[None]:
-    """Turn what the system says while `path` is written into CannotWrite."""
+    """Turn a failure to write `path` into CannotWrite."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError where the disk is full
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise CannotWrite(f"{path}: cannot be written ({reason})") from error
 
@@ -41,8 +40,7 @@ def is_safe_name(name: str) -> bool:
 
 
 def write_whole(path: Path, write: Callable[[Any], None], mode: str = "wb") -> None:
-    """Call `write(file)` on a temporary file beside `path`, force it to disk and rename it into place; CannotWrite
-    leaves what was there."""
+    """Call `write(file)` on a temporary file, sync it and rename it to `path`; CannotWrite keeps the old file."""
     unfinished = written(path, write, mode)
     with writing(path):
         os.replace(unfinished, path)
@@ -55,7 +53,7 @@ def temporary(path: Path) -> Path:
 
 
 def written(path: Path, write: Callable[[Any], None], mode: str) -> Path:
-    """A complete temporary file beside `path`, or none."""
+    """Write and sync a temporary file next to `path`; nothing is left of it after a failure."""
     unfinished = temporary(path)
     try:
         with writing(path), open(unfinished, mode) as file:
@@ -92,7 +90,7 @@ def _parsed(text: str) -> Any:
 
 
 def _no_number(word: str) -> None:
-    raise ValueError(f"{word} is no number")
+    raise ValueError(f"{word} is not a number")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

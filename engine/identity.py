@@ -8,9 +8,11 @@ This is the one table of settings that do not count; importing it does not impor
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from engine.cli import BadInput
@@ -53,11 +55,18 @@ def provenance() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit of this source tree, with + where tracked files differ from it."""
-    git = ("git", "-C", str(ROOT))
+    """The commit of this source tree, with + where tracked files differ from it; None where it is not a repository of
+    its own (unpacked inside another one, say)."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+
+    def git(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        command = ("git", "-C", str(ROOT), *words)
+        return subprocess.run(command, capture_output=True, text=True, check=check, env=environment)
+
     try:
-        commit = subprocess.run((*git, "rev-parse", "HEAD"), capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run((*git, "diff", "--quiet", "HEAD"), capture_output=True, check=False).returncode
+        if Path(git("rev-parse", "--show-toplevel").stdout.rstrip("\n")).resolve() != ROOT:
+            return None
+        commit = git("rev-parse", "HEAD").stdout.strip()
+        return commit + "+" * bool(git("diff", "--quiet", "HEAD", check=False).returncode)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit + "+" * bool(dirty)

@@ -12,17 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from engine.cli import BadInput
+from engine.cli import GIB, BadInput
 from kernels.cross_entropy import LOGIT_BYTES, MIN_CHUNK_ROWS
 
 SLACK = 0.1  # of the device's free memory that is left alone
-GIB = 2**30
 CPU_MICRO_BATCH_TOKENS = 1024  # what fits a CPU's L2 cache (bench/LOG.md)
 
 
 @dataclass(frozen=True)
 class MemoryCount:
-    """One update of `sequences` sequences per rank of `seq_len` tokens, in micro-batches yet to be chosen."""
+    """One step on `sequences` sequences of `seq_len` tokens per rank, in micro-batches yet to be chosen."""
 
     model: nn.Module
     optimizer: str
@@ -42,7 +41,7 @@ class MemoryCount:
         heads_width = c.head_width * (c.heads + 2 * c.kv_heads)
         ffn_widths = 1 if "relu2_mlp" in model.kernels and c.ffn == "relu2" else 4 if c.ffn == "swiglu" else 2
         widths = 5 * c.d_model + 2 * heads_width + ffn_widths * c.d_ff * (c.top_k if c.experts else 1)
-        if c.experts:  # besides, the routed inputs and outputs, and the router's input in fp32
+        if c.experts:  # also the routed inputs and outputs, and the router's input in fp32
             widths += 2 * c.top_k * c.d_model + 4 * c.d_model // item
         # Logits and their gradient in the compute type; in fp32 one copy, eagerly three: widened, softmax, gradient.
         logits = tokens * model.vocab_size * (2 * item + (4 if self.compiled else 12))
@@ -60,7 +59,7 @@ class MemoryCount:
         }
 
     def resident_bytes(self) -> int:
-        """What lies on the device between updates: weights and moments."""
+        """Bytes on the device between steps: weights and moments."""
         parts = self.bytes_by_purpose(1)
         return parts["weights"] + parts["moments"]
 
@@ -98,13 +97,13 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def choose_micro_batch(count: MemoryCount, asked: int | str, device: torch.device) -> int:
-    """Sequences per forward pass: the number asked for, or under "auto" the most that is counted to fit a GPU, and on a
+def choose_micro_batch(count: MemoryCount, wanted: int | str, device: torch.device) -> int:
+    """Sequences per forward pass: the number wanted, or under "auto" the most that is counted to fit a GPU, and on a
     CPU what suits its caches. BadInput where it does not divide the batch."""
-    if asked != "auto":
-        if asked < 1 or count.sequences % asked:
-            raise BadInput(f"--micro-batch {asked}: does not divide the {count.sequences} sequences of a rank's batch")
-        return int(asked)
+    if wanted != "auto":
+        if wanted < 1 or count.sequences % wanted:
+            raise BadInput(f"--micro-batch {wanted}: does not divide the {count.sequences} sequences of a rank's batch")
+        return int(wanted)
     if device.type == "cuda":
         return count.largest_micro_batch(available_bytes(device))
     fitting = max(1, CPU_MICRO_BATCH_TOKENS // count.seq_len)

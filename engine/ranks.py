@@ -11,7 +11,7 @@ holds all of it in the form that a single rank writes, so that any number of ran
 
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from engine.cli import BadInput
 
 RANK_TIMEOUT = timedelta(minutes=10)  # how long a rank waits for another; compilation must fit
-KEPT_WHOLE = 2**14  # elements: a parameter with at most so many costs less to update everywhere than to send in parts
+KEPT_WHOLE = 2**14  # elements: smaller parameters cost less to update on every rank than to send in parts
 warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor).* is deprecated")
 
 
@@ -45,10 +45,29 @@ class Rank:
         return int(shared)
 
 
+def rank_from(environment: Mapping[str, str]) -> Rank:
+    """The rank that torchrun's variables describe, a single one without them; BadInput unless they make sense."""
+    given = {key: environment[key] for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if key in environment}
+    if not given:
+        return Rank()
+    shown = ", ".join(f"{key}={value}" for key, value in given.items())
+    advice = "torchrun sets RANK, WORLD_SIZE and LOCAL_RANK together; unset them to train alone"
+    if len(given) < 3 or not all(value.isascii() and value.isdecimal() for value in given.values()):
+        raise BadInput(f"{shown} in the environment: {advice}")
+    rank = Rank(int(given["RANK"]), int(given["WORLD_SIZE"]), int(given["LOCAL_RANK"]))
+    if rank.index >= rank.count or rank.local > rank.index:
+        raise BadInput(f"{shown} in the environment: RANK must be below WORLD_SIZE, LOCAL_RANK at most RANK; {advice}")
+    if rank.count > 1 and not (environment.get("MASTER_ADDR") and environment.get("MASTER_PORT", "").isdecimal()):
+        raise BadInput(
+            f"{shown} in the environment, but MASTER_ADDR and MASTER_PORT do not say where rank 0 is: {advice}"
+        )
+    return rank
+
+
 def join_ranks(device: str) -> Rank:
-    """This process's place among those torchrun started; a process of its own otherwise."""
+    """This process's place among those that torchrun started; a process of its own otherwise."""
     env = os.environ
-    rank = Rank(int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0)))
+    rank = rank_from(env)
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
         if rank.local >= torch.cuda.device_count():
@@ -221,7 +240,7 @@ class Sharding:
         self.in_flight.clear()
 
     def traffic(self) -> tuple[int, int]:
-        """Bytes that this rank sends in a ring, and messages, for the parameters of one update: counted from the shares
+        """Bytes that this rank sends in a ring, and messages, for the parameters of one step: counted from the shares
         alone. One more small message carries loss and norms."""
         total = messages = 0
         for share in self.shares if self.world_size > 1 else ():

@@ -229,7 +229,7 @@ class RunFolder:
 
 
 def reason_of(error: BaseException, step: int, ranks: int, misfit: Callable[[], str]) -> str | None:
-    """The sentence for an expected failure, None for a bug; `misfit` says what memory would hold."""
+    """The sentence for an expected failure, None for a bug; `misfit` names a micro-batch that fits."""
     if isinstance(error, torch.OutOfMemoryError):
         return misfit()
     if isinstance(error, RunFailed | BadInput):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from engine.memory import GIB
+from engine.cli import GIB
 
 Point = torch.cuda.Event | float  # a moment on the device's timeline, or on the host's without a GPU
 
@@ -48,7 +48,7 @@ class Times:
         self.points = [point(self.device)]
 
     def mark(self, phase: str) -> None:
-        """What lies between the mark before and this one was `phase`."""
+        """Call the time since the mark before this one `phase`."""
         self.names.append(phase)
         self.points.append(point(self.device))
 
@@ -126,7 +126,7 @@ def light_seconds(
     device: Device,
     ranks: int = 1,
 ) -> float:
-    """The least time one update of `tokens` can take: its matmuls at the peak, then the optimizers' bytes.
+    """The least time one step on `tokens` can take: its matmuls at the peak, then the optimizers' bytes.
 
     Counts 6 FLOPs per matmul parameter and token, attention where it is causal, Newton-Schulz's half products, and
     every gradient, weight and moment once; nothing elementwise, which a perfect program would hide behind the matmuls.

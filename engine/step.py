@@ -74,7 +74,7 @@ class PendingStats:
 
 
 class TrainingStep:
-    """The model, compiled if asked for, and its optimizers; micro_batch sequences per forward pass."""
+    """The model, compiled if requested, and its optimizers; micro_batch sequences per forward pass."""
 
     def __init__(
         self,
@@ -99,10 +99,10 @@ class TrainingStep:
 
     def gradients(self, batch_BT1: Tensor, stop_requested: bool = False, times: Times | None = None) -> PendingStats:
         """Gradients of the mean loss over the global batch, accumulated over micro-batches and summed over ranks,
-        of which each keeps its share.
+        which keep their shares.
 
         `batch_BT1` is this rank's share: integer tokens, one more per row than the model reads, rows a multiple of
-        micro_batch. Returns the loss in nats, the norm before clipping, and whether any rank was asked to stop; tells
+        micro_batch. Returns the loss in nats, the norm before clipping, and whether any rank was told to stop; tells
         the optimizers the clipping and whether to skip. `times` gets the marks, by default new ones.
         """
         self.times = times or Times(self.device)

@@ -16,7 +16,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ModuleNotFoundError:  # outside Linux: the kernels are defined but never launched
+except ModuleNotFoundError:  # PyTorch for CPUs or outside Linux: the kernels are defined but never launched
 
     class _NoTriton:
         def __getattr__(self, name: str) -> Any:
@@ -26,6 +26,9 @@ except ModuleNotFoundError:  # outside Linux: the kernels are defined but never 
             return function
 
     triton = tl = _NoTriton()
+    HAS_TRITON = False
+else:
+    HAS_TRITON = True
 
 # Namespace of our custom operators: this folder may be imported as the project's `kernels` and as `muon_kernels`.
 OPS = "muon_speedrun" if __package__ == "kernels" else __package__
@@ -46,7 +49,7 @@ class Tile(NamedTuple):
 
 class Row(NamedTuple):
     """One architecture: tiles by the smaller side of the result, and the roomy tile for variants with more state
-    (sizes that are no multiples of the tile). `chunked`: cutting a batch so that it stays in L2 pays."""
+    (sizes that are not multiples of the tile). `chunked`: it pays to cut a batch into pieces that stay in L2."""
 
     symmetric_small: Tile
     symmetric: Tile
@@ -75,11 +78,11 @@ FP32 = Tile(
     64, 64, 32, 4, 3
 )  # exact fp32 has no tensor cores; with 8 warps it spills on sm_120, with 2 stages on sm_90
 FP32_TAIL = Tile(32, 32, 32, 4, 3)  # with a second, masked loop FP32 spills 750 bytes, 64 x 64 x 16 spills 8
-INTERPRETER = Tile(64, 64, 64, 4, 1)  # the interpreter's time goes by the number of blocks
+INTERPRETER = Tile(64, 64, 64, 4, 1)  # the interpreter's time grows with the number of blocks
 
 
 def row(capability: tuple[int, int]) -> Row:
-    """The architecture's row, a conservative one for those without."""
+    """The architecture's row, or a conservative one."""
     return TABLE.get(capability, DEFAULT)
 
 
@@ -96,8 +99,8 @@ def full_tile(capability: tuple[int, int], dtype: torch.dtype, m: int, n: int, k
 
 
 def tail_tile(capability: tuple[int, int], dtype: torch.dtype, m: int, n: int) -> tuple[Tile, bool]:
-    """The tile of a full product over a length that only the device knows: its kernel has a masked loop for the rest,
-    whence more state. And whether the blocks of the (m, n) result must be masked."""
+    """The tile of a full product over a length that only the device knows, and whether the blocks of the (m, n) result
+    must be masked. Such a kernel has a second, masked loop for the rest of the length, so it holds more state."""
     own = row(capability)
     tile = own.full_small if min(m, n) < SMALL_SIDE else own.full
     if INTERPRETED:
@@ -135,8 +138,8 @@ def l2_bytes(device: torch.device) -> int:
 
 
 def runs_triton(x: Tensor) -> bool:
-    """Whether x is where the Triton kernels run: CUDA sm_80 or newer. Older GPUs and CPUs use PyTorch."""
-    return capability(x.device) >= (8, 0) and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    """Whether x is where the Triton kernels run: CUDA sm_80 or newer, with Triton installed. Otherwise PyTorch."""
+    return HAS_TRITON and capability(x.device) >= (8, 0) and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
 
 
 def padded(size: int) -> int:
@@ -145,7 +148,7 @@ def padded(size: int) -> int:
 
 
 def empty_matrices(like: Tensor, batch: int, rows: int, cols: int) -> Tensor:
-    """Uninitialised (batch, rows, cols) whose rows start at multiples of 16 elements."""
+    """Uninitialised (batch, rows, cols); each row starts at a multiple of 16 elements."""
     return like.new_empty(batch, rows, padded(cols))[:, :, :cols]
 
 
@@ -163,6 +166,6 @@ def tile_constants(tile: Tile, masked: bool, dtype: torch.dtype, square: bool = 
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Start `kernel` on the device of its first argument; all launches go through here: a test counts them."""
+    """Start `kernel` on the device of its first argument; all launches go through here, and a test counts them."""
     with torch.cuda.device_of(arguments[0]):
         kernel[grid](*arguments, **constants)

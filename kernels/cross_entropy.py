@@ -1,4 +1,4 @@
-"""The head and its loss in one piece: mean cross-entropy of logits = x Wᵀ, and both gradients, without keeping logits.
+"""The head and its loss as one function: mean cross-entropy of logits = x Wᵀ, and both gradients; no logits kept.
 
     loss = linear_cross_entropy(x, W, targets)        p = softmax(x Wᵀ),  loss = mean(-log p[target])
     dlogits = p - onehot(target),  dx = dlogits W / N,  dW = dlogitsᵀ x / N
@@ -104,7 +104,7 @@ def _keep_gradients(ctx, inputs, output) -> None:
 
 
 def _scale_gradients(ctx, grad_loss: Tensor | None, *unused: None) -> tuple[Tensor | None, Tensor | None, None]:
-    """Under torch.compile these products fuse with what comes next: the backward of a norm, the cast to fp32."""
+    """Under torch.compile these products fuse with the next operations: the backward of a norm, the cast to fp32."""
     if grad_loss is None:
         return None, None, None
     dx, dweight = ctx.saved_tensors
@@ -125,7 +125,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     fits = x.ndim == weight.ndim == 2 and targets.shape == x.shape[:1] and x.shape[1] == weight.shape[1]
     if not fits or not len(x) or not len(weight):
         shapes = f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)}"
-        raise ValueError(f"{shapes} are no (N, D), (V, D) and (N,) with N and V of at least 1")
+        raise ValueError(f"{shapes} are not (N, D), (V, D) and (N,) with N and V of at least 1")
     if x.dtype != weight.dtype or x.dtype == torch.float16 or targets.dtype != torch.int64:
         raise ValueError(f"x and weight must both be bf16 or fp32 and targets int64, got {x.dtype}, {weight.dtype}")
     if not torch.is_grad_enabled():

@@ -18,8 +18,8 @@ from . import configs
 from .configs import OPS, tl, triton
 from .matmul_add import accumulate
 
-ANY_LENGTH = 2**20  # stands for a number of rows that only the device knows, where tiles are chosen
-TORCH_GROUPED_MAJORS = (9, 10)  # compute capabilities where PyTorch's own kernel is no loop
+ANY_LENGTH = 2**20  # replaces a number of rows that only the device knows, where tiles are chosen
+TORCH_GROUPED_MAJORS = (9, 10)  # compute capabilities where PyTorch's own kernel is not a loop
 
 
 def grouped_matmul_reference(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def grouped_matmul_reference(x: Tensor, weights: Tensor, offsets: Tensor) -> Ten
 
 
 def grouped_outer_reference(x: Tensor, dy: Tensor, offsets: Tensor) -> Tensor:
-    """x[rows of e]ᵀ @ dy[rows of e] for each group e, as above; zeros where a group has no rows."""
+    """x[rows of e]ᵀ @ dy[rows of e] for each group e, likewise; zeros where a group has no rows."""
     wide = torch.promote_types(x.dtype, torch.float32)
     out = x.new_zeros(len(offsets), x.shape[1], dy.shape[1])
     begin = 0
@@ -85,7 +85,7 @@ def grouped_matmul_kernel(
         offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
         mask_m = offs_m < stop
         mask_n = offs_n < N
-        rows = tl.minimum(offs_m, stop - 1)  # what overhangs repeats the last row, so that loads need no mask
+        rows = tl.minimum(offs_m, stop - 1)  # the overhang repeats the last row, so that loads need no mask
         a_ptrs = a_ptr + rows[:, None] * stride_am + offs_k[None, :] * stride_ak
         w_ptrs = w_ptr + group.to(tl.int64) * stride_wb + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
 
@@ -201,7 +201,7 @@ def launch_grouped_outer(x: Tensor, dy: Tensor, offsets: Tensor) -> Tensor:
 
 
 def torch_takes(*matrices: Tensor) -> bool:
-    """Whether torch.nn.functional.grouped_mm is there and good for these: dtype, device, 16-byte rows and columns."""
+    """Whether torch.nn.functional.grouped_mm exists and takes these: dtype, device, 16-byte rows and columns."""
     x = matrices[0]
     if x.device.type == "cpu":
         supported = x.dtype == torch.float32  # its bf16 backward raises an error about strides
@@ -272,11 +272,11 @@ def grouped_matmul(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
 
     offsets (groups,) int32, ascending, on x's device: where each group's rows end; the last must be `rows`. Groups may
     be empty. Any strides and one float dtype; differentiable once, in x and weights. Raises ValueError for shapes or
-    dtypes that do not fit; what the offsets hold is not checked, as that would wait for the device.
+    dtypes that do not fit; the values of the offsets are not checked, as that would wait for the device.
     """
     if x.ndim != 2 or weights.ndim != 3 or weights.shape[1] != x.shape[1] or offsets.shape != weights.shape[:1]:
         shapes = f"x {tuple(x.shape)}, weights {tuple(weights.shape)} and offsets {tuple(offsets.shape)}"
-        raise ValueError(f"{shapes} are no (rows, K), (groups, K, N) and (groups,)")
+        raise ValueError(f"{shapes} are not (rows, K), (groups, K, N) and (groups,)")
     if weights.dtype != x.dtype or not x.is_floating_point() or offsets.dtype != torch.int32:
         dtypes = f"{x.dtype}, {weights.dtype}, {offsets.dtype}"
         raise ValueError(f"x and weights must have one float dtype and offsets int32, got {dtypes}")
@@ -284,7 +284,7 @@ def grouped_matmul(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
 
 
 class Routing:
-    """Which row goes to which group: sorts rows by group, and brings results back in the order they came.
+    """Which row goes to which group: sorts rows by group, and returns results in the original order.
 
     groups_NR (rows, choices) integers below `groups`; `counts` (groups,) rows of each, `offsets` their int32 ends.
     No atomics in either direction, so results repeat to the bit.

@@ -4,9 +4,9 @@
     X = u / (margin |u|_F) in fp16, rows and columns padded to multiples of 16
     W <- (1 - lr wd) W - lr scale O
 
-With found_inf not zero, m and W stay as they are: no step is taken, and the host need not know before it is over.
+If found_inf is not zero, m and W stay as they are: the step is skipped, and the host does not wait to know.
 Norms of 1e-30 and 1e30 do not survive fp32 squares, so each block of u is stored divided by the power of two of its
-largest entry, beside (exponent, sum of squares); a second pass brings all blocks of a matrix to its norm. Bytes per
+largest entry, next to (exponent, sum of squares); a second pass scales all blocks of a matrix by its norm. Bytes per
 parameter 14 + 4 + 10 = 28, all of them memory-bound.
 """
 
@@ -34,7 +34,7 @@ def normalize_reference(u: Tensor, margin: float) -> Tensor:
 
 @triton.jit
 def place(blocks, COLS, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """This program's matrix, its block in it, and the block's rows and columns, all 64-bit but the block."""
+    """This program's matrix, its block in it, and the block's rows and columns, all but the block in 64 bits."""
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     blocks_c = tl.cdiv(COLS, BLOCK_C)
@@ -117,7 +117,7 @@ def rescale_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """x <- x 2^e / (margin |u|_F), the norm put together from `sums` pairs (exponent, sum of squares) of the matrix."""
+    """x <- x 2^e / (margin |u|_F), the norm computed from `sums` pairs (exponent, sum of squares) of the matrix."""
     batch, block, offs_r, offs_c = place(blocks, COLS_PADDED, BLOCK_R, BLOCK_C)
     greatest, total = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
     for start in range(0, sums, CHUNK):
@@ -181,7 +181,7 @@ def _blocks(rows: int, cols: int) -> tuple[int, int, int]:
 
 
 class Momentum(NamedTuple):
-    """What makes an update out of a gradient: the buffer, changed in place, and 0-D fp32 tensors on its device."""
+    """Turns a gradient into an update: the buffer, changed in place, and 0-D fp32 tensors on its device."""
 
     buffer: Tensor
     momentum: float

@@ -5,11 +5,11 @@ m x n its smaller and larger side, a = n / m, each of T iterations computes
 
     standard    A = X Xᵀ, B = b A + c A², X <- a X + B X                           half products: T (3 m² n + m³) FLOPs
     gram        R = X Xᵀ once, then on m x m matrices alone: Z = b R + c R², Q <- Q (aI + Z), R <- (aI + Z) R (aI + Z),
-                and X <- Q X at the end; X and R are made anew (a restart) before iterations 3, 5, 7, ...
+                and X <- Q X at the end; X and R are computed afresh (a restart) before iterations 3, 5, 7, ...
 
 All products but the last of each form are symmetric (kernels/symmetric.py). 5 steps at a = 4: 65 m³ against 38 m³ FLOPs
-(dense: 90). Tall G is handled as it lies, without a transposed copy. Compute-bound only while R, Z, Q stay in L2: where
-it pays, batches are cut into chunks for that.
+(dense: 90). Tall G needs no transposed copy. Compute-bound only while R, Z, Q stay in L2: where it pays, a batch is cut
+into chunks that fit.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from .matmul_add import matmul_add
 from .muon import launch_normalize, normalize_reference
 from .symmetric import product
 
-# Odd quintic polynomials a x + b x³ + c x⁵, one row per iteration; the last row repeats when more steps are asked for.
+# Odd quintic polynomials a x + b x³ + c x⁵, one row per iteration; the last row repeats for more steps.
 # quintic: Jordan et al. 2024, slope at zero maximised, singular values end in [0.68, 1.14].
 # polar_express: Amsel et al. 2025, Algorithm 1 for singular values in [1e-3, 1], cushion 0.02, safety 1.02; stored
 #   before the safety factor is applied, because the last iteration goes without it. A test recomputes the rows by
@@ -151,7 +151,7 @@ def _(G: Tensor, steps: int, coefficients: str, method: str) -> Tensor:
 
 
 def orthogonalize(G: Tensor, *, steps: int = 5, coefficients: str = "polar_express", method: str = "auto") -> Tensor:
-    """Orthogonalise each matrix of G (..., m, n) to rounding of the polynomial; any m, n, strides and float dtype.
+    """Orthogonalise each matrix of G (..., m, n), to the precision of the polynomial; any m, n, strides, float dtype.
 
     Returns a contiguous tensor of G's shape and dtype with G's singular vectors and singular values near 1 (Polar
     Express, 5 steps: within [0.84, 1.15] wherever s / |G|_F >= 1.25e-3). Iterates in fp16 on CUDA (4 to 8 times more

@@ -28,7 +28,7 @@ KEYS_SEEN = 64
 
 
 def update_scale(rows: int, cols: int, rule: str) -> float:
-    """What an orthogonalised (rows, cols) = (out, in) update is multiplied by, besides the learning rate.
+    """The factor of an orthogonalised (rows, cols) = (out, in) update, in addition to the learning rate.
 
     spectral: sqrt(max(1, rows/cols)) (Jordan et al. 2024); rms: 0.2 sqrt(max(rows, cols)), which gives the update the
     root mean square of AdamW's (Liu et al. 2025); none: 1.
@@ -42,18 +42,19 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised: W <- (1 - lr wd) W - lr scale orthogonalize(u)  (Jordan et al. 2024).
 
     m <- lerp(m, g, 1 - momentum), u = lerp(g, m, momentum) with Nesterov, else m. Parameters are 2-D, 3-D or 4-D; the
-    last two dimensions are the matrix. Two options belong to a parameter group:
-    `transposed`: for each entry of a bank's first dimension, True where the map is the transpose of what is stored
-    (for `lr_scale`);
+    last two dimensions are the matrix. Three options belong to a parameter group:
+    `flatten`: True for convolutions: a parameter (out, in, ...) is one matrix (out, everything else);
     `row_splits`: row counts of the projections fused into one matrix, each orthogonalised by itself. Without it a
-    fused matrix is orthogonalised as one.
+    fused matrix is orthogonalised as one;
+    `transposed`: for each entry of a bank's first dimension (one entry for a single matrix), True where the map is the
+    transpose of what is stored (for `lr_scale`).
     Speaks GradScaler's protocol for fused optimizers: with attributes `grad_scale` and `found_inf` (0-D tensors)
-    gradients are divided by the one, and nothing happens where the other is not zero; on CUDA the host never waits.
+    gradients are divided by the first, and the step is skipped if the second is not zero; on CUDA the host never waits.
     On CUDA sm_80 or newer the step runs in Triton kernels with fp16 iterates and, with `capture`, as one CUDA graph
     launch once the addresses of the gradients repeat.
-    Over several ranks its parameters are this rank's shares (sharding.py); `updated` is called with each when it has
-    its new values, so that sending them overlaps with the next one's orthogonalisation.
-    Raises ValueError for settings out of range and for parameters that are no matrices.
+    Where several ranks share the work, the parameters are this rank's share; `updated` is called with each parameter
+    once it has its new values, so that sending them overlaps with the orthogonalisation of the next.
+    Raises ValueError for settings out of range and for parameters that are not matrices.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Muon(torch.optim.Optimizer):
         capture: bool = True,
     ) -> None:
         if not 0 <= momentum < 1:
-            raise ValueError(f"Muon's momentum must lie in [0, 1), got {momentum}")
+            raise ValueError(f"Muon's momentum must be in [0, 1), got {momentum}")
         if not (lr >= 0 and weight_decay >= 0):
             raise ValueError(f"Muon's lr and weight_decay must not be negative, got {lr} and {weight_decay}")
         if ns_coefficients not in COEFFICIENTS or ns_method not in METHODS or ns_steps < 1 or lr_scale not in LR_SCALES:
@@ -84,8 +85,9 @@ class Muon(torch.optim.Optimizer):
             "ns_coefficients": ns_coefficients,
             "ns_method": ns_method,
             "lr_scale": lr_scale,
-            "transposed": None,
+            "flatten": False,
             "row_splits": None,
+            "transposed": None,
         }
         super().__init__(params, defaults)
         self.capture = capture
@@ -94,7 +96,7 @@ class Muon(torch.optim.Optimizer):
         self._forget_graphs()
 
     def _forget_graphs(self) -> None:
-        """What was captured read tensors that no longer count, as after load_state_dict."""
+        """Drop captured steps, whose tensors may have been replaced, as by load_state_dict."""
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
         self.seen_keys: set[tuple] = set()
         self.scalars: list[Tensor] = []
@@ -119,13 +121,16 @@ class Muon(torch.optim.Optimizer):
 
     @staticmethod
     def _fault_of(group: dict[str, Any]) -> str | None:
-        splits, transposed = group["row_splits"], group["transposed"]
+        flatten, splits, transposed = group["flatten"], group["row_splits"], group["transposed"]
         for p in group["params"]:
-            if p.ndim not in (2, 3, 4) or not p.numel() or not p.is_contiguous():
-                return f"Muon takes contiguous matrices and banks of them, got a parameter of shape {tuple(p.shape)}"
-            if splits and (sum(splits) != p.shape[-2] or min(splits) < 1):
-                return f"row_splits {splits} do not add up to {p.shape[-2]} rows"
-            if transposed and (p.ndim < 3 or len(transposed) != len(p)):
+            if not p.numel() or p.ndim < 2 or not (flatten or p.ndim <= 4):
+                return f"Muon takes matrices and banks of them, got a parameter of shape {tuple(p.shape)}"
+            if not (p.is_contiguous() or (flatten and p.movedim(1, -1).is_contiguous())):
+                return f"Muon takes contiguous matrices, got shape {tuple(p.shape)} with strides {p.stride()}"
+            rows = len(p) if flatten else p.shape[-2]
+            if splits and (sum(splits) != rows or min(splits) < 1):
+                return f"row_splits {splits} do not add up to {rows} rows"
+            if transposed and len(transposed) != (1 if flatten or p.ndim == 2 else len(p)):
                 return f"transposed needs one entry for each layer of matrices of a bank of shape {tuple(p.shape)}"
         return None
 
@@ -137,8 +142,9 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None and not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                if p.grad is not None:
+                    buffer = self.state[p].get("momentum_buffer")
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p) if buffer is None else _strided_as(p, buffer)
         if not all(configs.runs_triton(p) for group in self.param_groups for p in group["params"]):
             self._step_reference()
         elif any(True for _ in self._with_gradient()):
@@ -158,22 +164,23 @@ class Muon(torch.optim.Optimizer):
             gradient = p.grad / grad_scale if grad_scale != 1.0 else p.grad
             momentum = self.state[p]["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
             update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(_scaled_orthogonal(update, group), alpha=-group["lr"])
+            W, update = as_bank(p, group), as_bank(_strided_as(p, update), group)
+            W.mul_(1 - group["lr"] * group["weight_decay"])
+            W.add_(_scaled_orthogonal(update, group), alpha=-group["lr"])
             if self.updated is not None:
                 self.updated(p)
 
     def _step_fused(self) -> None:
-        """The step in Triton kernels: three passes over each bank besides Newton-Schulz."""
+        """The step in Triton kernels: three passes over each bank, and Newton-Schulz."""
         grad_scale, found_inf, *rates = self.scalars
         rate_of = {id(group): rate for group, rate in zip(self.param_groups, rates, strict=True)}
         for group, p in self._with_gradient():
             schedule = coefficient_schedule(group["ns_coefficients"], group["ns_steps"])
             margin = NORM_MARGIN[group["ns_coefficients"]]
-            rows = group["row_splits"] or (p.shape[-2],)
-            flat = (-1, *p.shape[-2:])
-            bank = (p.view(flat), p.grad.reshape(flat), self.state[p]["momentum_buffer"].view(flat))
-            parts = zip(*(t.split(rows, dim=1) for t in bank), strict=True)
+            tensors = (p, _strided_as(p, p.grad), self.state[p]["momentum_buffer"])
+            banks = [as_bank(t, group) for t in tensors]
+            rows = group["row_splits"] or (banks[0].shape[1],)
+            parts = zip(*(bank.split(rows, dim=1) for bank in banks), strict=True)
             for W, gradient, buffer in parts:
                 state = Momentum(buffer, group["momentum"], group["nesterov"], grad_scale, found_inf)
                 X = launch_normalize(gradient, margin, torch.float16, state)
@@ -184,7 +191,7 @@ class Muon(torch.optim.Optimizer):
                 self.updated(p)
 
     def _step_captured(self) -> None:
-        """`_step_fused` as a CUDA graph, one for each set of addresses and settings that comes back.
+        """`_step_fused` as a CUDA graph, one for each set of addresses and settings that repeats.
 
         The first step with new addresses runs eagerly (and compiles), the second is captured, later ones replay. Other
         threads may allocate meanwhile (the loader pins memory), hence the thread-local capture mode.
@@ -206,7 +213,7 @@ class Muon(torch.optim.Optimizer):
             self.seen_keys.add(key)
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        """Not by torch.cuda.graph: it empties the allocator's cache, after which gradients lie somewhere else."""
+        """Not by torch.cuda.graph: it empties the allocator's cache, after which gradients have other addresses."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         pool = next(iter(self.graphs.values())).pool() if self.graphs else None  # one pool for all
         torch.cuda.synchronize()
@@ -226,7 +233,7 @@ class Muon(torch.optim.Optimizer):
                     yield group, p
 
     def _scaling(self) -> tuple[Tensor | float, Tensor | float]:
-        """GradScaler's two tensors, or what leaves a step as it is."""
+        """GradScaler's two tensors, or neutral numbers."""
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         return 1.0 if grad_scale is None else grad_scale, 0.0 if found_inf is None else found_inf
 
@@ -244,6 +251,21 @@ class Muon(torch.optim.Optimizer):
         return self.constants[values, device]
 
 
+def as_bank(t: Tensor, group: dict[str, Any]) -> Tensor:
+    """A parameter, or what has its shape and strides, viewed as (batch, rows, cols)."""
+    if not group["flatten"]:
+        return t.view(-1, *t.shape[-2:])
+    # (out, in, h, w) in channels_last is (out, h, w, in) in memory. The columns may come in any order, since
+    # orthogonalize(G P) = orthogonalize(G) P for a permutation P.
+    return (t if t.is_contiguous() else t.movedim(1, -1)).view(1, len(t), -1)
+
+
+def _strided_as(p: Tensor, t: Tensor) -> Tensor:
+    """`t` itself if it is laid out like p, as it usually is, else a copy that is."""
+    alike = all(a == b for a, b, size in zip(t.stride(), p.stride(), p.shape, strict=True) if size > 1)
+    return t if alike else torch.empty_like(p).copy_(t)
+
+
 def scales_of(shape: torch.Size, group: dict[str, Any]) -> list[float]:
     """`update_scale` of each matrix of a (batch, rows, cols) bank."""
     rows, cols = shape[-2:]
@@ -253,10 +275,10 @@ def scales_of(shape: torch.Size, group: dict[str, Any]) -> list[float]:
 
 
 def _scaled_orthogonal(update: Tensor, group: dict[str, Any]) -> Tensor:
-    """`scale * orthogonalize(update)`, projection by projection."""
+    """`scale * orthogonalize(update)` of a (batch, rows, cols) bank, projection by projection."""
     options = {"steps": group["ns_steps"], "coefficients": group["ns_coefficients"], "method": group["ns_method"]}
-    parts = update.reshape(-1, *update.shape[-2:]).split(group["row_splits"] or (update.shape[-2],), dim=1)
     scaled = [
-        orthogonalize(part, **options) * part.new_tensor(scales_of(part.shape, group)).view(-1, 1, 1) for part in parts
+        orthogonalize(part, **options) * part.new_tensor(scales_of(part.shape, group)).view(-1, 1, 1)
+        for part in update.split(group["row_splits"] or (update.shape[1],), dim=1)
     ]
-    return torch.cat(scaled, dim=1).view(update.shape)
+    return torch.cat(scaled, dim=1)

@@ -6,7 +6,7 @@ A is (..., m, k), B (..., k, m), C (..., m, m) symmetric; A B is symmetric where
 Newton-Schulz adds a second addend, gamma D, in the same pass. One launch of exactly batch x t (t + 1) / 2 programs, t =
 ceil(m / tile); each computes one square tile and stores it twice, so the result is symmetric to the bit. FLOPs
 m² k (t + 1) / t instead of 2 m² k; bytes 2 m k + 2 m² items (3 m² with C) if every operand comes from memory once.
-Bound: a tile of b rows yields b / 2 FLOP per byte of L2 traffic.
+Bound: a tile of b rows does b / 2 FLOP per byte of L2 traffic.
 """
 
 import torch
@@ -170,7 +170,7 @@ def product(
     D: Tensor | None = None,
     gamma: float = 0.0,
 ) -> Tensor:
-    """alpha A B + beta C + gamma D for 3-D tensors whose product is symmetric: Newton-Schulz is made of these.
+    """alpha A B + beta C + gamma D for 3-D tensors whose product is symmetric: the operation of Newton-Schulz.
 
     On the CPU symmetric only to rounding: mirroring would cost as much there as a small product."""
     if configs.runs_triton(A):
@@ -210,7 +210,7 @@ def symmetric_matmul(A: Tensor, B: Tensor, C: Tensor | None = None, alpha: float
         )
     if {A.dtype} != {B.dtype, A.dtype if C is None else C.dtype}:
         raise ValueError(f"A, B and C must have one dtype, got {A.dtype}, {B.dtype}, {None if C is None else C.dtype}")
-    C = None if beta == 0 else C  # as torch.baddbmm: what is multiplied by 0 is not read
+    C = None if beta == 0 else C  # as in torch.baddbmm, a C times 0 is not read
     if min(A.numel(), m) == 0:
         return A.new_zeros(*A.shape[:-2], m, m) if C is None else beta * C
     flat = [None if X is None else X.reshape(-1, *X.shape[-2:]) for X in (A, B, C)]

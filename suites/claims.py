@@ -1,10 +1,10 @@
-"""What the five documents claimed, and what the runs say: claim by claim, with the numbers.
+"""The claims of the five documents, each judged from the runs, with the numbers.
 
-    for claim, finding in judge_all(results_by_suite, "nano"): print(claim.says, finding.verdict, finding.numbers)
+    for claim, finding in judge_all(results_by_suite, "nano"): print(claim.statement, finding.verdict, finding.numbers)
 
-A verdict needs three finished seeds a side and an interval, corrected for every test of its suite, that excludes zero;
-otherwise, and where a run failed or is to come, the claim is "not testable here" (at full scale, with three seeds, "not
-confirmed"). Times are judged on a GPU only.
+A verdict needs three finished seeds a side and an interval, corrected for every test of its suite, that excludes zero.
+Otherwise, and where a run failed or has not finished, the claim is "not testable here" (at full scale, with three
+seeds, "not confirmed"). Times are judged on a GPU only.
 """
 
 import math
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.runs import Run
-from analysis.stats import CONFIDENCE, Contrast, family, learning_rate_tolerance, p_words, paired, slope
+from analysis.stats import CONFIDENCE, Contrast, difference, family, learning_rate_tolerance, p_words, slope
 from suites.results import Outcome, Results
 
 CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE = "confirmed", "not confirmed", "not testable here"
@@ -29,7 +29,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Context:
-    """What a claim is judged from: its suite, the others, and the scale."""
+    """A claim is judged from its suite, the others, and the scale."""
 
     results: Results
     others: Mapping[str, Results]
@@ -44,26 +44,27 @@ class Context:
         return NOT_TESTABLE if self.scale == "nano" else NOT_CONFIRMED
 
     def of_contrast(self, test: Contrast, expected: int) -> str:
-        """Never a verdict on those that were left when some diverged."""
-        failed = sum(o.failed for o in self.results.outcomes if o.name in (test.a, test.b))
+        """No verdict where a run diverged: the survivors would flatter their condition."""
+        failed = sum(o.failed for o in self.results.outcomes if o.name in (test.name_a, test.name_b))
         return NOT_TESTABLE if failed else self.verdict(min(test.n), test.low, test.high, expected)
 
     def one_sample(self, values: Mapping[int, float]) -> tuple[float, float, float]:
         """Mean and corrected interval of a number of each seed."""
         confidence = 1 - (1 - CONFIDENCE) / max(1, self.results.family_size)
-        return paired(values, dict.fromkeys(values, 0.0), confidence)[:3]
+        test = difference(values, dict.fromkeys(values, 0.0), confidence)
+        return test.difference, test.low, test.high
 
 
-Judge = Callable[[Context], Finding | None]  # None: the runs that it needs are not there
+Judge = Callable[[Context], Finding | None]  # None: the runs that it needs are missing
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement of a document; `extra` where its test is not one of its suite's own tests of the loss."""
+    """A statement of a document; `extra` unless its test is one of its suite's own tests of the loss."""
 
     source: str
     suite: str
-    says: str
+    statement: str
     theirs: str
     judge: Judge
     extra: bool = True
@@ -77,10 +78,9 @@ def interval(mean: float, low: float, high: float, unit: str, form: str = ".3f")
     return f"{mean:{form}}{unit} (corrected interval {low:{form}} to {high:{form}})"
 
 
-def told(test: Contrast, unit: str = " nats", form: str = ".3f") -> str:
-    """A test in words."""
+def in_words(test: Contrast, unit: str = " nats", form: str = ".3f") -> str:
     words = interval(test.difference, test.low, test.high, unit, form)
-    return f"{words}, Holm {p_words(test.p_holm)}, n = {min(test.n)}" if test.tested else words
+    return f"{words}, {test.test}, Holm {p_words(test.p_holm)}, n = {min(test.n)}" if test.tested else words
 
 
 def lead(
@@ -90,7 +90,7 @@ def lead(
 
     def judge(c: Context) -> Finding | None:
         test = c.results.tests(value_of)[-1]
-        return Finding(c.of_contrast(test, expected), f"{test.a} - {test.b}: {told(test, unit, form)}")
+        return Finding(c.of_contrast(test, expected), f"{test.name_a} - {test.name_b}: {in_words(test, unit, form)}")
 
     return judge
 
@@ -104,45 +104,45 @@ def log_step_time(run: Run) -> float:
 
 
 def slower(c: Context) -> Finding | None:
-    """How much longer Muon's update takes; meaningful on a GPU that runs nothing else."""
+    """How much longer Muon's step takes; meaningful on a GPU that runs nothing else."""
     test = c.results.tests(log_step_time)[-1]
     mean, low, high = (100 * math.expm1(value) for value in (test.difference, test.low, test.high))
-    numbers = f"Muon's update takes {interval(mean, low, high, ' %', '+.1f')} longer"
+    numbers = f"Muon's step takes {interval(mean, low, high, ' %', '+.1f')} longer"
     if any(run.config["device"] != "cuda" for run in c.results.runs()):
-        return Finding(NOT_TESTABLE, numbers + ", on a CPU with other runs beside it")
+        return Finding(NOT_TESTABLE, numbers + ", on a CPU shared with other runs")
     return Finding(c.of_contrast(test, 1), numbers)
 
 
 def _is_best(c: Context, name: str, own: Sequence[Contrast]) -> Finding:
     """Whether a condition is better than every other, by tests of each other minus it; one that diverged is worse."""
     diverged = {o.name for o in c.results.outcomes if o.failed}
-    tested = [test for test in own if test.a not in diverged and min(test.n) > 0]
+    tested = [test for test in own if test.name_a not in diverged and min(test.n) > 0]
     enough = name not in diverged and all(min(test.n) >= FEWEST_SEEDS for test in tested)
-    worse = sum(test.low > 0 for test in tested) + sum(test.a in diverged for test in own)
+    worse = sum(test.low > 0 for test in tested) + sum(test.name_a in diverged for test in own)
     if enough and any(test.high < 0 for test in tested):
         verdict = NOT_CONFIRMED
     elif enough and worse == len(own):
         verdict = CONFIRMED
     else:
         verdict = NOT_TESTABLE if c.scale == "nano" or not enough else NOT_CONFIRMED
-    surely = f"{worse} of {len(own)} others are worse for sure; " if enough else ""
+    counted = f"significantly worse: {worse} of {len(own)}; " if enough else ""
     if not tested:
-        return Finding(verdict, f"{surely}every other one diverged")
+        return Finding(verdict, f"{counted}every other condition diverged")
     best = min(tested, key=lambda test: test.difference)
-    return Finding(verdict, f"{surely}the best other, {best.a}, minus {name}: {told(best)}")
+    return Finding(verdict, f"{counted}the best other, {best.name_a}, minus {name}: {in_words(best)}")
 
 
 def chosen(name: str) -> Judge:
     """Whether the condition that the others of its suite are tested against is the best."""
-    return lambda c: _is_best(c, name, [test for test in c.results.tests() if test.b == name])
+    return lambda c: _is_best(c, name, [test for test in c.results.tests() if test.name_b == name])
 
 
 def beats_reference(name: str) -> Judge:
     """Whether a condition is better than the one it is tested against."""
 
     def judge(c: Context) -> Finding | None:
-        test = next(test for test in c.results.tests() if test.a == name)
-        return Finding(c.of_contrast(test, -1), f"{test.a} - {test.b}: {told(test)}")
+        test = next(test for test in c.results.tests() if test.name_a == name)
+        return Finding(c.of_contrast(test, -1), f"{test.name_a} - {test.name_b}: {in_words(test)}")
 
     return judge
 
@@ -176,8 +176,8 @@ def wider(c: Context) -> Finding | None:
         pair = [sweep.tolerance(optimizer, share) for optimizer, sweep in sweeps.items()]
         if None in pair:
             return None
-        said = [f"{'at least ' * (t.open_low or t.open_high)}{t.decades:.2f}" for t in pair]
-        words.append(f"within {100 * share:g} %: Muon {said[0]}, AdamW {said[1]} decades")
+        muon, adamw = (f"{'at least ' * (t.open_low or t.open_high)}{t.decades:.2f}" for t in pair)
+        words.append(f"within {100 * share:g} %: Muon {muon}, AdamW {adamw} decades")
     open_ended = pair[1].open_low or pair[1].open_high  # AdamW's may be wider than it seems
     decades = {optimizer: _decades_by_seed(sweep.outcomes) for optimizer, sweep in sweeps.items()}
     both = {seed: decades["muon"][seed] - decades["adamw"][seed] for seed in decades["muon"].keys() & decades["adamw"]}
@@ -253,8 +253,10 @@ def lead_grows(c: Context) -> Finding | None:
 
 
 def largest_breaks_down(c: Context) -> Finding | None:
-    """How much AdamW falls behind Muon from the second largest size to the largest: sizes have budgets of their own, so
-    their losses do not compare directly."""
+    """How much AdamW falls behind Muon from the second largest size to the largest.
+
+    Sizes have different token budgets, so their losses do not compare directly.
+    """
     largest = c.results.pairs()[-1][1]
     if largest.failed >= FEWEST_SEEDS and largest.failed == largest.planned:
         return Finding(CONFIRMED, f"{largest.name} diverged with all of {largest.planned} seeds")
@@ -270,53 +272,79 @@ def largest_breaks_down(c: Context) -> Finding | None:
 
 CLAIMS = (
     Claim(
-        *("S0", "speedrun-2m", "Muon ends the 2M-token run lower", "0.84 nats; 0.41 against AdamW at 0.0005"),
+        "S0",
+        "speedrun-2m",
+        "Muon ends the 2M-token run lower",
+        "0.84 nats; 0.41 against AdamW at 0.0005",
         lead(-1),
-        False,
+        extra=False,
     ),
     Claim(
-        *("S0", "speedrun-2m", "Muon predicts more tokens rightly", "16.29 against 10.10 %"),
+        "S0",
+        "speedrun-2m",
+        "Muon predicts more tokens rightly",
+        "16.29 against 10.10 %",
         lead(1, accuracy, " points", ".2f"),
     ),
-    Claim("S0", "speedrun-2m", "Muon's update takes longer", "9 %", slower),
+    Claim("S0", "speedrun-2m", "Muon's step takes longer", "9 %", slower),
     Claim(
-        *("S0", "speedrun-2m", "Muon's updates align less with the weights than AdamW's", "lower, no chance level"),
+        "S0",
+        "speedrun-2m",
+        "Muon's updates align less with the weights than AdamW's",
+        "lower, no chance level",
         lead(-1, above_chance, " above chance"),
     ),
     Claim("S0", "speedrun-2m", "Training made the rank tiers MLP > Q/O > K/V", "seen after training", tiers_at_start),
     Claim(
-        *("S1", "baseline", "Muon keeps more effective rank than AdamW", "no collapse under Muon"),
+        "S1",
+        "baseline",
+        "Muon keeps more effective rank than AdamW",
+        "no collapse under Muon",
         lead(1, lambda run: final_mean(run, "effective_rank"), " directions", ".2f"),
     ),
-    Claim("S3", "baseline", "The lead lasts", "0.058 nats after 1.7B tokens", lead(-1), False),
+    Claim("S3", "baseline", "The lead lasts", "0.058 nats after 1.7B tokens", lead(-1), extra=False),
     Claim("S3", "baseline", "Muon's throughput is lower", "97.9k against 81.4k tokens/s", slower),
-    Claim("S2", "model-size", "Muon beats AdamW at the largest size", "accuracy .946 against .284", lead(-1), False),
+    Claim(
+        "S2", "model-size", "Muon beats AdamW at the largest size", "accuracy .946 against .284", lead(-1), extra=False
+    ),
     Claim("S2", "model-size", "The lead grows with the model", "-.010, .013, .044, .662 of accuracy", lead_grows),
     Claim("S2", "model-size", "AdamW breaks down at the largest size", ".917 to .284 of accuracy", largest_breaks_down),
-    Claim("S2", "model-size", "Muon's update takes longer", "3.5 to 5.1 %", slower),
+    Claim("S2", "model-size", "Muon's step takes longer", "3.5 to 5.1 %", slower),
     Claim(
-        *("S4", "moe-lr-muon", "Muon's range of good rates is wider", "30 times, said; 4.5 against 2.86, shown"), wider
+        "S4",
+        "moe-lr-muon",
+        "Muon's range of good rates is wider",
+        "30 times in words; 4.5 against 2.86 in its table",
+        wider,
     ),
     Claim("S4", "moe-lr-muon", "Muon's best rate is 0.07", "5.720 at 0.07", best_rate("muon", 0.07)),
     Claim("S4", "moe-lr-adam", "AdamW's best rate is 0.001", "6.726 after 200 steps", best_rate("adamw", 0.001)),
-    Claim("S4", "moe-momentum", "Momentum 0.9 is best", "chosen", chosen("momentum 0.9"), False),
-    Claim("S4", "moe-weight-decay", "Weight decay 0.1 is best", "chosen", chosen("weight_decay 0.1"), False),
-    Claim("S4", "moe-ns-steps", "Five Newton-Schulz steps are best", "chosen", chosen("ns_steps 5"), False),
-    Claim("S4", "moe-nesterov", "Nesterov momentum helps", "chosen", chosen("with Nesterov"), False),
-    Claim("S4", "moe-warmup", "A warm-up of 5 % is best", "counted in micro-steps", chosen("warmup 0.05"), False),
-    Claim("S4", "moe-schedule", "Cosine is best", "fell to 0.905 of the peak only", chosen("cosine"), False),
+    Claim("S4", "moe-momentum", "Momentum 0.9 is best", "chosen", chosen("momentum 0.9"), extra=False),
+    Claim("S4", "moe-weight-decay", "Weight decay 0.1 is best", "chosen", chosen("weight_decay 0.1"), extra=False),
+    Claim("S4", "moe-ns-steps", "Five Newton-Schulz steps are best", "chosen", chosen("ns_steps 5"), extra=False),
+    Claim("S4", "moe-nesterov", "Nesterov momentum helps", "chosen", chosen("with Nesterov"), extra=False),
+    Claim("S4", "moe-warmup", "A warm-up of 5 % is best", "counted in micro-steps", chosen("warmup 0.05"), extra=False),
+    Claim("S4", "moe-schedule", "Cosine is best", "fell to 0.905 of the peak only", chosen("cosine"), extra=False),
     Claim(
-        "S4", "moe-aux-ratio", "A tenth of Muon's rate suits the rest", "0.007 to 0.07", chosen("aux/Muon 1/10"), False
+        "S4",
+        "moe-aux-ratio",
+        "A tenth of Muon's rate suits the rest",
+        "0.007 to 0.07",
+        chosen("aux/Muon 1/10"),
+        extra=False,
     ),
-    Claim("S4", "moe-clip", "Clipping at 1 is best", "chosen", chosen("grad_clip 1"), False),
-    Claim("S4", "moe-min-lr", "A last rate of a tenth is best", "chosen", chosen("min_lr 0.1"), False),
+    Claim("S4", "moe-clip", "Clipping at 1 is best", "chosen", chosen("grad_clip 1"), extra=False),
+    Claim("S4", "moe-min-lr", "A last rate of a tenth is best", "chosen", chosen("min_lr 0.1"), extra=False),
     Claim(
-        *("S4", "moe-adam", "AdamW is better constant, without warm-up", "5.548, its best"),
+        "S4",
+        "moe-adam",
+        "AdamW is better constant, without warm-up",
+        "5.548, its best",
         beats_reference("constant, no warm-up"),
-        False,
+        extra=False,
     ),
-    Claim("S4", "moe-long", "Muon leads in a longer run too", "longer runs of both", lead(-1), False),
-    Claim("S4", "moe-final", "The best Muon beats the best AdamW", "5.158 against 5.548", lead(-1), False),
+    Claim("S4", "moe-long", "Muon leads in a longer run too", "longer runs of both", lead(-1), extra=False),
+    Claim("S4", "moe-final", "The best Muon beats the best AdamW", "5.158 against 5.548", lead(-1), extra=False),
 )
 
 
@@ -328,7 +356,7 @@ def judge_all(results: Mapping[str, Results], scale: str) -> list[tuple[Claim, F
             continue
         own = results[claim.suite]
         if own.to_go:
-            finding = Finding(NOT_TESTABLE, f"{own.to_go} of {own.planned} runs are to come")
+            finding = Finding(NOT_TESTABLE, f"{own.to_go} of {own.planned} runs have not finished")
         else:
             no_runs = Finding(NOT_TESTABLE, "the runs that it needs have not finished")
             finding = claim.judge(Context(own, results, scale)) or no_runs

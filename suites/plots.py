@@ -9,31 +9,35 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from analysis.plots import OPTIMIZER_COLORS, OTHER_COLOR, WIDTH, legend_below, optimizer_name
-from analysis.stats import first_reaching, median_time, summarize
+from analysis.plots import WIDTH, captioned, legend_below, optimizer_color
+from analysis.runs import optimizer_name
+from analysis.stats import first_reaching, median_time, t_interval
 from suites.results import Outcome, Results
 
 
+@captioned(
+    "Final loss of every condition",
+    "Dots are runs, diamonds means, whiskers 95 % t-intervals, the dashed line the condition that the others are "
+    "tested against. Bold names differ from it significantly: their corrected interval excludes zero.",
+)
 def condition_bars(results: Results) -> Figure:
-    """Final loss of every condition in the plan's order: dots are runs, whiskers 95 % t-intervals, a dashed line the
-    condition that the others are tested against; conditions whose corrected interval against it excludes 0 are bold."""
+    """Final loss of every condition, in the plan's order."""
     shown = [outcome for outcome in results.outcomes if outcome.losses()]
-    apart = {test.a for test in results.tests() if test.excludes_zero}
+    apart = {test.name_a for test in results.tests() if test.excludes_zero}
     references = {outcome.condition.versus for outcome in shown}
     figure, ax = plt.subplots(figsize=(WIDTH, 1.6 + 0.34 * len(shown)))
     values = [loss for outcome in shown for loss in outcome.losses().values()]
     spread = max(max(values) - min(values), 0.01)
     for place, outcome in enumerate(shown):
-        color = OPTIMIZER_COLORS.get(outcome.optimizer, OTHER_COLOR)
+        color = optimizer_color(outcome.optimizer)
         losses = list(outcome.losses().values())
-        summary = summarize(losses)
+        mean, low, high = t_interval(losses)
         ax.plot(losses, [place] * len(losses), "o", color=color, alpha=0.45, markersize=4.5)
-        ax.plot(summary.mean, place, "D", color=color, markersize=6)
-        if np.isfinite(summary.low):
-            half = (summary.high - summary.low) / 2
-            ax.errorbar(summary.mean, place, xerr=half, color=color, capsize=3, linewidth=1.3)
+        ax.plot(mean, place, "D", color=color, markersize=6)
+        if np.isfinite(low):
+            ax.errorbar(mean, place, xerr=high - mean, color=color, capsize=3, linewidth=1.3)
         if outcome.name in references:
-            ax.axvline(summary.mean, color=color, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+            ax.axvline(mean, color=color, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     ax.set_yticks(range(len(shown)), [_label(outcome, references) for outcome in shown])
     for tick, outcome in zip(ax.get_yticklabels(), shown, strict=True):
         tick.set_fontweight("bold" if outcome.name in apart else "normal")
@@ -50,9 +54,13 @@ def _label(outcome: Outcome, references: set[str | None]) -> str:
     return words + (f", {outcome.failed} failed" if outcome.failed else "")
 
 
+@captioned(
+    "Time to each loss",
+    "Lower and further left is better. A thin line is a run; a thick one the median over runs, drawn where at least "
+    "half of them reach that loss: a run that never does counts as censored, not as missing.",
+)
 def time_to_loss(results: Results, a: Outcome, b: Outcome) -> Figure:
-    """Training tokens and seconds to each validation loss, a thin line per run; thick, the median while at least half
-    of the runs reach that loss."""
+    """Training tokens and seconds to each validation loss."""
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.7), sharey=True)
     finals = [loss for outcome in (a, b) for loss in outcome.losses().values()]
     runs = [run for outcome in (a, b) for run in outcome.finished()]
@@ -62,7 +70,7 @@ def time_to_loss(results: Results, a: Outcome, b: Outcome) -> Figure:
         axes, ("tokens", "train_seconds"), ("training tokens", "training time (s)"), strict=True
     ):
         for outcome in (a, b):
-            color = OPTIMIZER_COLORS.get(outcome.optimizer, OTHER_COLOR)
+            color = optimizer_color(outcome.optimizer)
             runs = outcome.finished()
             times = [[first_reaching(run.val[column], run.val["val_loss"], t) for run in runs] for t in targets]
             for run_times in zip(*times, strict=True):
@@ -78,9 +86,7 @@ def time_to_loss(results: Results, a: Outcome, b: Outcome) -> Figure:
     axes[0].xaxis.set_major_formatter(EngFormatter(sep=""))
     axes[0].set_ylabel("validation loss reached (nats)")
     handles = [
-        Line2D(
-            [], [], color=OPTIMIZER_COLORS.get(o.optimizer, OTHER_COLOR), linewidth=2, label=optimizer_name(o.optimizer)
-        )
+        Line2D([], [], color=optimizer_color(o.optimizer), linewidth=2, label=optimizer_name(o.optimizer))
         for o in (a, b)
     ]
     target = f"{optimizer_name(b.optimizer)}'s mean final loss, {b.loss:.3f}"

@@ -2,7 +2,7 @@
 
     results = Results.load(SUITES["moe-momentum"], planned); results.tests(); results.fairness()
 
-Reads only the files of the runs; runs that are missing or under way are counted, not invented.
+Reads only the files of the runs; runs that are missing or in progress are counted, not invented.
 """
 
 import functools
@@ -20,7 +20,7 @@ from analysis.stats import (
     Reached,
     Tolerance,
     family,
-    finite,
+    finite_only,
     first_reaching,
     learning_rate_tolerance,
     median_time,
@@ -36,7 +36,7 @@ NOT_SHARED = {"optimizer", "lr", "momentum", "nesterov", "ns_steps", "ns_coeffic
 
 @dataclass(frozen=True)
 class Outcome:
-    """A condition and what came of its runs: `failed` of the `planned` ones did, `runs` are those with a folder."""
+    """A condition and its runs: `failed` of the `planned` ones did; `runs` are those with a folder."""
 
     condition: Condition
     planned: int
@@ -56,7 +56,7 @@ class Outcome:
 
     def values(self, value_of: Callable[[Run], float]) -> dict[int, float]:
         """A number of each finished run by seed, where it is one."""
-        return finite({run.config["seed"]: value_of(run) for run in self.finished()})
+        return finite_only({run.config["seed"]: value_of(run) for run in self.finished()})
 
     def losses(self) -> dict[int, float]:
         return self.values(lambda run: run.final_loss)
@@ -81,7 +81,7 @@ class Results:
 
     @classmethod
     def load(cls, suite: Suite, planned: Sequence[tuple[Condition, Mapping[Path, str]]]) -> "Results":
-        """`planned` has the state of each run by its folder, as launcher.Job.state says it."""
+        """`planned` has the state of each run by its folder, as launcher.Job.state returns it."""
         outcomes = []
         for condition, states in planned:
             runs = tuple(_load(folder) for folder in states if (folder / files.CONFIG).exists())
@@ -120,8 +120,8 @@ class Results:
         return [(a, b) for a, b in self.pairs() if a.optimizer != b.optimizer and a.finished() and b.finished()]
 
     def tests(self, value_of: Callable[[Run], float] | None = None) -> list[Contrast]:
-        """The final losses (or another number of each run) of every pair, corrected together and for what claims test
-        besides on the same runs."""
+        """Test the final losses (or another number of each run) of every pair, corrected together with the claims'
+        further tests on the same runs."""
         of = value_of or (lambda run: run.final_loss)
         return family([(a.name, b.name, a.values(of), b.values(of)) for a, b in self.pairs()], self.suite.extra_tests)
 
@@ -143,7 +143,7 @@ class Results:
         return learning_rate_tolerance([o.condition.fields["lr"] for o in tried], [o.loss for o in tried], share)
 
     def reached(self, a: Outcome, b: Outcome) -> dict[str, Reached]:
-        """How long either side took to the mean final loss of `b`, in tokens and in seconds of training."""
+        """Tokens and training seconds that either side needed to reach the mean final loss of `b`."""
         found = {}
         for side, outcome in (("a", a), ("b", b)):
             for column in ("tokens", "train_seconds"):
@@ -153,7 +153,7 @@ class Results:
         return found
 
     def fairness(self) -> list[str]:
-        """What the two optimizers of a suite share and where they differ, from what the runs recorded."""
+        """Settings that the two optimizers of a suite share or differ in, from the runs' files."""
         pairs = self.crosses()
         if not pairs:
             best = [self.best(name) for name in self.optimizers()]
@@ -165,8 +165,8 @@ class Results:
             left, right = (_shared_settings(outcome) for outcome in (a, b))
             for key in left:
                 if left[key] != right[key]:
-                    said = f"{_listed(left[key])} for {a.name}, {_listed(right[key])} for {b.name}"
-                    differences.setdefault(key, []).append(said)
+                    words = f"{_listed(left[key])} for {a.name}, {_listed(right[key])} for {b.name}"
+                    differences.setdefault(key, []).append(words)
         lines = [_same_batches(pairs), _same_start(pairs)]
         lines += [f"Deviation: {key} is {'; '.join(words)}." for key, words in differences.items()]
         if not differences:
@@ -175,8 +175,8 @@ class Results:
             )
         return lines
 
-    def settings_taken_up(self, others: Mapping[str, "Results"]) -> list[str]:
-        """Which setting of which sweep this suite uses, and whether it lies on the edge of what was tried there."""
+    def settings_from_sweeps(self, others: Mapping[str, "Results"]) -> list[str]:
+        """Which setting of which sweep this suite uses, and whether it is on the edge of that sweep's grid."""
         lines = []
         for name in self.suite.needs:
             for optimizer in others[name].optimizers() if name in others else ():
@@ -187,7 +187,7 @@ class Results:
         return lines
 
     def on_edge(self, best: Outcome) -> bool:
-        """Whether a condition has the least or greatest value that was tried of a number."""
+        """Whether a condition has the least or greatest value tried."""
         key = self.suite.varies
         tried = [o.condition.fields.get(key) for o in self.outcomes if o.optimizer == best.optimizer]
         if len(tried) < 3 or not all(isinstance(value, float | int) for value in tried):
@@ -217,7 +217,7 @@ def _same_batches(pairs: Sequence[tuple[Outcome, Outcome]]) -> str:
 
 
 def _same_start(pairs: Sequence[tuple[Outcome, Outcome]]) -> str:
-    """Whether every seed's model had the same validation loss before the first update under both optimizers."""
+    """Whether every seed's model had the same validation loss before the first step under both optimizers."""
     compared, apart = 0, 0.0
     for a, b in pairs:
         before = [{r.config["seed"]: float(r.val["val_loss"][0]) for r in o.runs if r.val} for o in (a, b)]
@@ -225,10 +225,10 @@ def _same_start(pairs: Sequence[tuple[Outcome, Outcome]]) -> str:
             compared += 1
             apart = max(apart, abs(before[0][seed] - before[1][seed]))
     if not compared:
-        return "Whether both began with the same weights cannot be told: no seed is shared."
+        return "Unknown whether both began with the same weights: no seed is shared."
     if apart:
-        return f"Deviation: before the first update the validation losses differ by up to {apart:.2g} nats."
-    return "Same initial weights: before the first update the validation losses agree exactly, seed by seed."
+        return f"Deviation: before the first step the validation losses differ by up to {apart:.2g} nats."
+    return "Same initial weights: before the first step the validation losses agree exactly, seed by seed."
 
 
 @functools.cache

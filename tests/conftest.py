@@ -39,7 +39,9 @@ def shards_folder(tmp_path_factory):
 @pytest.fixture
 def run_main(monkeypatch, capsys):
     """Call a command's main() with arguments; returns (exit code, stdout, stderr)."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    }
 
     def call(main, *arguments):
         monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])

@@ -137,7 +137,7 @@ def test_only_one_chunk_of_logits_is_alive_at_a_time(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda x, W, t: (x, W[:, :-1], t), "no \\(N, D\\)"),
+        (lambda x, W, t: (x, W[:, :-1], t), "not \\(N, D\\)"),
         (lambda x, W, t: (x[:0], W, t[:0]), "at least 1"),
         (lambda x, W, t: (x.half(), W.half(), t), "bf16 or fp32"),
         (lambda x, W, t: (x, W, t.int()), "int64"),

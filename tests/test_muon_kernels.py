@@ -3,10 +3,8 @@
 import pytest
 import torch
 
-from kernels import configs, muon
+from kernels import Muon, configs, muon, orthogonalize
 from kernels.muon import Momentum, launch_normalize, launch_update, normalize_reference
-from kernels.newton_schulz import orthogonalize
-from optim import Muon
 from tests.test_symmetric import DEVICE, poisoned_memory, pytestmark  # noqa: F401 (a fixture and a mark of this module)
 
 
@@ -112,6 +110,8 @@ def test_orthogonalize_through_the_kernels_agrees_with_fp32(shape, method, monke
         ((2, 3, 20, 12), {}),
         ((2, 64, 20), {"row_splits": (32, 16, 16)}),
         ((30, 17), {}),
+        ((12, 5, 3, 2), {"flatten": True, "row_splits": (8, 4)}),
+        ((9, 2, 3, 2, 2), {"flatten": True}),
     ],
 )
 def test_the_fused_step_agrees_with_the_reference_step(shape, options, monkeypatch):
@@ -133,6 +133,24 @@ def test_the_fused_step_agrees_with_the_reference_step(shape, options, monkeypat
         results.append(p.detach().cpu())
     moved = (results[1] - start).norm()
     assert (results[0] - results[1]).norm() / moved < 0.005
+
+
+@pytest.mark.usefixtures("kernels_on")
+def test_the_fused_step_takes_convolutions_in_channels_last():
+    """Weight in channels_last, gradient and a loaded momentum not: the numbers are those of the usual format."""
+    results = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        generator = torch.Generator().manual_seed(5)
+        start, gradient, momentum = (torch.randn(6, 4, 3, 3, generator=generator).to(DEVICE) for _ in range(3))
+        p = torch.nn.Parameter(start.to(memory_format=memory_format, copy=True))
+        optimizer = Muon([{"params": [p], "flatten": True}], lr=0.1, capture=False)
+        optimizer.state[p]["momentum_buffer"] = momentum
+        p.grad = gradient
+        optimizer.step()
+        results.append((p.detach() - start, optimizer.state[p]["momentum_buffer"]))
+    (expected, expected_momentum), (found, found_momentum) = results
+    torch.testing.assert_close(found_momentum, expected_momentum)
+    assert (found - expected).norm() / expected.norm() < 0.005
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

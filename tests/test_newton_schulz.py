@@ -4,12 +4,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels import configs
+from kernels import Muon, configs, gram, orthogonalize, symmetric_matmul
 from kernels.muon import normalize_reference
-from kernels.newton_schulz import COEFFICIENTS, NORM_MARGIN, SAFETY, coefficient_schedule, iterate, orthogonalize
-from kernels.symmetric import gram, symmetric_matmul
+from kernels.newton_schulz import COEFFICIENTS, NORM_MARGIN, SAFETY, coefficient_schedule, iterate
 from model import SIZES, Transformer
-from optim import Muon
 
 # orthogonalize(sin([[1, 2, 3], [4, 5, 6]])) as computed on 2026-11-22, fp32 on a CPU.
 REGRESSION = [[0.7975484, 0.2490677, -0.5284064], [0.0140015, -0.6635799, -0.7310712]]

@@ -6,10 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.newton_schulz import coefficient_schedule, orthogonalize
+from kernels import Muon, orthogonalize
+from kernels.newton_schulz import coefficient_schedule
 from kernels.optimizer import update_scale
 from model import SIZES, Bank, ModelConfig, Transformer
-from optim import SCHEDULES, Muon, build_optimizers, lr_multiplier, set_lr
+from optim import SCHEDULES, build_optimizers, lr_multiplier, set_lr
 
 SMALL = ModelConfig(32, 2, 4, 2, 64, seq_len=16)
 
@@ -202,6 +203,9 @@ def test_muon_refuses_settings_out_of_range(options, word):
         ((4, 6), {"row_splits": (4, 0)}),
         ((2, 4, 6), {"transposed": (True,)}),
         ((1, 1, 1, 1, 1), {}),
+        ((8,), {"flatten": True}),
+        ((4, 2, 3, 3), {"flatten": True, "row_splits": (2, 1)}),
+        ((4, 2, 3, 3), {"flatten": True, "transposed": (True,) * 4}),
     ],
 )
 def test_muon_refuses_parameters_that_are_no_matrices(shape, options):

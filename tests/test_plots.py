@@ -1,12 +1,19 @@
+"""Every figure draws what its runs hold, in the same style whatever Matplotlib is told elsewhere."""
+
+import os
+import subprocess
+import sys
+
 import matplotlib
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from analysis import plots, plots_layer, plots_spectra
+from analysis import figures, plots, plots_layer, plots_settings, plots_spectra
 from analysis.runs import group_seeds, load_run
 from analysis.stats import chance_spread
 from bench.synthetic import write_run
+from engine.files import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +37,8 @@ def _close_figures():
 FIGURES = {
     "loss_curves": lambda runs: plots.loss_curves(runs),
     "optimizer_comparison": lambda runs: plots.optimizer_comparison(*group_seeds(runs)),
-    "ablation_bars": lambda runs: plots.ablation_bars(runs),
-    "model_scaling": lambda runs: plots.model_scaling(runs),
+    "ablation_bars": lambda runs: plots_settings.ablation_bars(runs),
+    "model_scaling": lambda runs: plots_settings.model_scaling(runs),
     "learning_rate_schedules": lambda runs: plots.learning_rate_schedules(runs),
     "expert_utilization": lambda runs: plots.expert_utilization(runs[0]),
     "spectral_norm_by_depth": plots_spectra.spectral_norm_by_depth,
@@ -72,6 +79,15 @@ def test_figures_of_a_run_with_only_its_initial_spectra_do_not_fail(name, tmp_pa
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
+def test_no_two_figures_of_a_report_share_a_file(runs, tmp_path):
+    more = [load_run(write_run(tmp_path / f"{seed}", lr=0.04, seed=seed)) for seed in (0, 1)]  # a second Muon
+    drawings = [*figures.curve_drawings([*runs, *more]), *figures.spectra_drawings([*runs, *more])]
+    stems = [drawing.picture.stem for drawing in drawings]
+    assert {"pair_grid_muon", "pair_grid_adamw", "rank_grid", "loss_curves", "ablation_bars"} <= set(stems)
+    assert len(set(stems)) == len(stems)
+    assert all(drawing.picture.how_to_read.endswith(".") for drawing in drawings)
+
+
 def test_curves_show_the_mean_over_seeds(runs):
     ax = plots.loss_curves(runs).axes[0]
     curves = {line.get_label(): line.get_ydata() for line in ax.lines}
@@ -81,16 +97,18 @@ def test_curves_show_the_mean_over_seeds(runs):
 
 def test_an_optimizer_keeps_its_colour_and_settings_differ_by_line_style(runs, tmp_path):
     other = load_run(write_run(tmp_path / "other", lr=0.04))
-    looks = {look.label: look for look in plots.looks(group_seeds([*runs, other]))}
-    assert set(looks) == {"Muon, lr 0.02", "Muon, lr 0.04", "AdamW"}
-    assert looks["Muon, lr 0.02"].color == looks["Muon, lr 0.04"].color != looks["AdamW"].color
-    assert looks["Muon, lr 0.02"].linestyle != looks["Muon, lr 0.04"].linestyle
+    styles = {style.label: style for style in plots.line_styles(group_seeds([*runs, other]))}
+    assert set(styles) == {"Muon, lr 0.02", "Muon, lr 0.04", "AdamW"}
+    assert styles["Muon, lr 0.02"].color == styles["Muon, lr 0.04"].color != styles["AdamW"].color
+    assert styles["Muon, lr 0.02"].linestyle != styles["Muon, lr 0.04"].linestyle
 
 
 def test_of_many_settings_the_best_of_each_optimizer_stands_out(tmp_path):
     losses = {0.01: 3.4, 0.02: 3.1, 0.04: 3.2, 0.08: 3.3, 0.16: 3.5}
     made = [write_run(tmp_path / f"{lr}", lr=lr, final=loss, spectra=False) for lr, loss in losses.items()]
-    strong = [look.label for look in plots.looks(group_seeds([load_run(path) for path in made])) if look.strong]
+    strong = [
+        style.label for style in plots.line_styles(group_seeds([load_run(path) for path in made])) if style.strong
+    ]
     assert strong == ["Muon, lr 0.02"]
 
 
@@ -98,7 +116,7 @@ def test_sensitivity_joins_the_best_at_each_rate_and_marks_failed_runs(tmp_path)
     made = [write_run(tmp_path / f"{lr}", lr=lr, final=loss) for lr, loss in ((0.01, 3.3), (0.02, 3.0), (0.04, 3.5))]
     made.append(write_run(tmp_path / "worse", lr=0.02, adamw_lr=0.1, final=3.2))
     made.append(write_run(tmp_path / "failed", lr=0.08, status="failed"))
-    figure = plots.learning_rate_sensitivity([load_run(path) for path in made])
+    figure = plots_settings.learning_rate_sensitivity([load_run(path) for path in made])
     loss, _, perplexity, _ = figure.axes
     joined = max(loss.lines, key=lambda line: len(line.get_xdata()))
     np.testing.assert_allclose(joined.get_xydata(), [(0.01, 3.3), (0.02, 3.0), (0.04, 3.5)])
@@ -174,3 +192,22 @@ def test_files_of_a_figure_are_the_same_each_time(runs, tmp_path):
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     width = int.from_bytes((tmp_path / "a.png").read_bytes()[16:20], "big")
     assert width == 2 * 100 * plots.WIDTH
+
+
+def test_figures_are_drawn_the_same_whatever_matplotlib_is_told(tmp_path):
+    """A notebook's backend in the environment, and a matplotlibrc that asks for LaTeX and another font size."""
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom analysis import plots\nfrom analysis.runs import load_run\n"
+        "plots.save(plots.loss_curves([load_run(Path(sys.argv[1]))]), Path(sys.argv[2]), 'curves')\n"
+    )
+    run = write_run(tmp_path / "run")
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 30\nsavefig.dpi: 7\n")
+    told = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "MATPLOTLIBRC": str(tmp_path / "matplotlibrc")}
+    drawn = []
+    for name, more in (("plain", {}), ("told", told)):
+        (tmp_path / name).mkdir()
+        words = (sys.executable, "-c", script, str(run), str(tmp_path / name))
+        environment = {key: value for key, value in os.environ.items() if key not in told} | more
+        subprocess.run(words, cwd=ROOT, env=environment, check=True, timeout=60)
+        drawn.append((tmp_path / name / "curves.png").read_bytes())
+    assert drawn[0] == drawn[1]

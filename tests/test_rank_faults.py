@@ -101,8 +101,9 @@ def test_torchrun_restarts_from_the_newest_checkpoint(shards_folder, tmp_path):
     assert steps_logged(tmp_path / "run") == list(range(1, UPDATES + 1))
 
 
-def test_the_loop_of_the_readme_goes_on_after_a_kill_and_ends_at_bad_input(shards_folder, tmp_path):
-    (body,) = re.findall("^until python train.py .*; do (.*); done$", (REPOSITORY / "README.md").read_text(), re.M)
+def test_the_documented_loop_continues_after_a_kill_and_ends_at_bad_input(shards_folder, tmp_path):
+    page = (REPOSITORY / "docs" / "resume.md").read_text()
+    (body,) = re.findall("^until python train.py .*; do (.*); done$", page, re.M)
     words = shlex.join(command(shards_folder, tmp_path, "run", *LONG, "--resume"))
     loop = f"until {words}{{}}; do {body.replace('sleep 10', 'sleep 0.1')}; done"
     process = start(["bash", "-c", loop.format("")])

@@ -307,7 +307,7 @@ def test_a_figure_that_drifts_in_any_readme_is_found_and_mended(made, workplace,
     readme = workplace / "README.md"
     entry = json.loads((made / "record.json").read_text())["figures"]["muon_minus_adamw"]
     shown = f"{abs(entry['difference']):.3f} nats"
-    assert readme.read_text().count(shown) == 2  # on the first screen, and under Performance
+    assert readme.read_text().count(shown) == 1
     for path in (readme, workplace / "runs" / "records" / "README.md", made / "README.md"):
         before = path.read_text()
         assert "| nano |" in before or shown in before
@@ -317,6 +317,24 @@ def test_a_figure_that_drifts_in_any_readme_is_found_and_mended(made, workplace,
         assert out == f"{path.relative_to(workplace)}: is not up to date; run make readme-figures\n"
         assert run_main(record.main, "figures")[0] == 0
         assert path.read_text() == before
+
+
+def test_the_readme_shows_every_goal_of_a_machine_met_or_not_and_nothing_else(tmp_path):
+    empty = dict.fromkeys(("peer", "peer_name", "ratio", "floor", "share"))
+    rows = [
+        empty | {"figure": "first batch", "ours": 0.08, "unit": "s", "goal": "< 1 s", "met": True},
+        empty | {"figure": "loader", "ours": 5.0, "unit": "tokens/s", "goal": "≥ 9 tokens/s", "met": False},
+        empty | {"figure": "Muon's step", "ours": 17.0, "unit": "ms", "goal": "≥ 1x (GPU only)", "met": None},
+    ]
+    described = {"device": "cpu", "cpu": "AMD EPYC", "cores": 2, "date": "2026-11-22", "git_commit": "a" * 40}
+    (tmp_path / "ours").mkdir()
+    bench = {"machine": described, "command": "python -m bench.all", "rows": rows}
+    (tmp_path / "ours" / "bench.json").write_text(json.dumps(bench))
+    shown = record.pages.performance(tmp_path)
+    assert "| first batch | 0.0800 s | - | < 1 s | yes |" in shown
+    assert "| loader | 5.00 tokens/s | - | ≥ 9 tokens/s | **no** |" in shown
+    assert "step" not in shown
+    assert "All 3 figures: [runs/records/ours](runs/records/ours/README.md)." in shown
 
 
 def test_no_figure_of_this_repository_has_drifted():
@@ -333,13 +351,13 @@ def test_the_committed_records_have_no_fault(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("difference", "low", "high", "words"),
     [
-        (-0.3, -0.4, -0.2, "0.300 nats below AdamW's (95 % interval 0.200 to 0.400, p = 0.0100)"),
-        (-0.01, -0.05, 0.03, "0.010 nats below AdamW's (95 % interval -0.030 to 0.050, p = 0.500: a tie)"),
-        (0.01, -0.03, 0.05, "0.010 nats above AdamW's (95 % interval -0.030 to 0.050, p = 0.500: a tie)"),
+        (-0.3, -0.4, -0.2, "0.300 nats below AdamW's (95 % interval 0.200 to 0.400, p = 0.01, paired t-test)"),
+        (-0.01, -0.05, 0.03, "0.010 nats below AdamW's (95 % interval -0.030 to 0.050, p = 0.5, paired t-test: a tie)"),
+        (0.01, -0.03, 0.05, "0.010 nats above AdamW's (95 % interval -0.030 to 0.050, p = 0.5, paired t-test: a tie)"),
     ],
 )
 def test_an_interval_has_the_sign_of_its_sentence(difference, low, high, words):
     found = {"difference": difference, "low": low, "high": high, "p_value": 0.01 if low * high > 0 else 0.5}
-    said = record_figures.difference_sentence({"figures": {"muon_minus_adamw": found}})
-    assert words.split(", p")[0] in said
-    assert (": a tie)" in said) == (": a tie" in words)
+    figures = {name: rival("", [4.0, 4.2, 4.1], 1.0)[1]["figures"]["optimizers"]["muon"] for name in ("muon", "adamw")}
+    record = {"figures": {"muon_minus_adamw": found, "optimizers": figures}}
+    assert record_figures.difference_sentence(record) == f"Muon's best validation loss is {words}"

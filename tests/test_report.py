@@ -16,7 +16,9 @@ from analysis import pages, plots, verdict
 from analysis.questions import answers
 from analysis.runs import load_run
 from bench.synthetic import spectral_line, write_run
+from engine.files import ROOT
 
+RECORDS = sorted(path.parent for path in (ROOT / "runs" / "records").glob("*/record.json"))
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
 
@@ -80,9 +82,9 @@ def test_the_report_of_six_runs_is_one_file_that_says_who_won_and_why_one_may_be
     ]
     code, out, _ = run_main(report.main, *runs, "--out", tmp_path / "r")
     assert code == 0
-    expected = scipy.stats.ttest_ind(losses["muon"], losses["adamw"], equal_var=False)
+    expected = scipy.stats.ttest_rel(losses["muon"], losses["adamw"])
     interval = expected.confidence_interval()
-    assert f"p = {expected.pvalue:.2g}" in out
+    assert f"p = {expected.pvalue:.2g} (paired t-test)" in out
     assert f"{interval.low:+.4f} to {interval.high:+.4f}" in out
     page = read_page(tmp_path / "r" / "report.html")
     words = "".join(page.text)
@@ -131,7 +133,7 @@ def test_a_report_of_sixty_runs_stays_readable(run_main, no_drawing, tmp_path):
         {"spectra": False},
         {"final": float("nan")},
     ],
-    ids=["no updates", "in progress", "failed", "stopped", "no spectra", "diverged"],
+    ids=["no steps", "in progress", "failed", "stopped", "no spectra", "diverged"],
 )
 @pytest.mark.filterwarnings("error")
 def test_a_report_of_one_run_in_any_state(run_main, no_drawing, tmp_path, run):
@@ -148,19 +150,19 @@ def test_a_report_of_one_run_in_any_state(run_main, no_drawing, tmp_path, run):
     assert "nan" not in out
 
 
-def test_runs_without_validation_wait_beside_those_that_have_it(run_main, no_drawing, pair, tmp_path):
+def test_runs_without_validation_are_shown_with_those_that_have_it(run_main, no_drawing, pair, tmp_path):
     (pair[1] / "metrics.jsonl").unlink()
     (pair[1] / "summary.json").unlink()
     code, out, _ = run_main(report.main, *pair, "--out", tmp_path / "r")
     assert code == 0
-    assert "run-adamw is running at update 0 of 10" in out
+    assert "run-adamw is running at step 0 of 10" in out
 
 
-def test_a_running_pair_is_compared_at_its_last_common_update(run_main, no_drawing, tmp_path):
+def test_a_running_pair_is_compared_at_its_last_common_step(run_main, no_drawing, tmp_path):
     a = write_run(tmp_path / "a", done=6, status=None, final=3.0, spectra=False)
     b = write_run(tmp_path / "b", done=4, status=None, final=4.0, optimizer="adamw", spectra=False)
     _, out, _ = run_main(report.main, a, b, "--out", tmp_path / "r")
-    assert "at update 4 of 10 Muon is 0.4000 nats below AdamW (4.2000 against 4.6000)" in out
+    assert "at step 4 of 10 Muon is 0.4000 nats below AdamW (4.2000 against 4.6000)" in out
 
 
 def test_watch_rewrites_the_page_until_the_last_run_is_over(run_main, no_drawing, monkeypatch, pair, tmp_path):
@@ -216,13 +218,13 @@ def test_every_string_of_a_page_is_text_and_never_markup(tmp_path):
     made[-1] += "long " * 20
     items = [
         pages.Table([evil()], [[evil()]], whole=True),
-        pages.Picture("figure", evil(), evil(), evil()),
-        pages.Verse(evil(), [evil(), evil()]),
+        pages.Picture("figure", evil(), evil()),
+        pages.Section(evil(), [evil(), evil()]),
         pages.Code([evil(), "```", evil()]),
     ]
-    parts = [pages.Part(evil(), items), pages.Part(evil(), [], folded=True)]
+    chapters = [pages.Chapter(evil(), items), pages.Chapter(evil(), [], folded=True)]
     tiles = [(evil(), evil())]
-    page = pages.Page(evil(), evil(), [evil()], tiles, table, [evil()], [evil()], parts)
+    page = pages.Page(evil(), evil(), [evil()], tiles, table, [evil()], [evil()], chapters)
     (tmp_path / "page.html").write_text(pages.html_page(page, tmp_path))
     read = read_page(tmp_path / "page.html")
     assert "script" not in read.tags
@@ -248,7 +250,7 @@ def test_the_reproducing_command_sets_every_flag_again(pair):
 @pytest.mark.parametrize(
     ("missing", "words"), [("all", "no such run"), ("config.json", "config.json"), ("metrics.jsonl", "no validation")]
 )
-def test_a_folder_that_is_no_run_is_named(run_main, pair, tmp_path, missing, words):
+def test_a_folder_that_is_not_a_run_is_named(run_main, pair, tmp_path, missing, words):
     folder = tmp_path / "run"
     if missing == "all":
         folder = tmp_path / "nowhere"
@@ -287,14 +289,14 @@ def test_an_event_that_was_cut_short_is_left_out(tmp_path):
 def test_a_report_is_not_mixed_with_something_else(run_main, no_drawing, pair, tmp_path):
     code, _, err = run_main(report.main, pair[0], "--out", pair[1])
     assert code == 2
-    assert "no report" in err
+    assert "not a report" in err
     for _ in range(2):  # but an earlier report is replaced
         assert run_main(report.main, pair[0], "--out", tmp_path / "r")[0] == 0
 
 
 def sentences(runs):
     verdicts = verdict.judge(runs)
-    return " ".join([s for v in verdicts for s in v.sentences()] + verdict.careful(runs))
+    return " ".join([s for v in verdicts for s in v.sentences()] + verdict.warnings(runs))
 
 
 def test_unlike_unfinished_and_repeated_runs_are_not_pooled(tmp_path):
@@ -308,7 +310,7 @@ def test_unlike_unfinished_and_repeated_runs_are_not_pooled(tmp_path):
     assert "below" not in said
     stopped = load_run(write_run(tmp_path / "stopped", optimizer="adamw", status="stopped", seed=2))
     said = sentences([first, again, stopped])
-    assert "stopped is stopped at update 10 of 10" in said
+    assert "stopped is stopped at step 10 of 10" in said
     assert "ends" not in said
 
 
@@ -317,14 +319,14 @@ def test_one_seed_allows_no_statement_about_chance(pair):
     assert "Muon ends 0.5000 nats below AdamW" in said
     assert "One seed each, so no statement about chance" in said
     assert "ignificant" not in said
-    assert "after about 8 of 10 updates, 15 s" in said  # 5 - 0.2 t = 3.5 at t = 7.5
+    assert "after about 8 of 10 steps, 15 s" in said  # 5 - 0.2 t = 3.5 at t = 7.5
 
 
-def test_the_cost_is_told_as_times_and_ratios(tmp_path):
+def test_the_cost_is_given_as_times_and_ratios(tmp_path):
     muon = load_run(write_run(tmp_path / "muon", step_ms=3000.0))
     adamw = load_run(write_run(tmp_path / "adamw", optimizer="adamw", final=3.5))
     said = sentences([adamw, muon])
-    assert "an update of Muon takes 1.50 times as long as one of AdamW (3,000.0 against 2,000.0 ms)" in said
+    assert "a step of Muon takes 1.50 times as long as a step of AdamW (3,000.0 against 2,000.0 ms)" in said
     assert "30.0 against 20.0 s of training" in said
     assert "1.00 GiB" in said
 
@@ -352,9 +354,9 @@ def test_the_fall_of_effective_rank_is_found_where_and_when_it_happens(tmp_path)
     fall = answer(run, "effective rank fall")
     p = np.array([1, 1, 0.3, 0.3]) / 2.6
     rank = np.exp(-(p * np.log(p)).sum())
-    assert f"in 1 of 6 matrices, first in Q of layer 1 at update 10 (4.0 to {rank:.1f})" in fall
+    assert f"in 1 of 6 matrices, first in Q of layer 1 at step 10 (4.0 to {rank:.1f})" in fall
     assert f"{100 * rank / 4:.1f} %" in fall
-    assert "Q of layer 1 falls by 10 % at update 10" in answer(run, "collapse")
+    assert "Q of layer 1 falls by 10 % at step 10" in answer(run, "collapse")
     assert "layer 1 differs most" in answer(run, "stands out")
     steady = spectral_run(tmp_path / "steady", {0: [1, 1, 1, 1], 5: [2, 2, 2, 2]})
     assert "in none of 6 matrices" in answer(steady, "effective rank fall")
@@ -363,17 +365,17 @@ def test_the_fall_of_effective_rank_is_found_where_and_when_it_happens(tmp_path)
 
 def test_a_fall_that_is_made_up_is_no_collapse_but_half_the_rank_is(tmp_path):
     back = spectral_run(tmp_path / "back", {0: [1, 1, 1, 1], 5: [1, 1, 0, 0], 10: [1, 1, 1, 1]})
-    assert "first in Q of layer 1 at update 5" in answer(back, "effective rank fall")
+    assert "first in Q of layer 1 at step 5" in answer(back, "effective rank fall")
     assert "none" in answer(back, "collapse")
     gone = spectral_run(tmp_path / "gone", {0: [1, 1, 1, 1], 5: [1, 0.05, 0, 0]})
     assert "has lost more than half" in answer(gone, "collapse")
 
 
-def test_high_spectral_norms_are_flagged_with_the_update_that_crossed(tmp_path):
+def test_high_spectral_norms_are_flagged_with_the_step_that_crossed(tmp_path):
     run = spectral_run(tmp_path / "high", {0: [1, 1, 1, 1], 5: [4.5, 1, 1, 1], 10: [5.5, 1, 1, 1]})
     said = answer(run, "spectral norms")
     assert "1 of 6 matrices end above 4 and 1 above 5; the largest is 5.50, Q of layer 1" in said
-    assert "Q of layer 1 at update 5" in said
+    assert "Q of layer 1 at step 5" in said
     calm = spectral_run(tmp_path / "calm", {0: [1, 1, 1, 1], 5: [3.5, 1, 1, 1]})
     assert "no, the largest is 3.50, Q of layer 1" in answer(calm, "spectral norms")
 
@@ -382,26 +384,57 @@ def test_entropy_q_against_v_and_alignment_are_answered_with_numbers(tmp_path):
     run = spectral_run(tmp_path / "run", {0: [1, 1, 1, 1], 5: [1, 1, 1, 0.3]})
     energy = np.array([1, 1, 1, 0.09]) / 3.09
     entropy = -(energy * np.log(energy)).sum() / np.log(4)
-    assert f"deepest in Q of layer 1, by {1 - entropy:.3f} to {entropy:.3f} at update 5" in answer(run, "entropy drop")
+    assert f"deepest in Q of layer 1, by {1 - entropy:.3f} to {entropy:.3f} at step 5" in answer(run, "entropy drop")
     assert "V has effective rank 4.0 of 4 (100.0 % of its start)" in answer(run, "Q and V")
     assert "100 % of 6 measured updates" in answer(run, "strong directions")
     assert "1.50 times chance" in answer(run, "strong directions")
 
 
-def test_compare_tells_the_difference_of_two_groups(run_main, tmp_path):
+def test_compare_prints_the_difference_of_two_groups(run_main, tmp_path):
     losses = {"muon": [3.0, 3.02, 3.05], "adamw": [3.5, 3.42, 3.6]}
     for optimizer, values in losses.items():
         (tmp_path / optimizer).mkdir()
         for seed, loss in enumerate(values):
             write_run(tmp_path / optimizer / f"{optimizer}-{seed}", optimizer=optimizer, seed=seed, final=loss)
     listed = ",".join(str(tmp_path / "adamw" / f"adamw-{seed}") for seed in range(3))
-    expected = scipy.stats.ttest_ind(losses["muon"], losses["adamw"], equal_var=False)
+    expected = scipy.stats.ttest_rel(losses["muon"], losses["adamw"])
     for other in (listed, tmp_path / "adamw", tmp_path / "adamw" / "adamw-*"):
         code, out, _ = run_main(report.main, "compare", tmp_path / "muon", other)
         assert code == 0
-        assert f"p = {expected.pvalue:.2g}" in out
+        assert f"p = {expected.pvalue:.2g} (paired t-test)" in out
         assert "Muon ends 0.4833 nats below AdamW" in out
         assert "Settings that differ: optimizer muon against adamw" in out
+
+
+def test_groups_with_different_seeds_get_welchs_test(run_main, tmp_path):
+    losses = {"muon": {0: 3.0, 1: 3.02, 2: 3.05}, "adamw": {0: 3.5, 1: 3.42, 7: 3.6}}
+    for optimizer, by_seed in losses.items():
+        for seed, loss in by_seed.items():
+            write_run(tmp_path / optimizer / str(seed), optimizer=optimizer, seed=seed, final=loss, spectra=False)
+    expected = scipy.stats.ttest_ind(*(list(side.values()) for side in losses.values()), equal_var=False)
+    interval = expected.confidence_interval()
+    _, out, _ = run_main(report.main, "compare", tmp_path / "muon", tmp_path / "adamw")
+    assert "over 3 and 3 seeds" in out
+    assert f"{interval.low:+.4f} to {interval.high:+.4f}, p = {expected.pvalue:.2g} (Welch's t-test)" in out
+
+
+@pytest.mark.parametrize("folder", RECORDS, ids=lambda folder: folder.name)
+def test_a_record_its_report_and_compare_give_the_same_interval(run_main, folder):
+    record = json.loads((folder / "record.json").read_text())["figures"]["muon_minus_adamw"]
+    runs = sorted(path.parent for path in folder.glob("*/config.json"))
+    (found,) = verdict.judge([load_run(path) for path in runs])
+    sides = [",".join(str(path) for path in runs if name in path.name) for name in ("muon", "adamw")]
+    _, compared, _ = run_main(report.main, "compare", *sides)
+    interval = (
+        f"95 % interval {record['low']:+.4f} to {record['high']:+.4f}, p = {record['p_value']:.2g} (paired t-test)"
+    )
+    assert interval in found.significance
+    assert interval in compared
+    figure = plots.optimizer_comparison(*reversed(found.pair))
+    drawn = figure.axes[0].collections[0].get_paths()[0].vertices
+    at_end = drawn[drawn[:, 0] == drawn[:, 0].max(), 1]
+    assert (at_end.min(), at_end.max()) == pytest.approx((-record["high"], -record["low"]))
+    plots.plt.close(figure)
 
 
 @pytest.mark.parametrize(
@@ -410,10 +443,10 @@ def test_compare_tells_the_difference_of_two_groups(run_main, tmp_path):
         ({"data_fingerprint": "beef"}, "data fingerprints differ (a has f00d, b has beef)"),
         ({"steps": 20}, "token budgets differ (a has 640, b has 1,280)"),
         ({"eval_tokens": 99}, "--eval-tokens differ"),
-        ({"done": 4, "status": None}, "b is running after 4 of 10 updates"),
+        ({"done": 4, "status": None}, "b is running after 4 of 10 steps"),
     ],
 )
-def test_compare_refuses_what_does_not_compare_unless_told(run_main, tmp_path, change, words):
+def test_compare_refuses_what_does_not_compare_without_anyway(run_main, tmp_path, change, words):
     a = write_run(tmp_path / "a", spectra=False)
     b = write_run(tmp_path / "b", spectra=False, optimizer="adamw", final=3.5, **change)
     code, out, err = run_main(report.main, "compare", a, b)

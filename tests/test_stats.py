@@ -1,24 +1,43 @@
+"""Numbers worked by hand or from tables, and SciPy where it has the same test; error rates by simulation."""
+
+import math
+
 import numpy as np
 import pytest
 import scipy.stats
 
 from analysis import plots
 from analysis.runs import group_seeds, load_run, representative
-from analysis.stats import compare, first_reaching, largest_spike, learning_rate_tolerance, t_interval, thin, welch
+from analysis.stats import (
+    PAIRED,
+    WELCH,
+    compare,
+    difference,
+    family,
+    first_reaching,
+    hedges_g,
+    holm,
+    largest_spike,
+    learning_rate_tolerance,
+    median_time,
+    slope,
+    t_interval,
+    thin,
+)
 from bench.synthetic import write_run
 
+A, B = {0: 5.0, 1: 7.0, 2: 6.0}, {0: 4.0, 1: 5.0, 2: 3.0}  # differences 1, 2, 3
 
-def test_t_interval_and_welch_equal_scipy():
-    a, b = [3.3154, 3.3098, 3.2927], [3.3610, 3.3669, 3.3645, 3.35]
+
+def test_the_t_interval_is_scipys():
+    a = [3.3154, 3.3098, 3.2927]
     mean, low, high = t_interval(a)
     assert (low, high) == pytest.approx(scipy.stats.t.interval(0.95, 2, loc=np.mean(a), scale=scipy.stats.sem(a)))
     assert high - mean == pytest.approx(4.302653 * np.std(a, ddof=1) / 3**0.5, rel=1e-6)
-    expected = scipy.stats.ttest_ind(a, b, equal_var=False)
-    interval = expected.confidence_interval(0.95)
-    assert welch(a, b) == pytest.approx((np.mean(a) - np.mean(b), interval.low, interval.high, expected.pvalue))
+    half = 4.3027 * 2 / math.sqrt(3)  # the t table's 0.975 quantile with 2 degrees of freedom
+    assert t_interval([2.0, 4.0, 6.0]) == pytest.approx((4, 4 - half, 4 + half), abs=1e-3)
     assert np.isnan(t_interval([1.0])[1])
-    assert np.isnan(welch([1.0], b)[1:]).all()
-    assert np.isnan(welch([1.0, 1.0], [2.0, 2.0])[3])
+    assert np.isnan(t_interval([])[0])
 
 
 def test_groups_are_pooled_over_seeds_alone(tmp_path):
@@ -57,9 +76,8 @@ def test_tolerance_interpolates_in_the_logarithm_and_tells_an_open_end():
     assert (found.high, found.open_low, found.open_high) == (pytest.approx(1e-2), False, False)
     open_ended = learning_rate_tolerance([1e-3, 1e-2, 1e-1], [3.01, 3.0, 3.3], share=0.05)
     assert (open_ended.low, open_ended.open_low, open_ended.open_high) == (1e-3, True, False)
-    assert open_ended.decades == pytest.approx(1 + 0.5)  # 3.15 lies half-way between 3.0 and 3.3
-    assert not open_ended.at_edge
-    assert learning_rate_tolerance([1e-3, 1e-2], [3.05, 3.0]).at_edge
+    assert open_ended.decades == pytest.approx(1 + 0.5)  # 3.15 is half-way between 3.0 and 3.3
+    assert learning_rate_tolerance([1e-3, 1e-2], [3.05, 3.0]).best == 1e-2
     assert learning_rate_tolerance([1e-3, 1e-2], [float("nan")] * 2) is None
 
 
@@ -70,3 +88,135 @@ def test_long_curves_are_thinned_by_means_and_spikes_are_measured(tmp_path):
     run = load_run(write_run(tmp_path / "run"))
     run.train["train_loss"][:] = [5, 4, 4.5, 3, 3.2, 2, 2.9, 1, 1, 1]
     assert largest_spike(run) == pytest.approx(0.9)
+
+
+def test_the_paired_test_by_hand():
+    test = difference(A, B)
+    half = 4.3027 / math.sqrt(3)  # standard deviation 1
+    assert (test.difference, test.low, test.high) == pytest.approx((2.0, 2 - half, 2 + half), abs=1e-3)
+    freedom, t = 2, 2 * math.sqrt(3)
+    assert test.p_value == pytest.approx(1 - t / math.sqrt(freedom + t**2))  # the t distribution with 2 degrees
+    assert (test.test, test.n) == (PAIRED, (3, 3))
+
+
+def test_pairing_is_by_seed_not_by_order():
+    assert difference(A, {2: 3.0, 0: 4.0, 1: 5.0}) == difference(A, B)
+
+
+def test_other_seeds_get_welchs_test_by_hand():
+    a, b = {0: 3.1, 1: 2.9, 2: 3.4, 3: 3.3}, {0: 2.5, 1: 2.9, 7: 2.0}
+    test = difference(a, b)
+    va, vb = (np.var(list(side.values()), ddof=1) / len(side) for side in (a, b))
+    freedom = (va + vb) ** 2 / (va**2 / 3 + vb**2 / 2)
+    half = scipy.stats.t.ppf(0.975, freedom) * math.sqrt(va + vb)
+    gap = np.mean(list(a.values())) - np.mean(list(b.values()))
+    assert (test.difference, test.low, test.high) == pytest.approx((gap, gap - half, gap + half))
+    assert test.p_value == pytest.approx(2 * scipy.stats.t.sf(gap / math.sqrt(va + vb), freedom))
+    assert (test.test, test.n) == (WELCH, (4, 3))
+
+
+@pytest.mark.filterwarnings("error")
+def test_without_spread_there_is_no_p_value():
+    assert not difference({0: 1.0, 1: 1.0}, {2: 2.0, 3: 2.0}).tested
+    one_side = difference({0: 1.0, 1: 1.0}, {2: 2.0, 3: 2.1})
+    assert one_side.p_value == pytest.approx(scipy.stats.ttest_1samp([2.0, 2.1], 1.0).pvalue)
+    constant = difference({0: 3.0, 1: 3.1, 2: 3.3}, {0: 3.5, 1: 3.6, 2: 3.8})  # -0.5 but for rounding
+    assert (constant.low, constant.high) == pytest.approx((-0.5, -0.5))
+    assert not constant.tested
+
+
+@pytest.mark.filterwarnings("error")
+def test_conditions_that_did_the_same_are_not_different():
+    same = difference(A, dict(A))
+    assert (same.difference, same.low, same.high, same.p_value) == (0.0, 0.0, 0.0, 1.0)
+    assert not family([("a", "b", A, dict(A))])[0].excludes_zero
+
+
+def test_one_seed_is_not_tested():
+    (test,) = family([("a", "b", {0: 1.0}, {0: 2.0})])
+    assert test.difference == -1.0
+    assert not test.tested
+    assert not test.excludes_zero
+    assert math.isnan(test.p_holm)
+
+
+def test_holm_by_hand():
+    # 0.005 x 4, 0.01 x 3, 0.03 x 2, then 0.04 x 1, which may not fall below the one before
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    found = holm([0.02, math.nan, 0.03])
+    assert found[0] == pytest.approx(0.04)
+    assert math.isnan(found[1])
+
+
+def test_effect_size_by_hand():
+    # pooled standard deviation 1, difference 2; the table's correction for 4 degrees of freedom is 0.7979
+    assert hedges_g([4.0, 5.0, 6.0], [2.0, 3.0, 4.0]) == pytest.approx(2 * 0.7979, abs=1e-4)
+    assert math.isnan(hedges_g([1.0], [2.0, 3.0]))
+
+
+def test_a_family_widens_its_intervals_and_counts_tests_made_elsewhere():
+    pair = ("a", "b", A, B)
+    alone, (four, *_) = family([pair])[0], family([pair] * 4)
+    with_others = family([pair], others=3)[0]
+    assert four.high - four.low == pytest.approx(
+        (alone.high - alone.low) * scipy.stats.t.ppf(1 - 0.05 / 8, 2) / scipy.stats.t.ppf(0.975, 2)
+    )
+    assert (with_others.low, with_others.p_holm) == pytest.approx((four.low, four.p_holm))
+    assert four.p_holm == pytest.approx(4 * alone.p_value)
+
+
+def test_unpaired_seeds_fall_back_on_welch():
+    (test,) = family([("a", "b", A, {0: 4.0, 1: 5.0, 7: 3.0})])
+    assert not test.paired
+    expected = scipy.stats.ttest_ind([5, 7, 6], [4, 5, 3], equal_var=False).pvalue
+    assert test.p_value == test.p_welch == pytest.approx(expected)
+
+
+def test_a_diverged_seed_is_left_out_and_unpairs():
+    (test,) = family([("a", "b", A | {2: math.nan}, B)])
+    assert test.n == (2, 3)
+    assert not test.paired
+
+
+def test_median_time_with_censoring_by_hand():
+    # 4 runs: at 2 one in 4 is there, at 3 one of the 3 that are left: S = 3/4 x 2/3 = 1/2
+    found = median_time([2.0, None, 3.0, None])
+    assert (found.n, found.never, found.median) == (4, 2, 3.0)
+    assert median_time([2.0, None, 3.0]).median == 3.0  # S(2) = 2/3, S(3) = 1/3
+    assert median_time([2.0, None, None]).median is None
+    assert median_time([None]).never == 1
+    assert median_time([]).median is None
+
+
+def test_slope_of_a_line_in_the_logarithm():
+    values = {10.0: {0: 1.0, 1: 3.0}, 100.0: {0: 1.5, 1: 3.0}, 1000.0: {0: 2.0, 1: 3.0, 2: 0.0}}
+    assert slope(values) == pytest.approx({0: 0.5, 1: 0.0})
+
+
+def simulated_suite(rng, lead):
+    """Four sizes, three seeds; what a seed's batches do to a run, they do to it under both optimizers."""
+    pairs = []
+    for size in range(4):
+        luck = rng.normal(0, 0.05, 3)
+        muon, adamw = (dict(enumerate(5 + luck + rng.normal(mean, 0.01, 3))) for mean in (-lead, 0.0))
+        pairs.append((f"muon {size}", f"adamw {size}", muon, adamw))
+    return pairs
+
+
+def test_two_identical_optimizers_are_told_apart_in_5_percent_of_suites():
+    rng, suites = np.random.default_rng(0), 2000
+    by_holm = by_interval = 0
+    for _ in range(suites):
+        tests = family(simulated_suite(rng, 0.0))
+        by_holm += any(test.p_holm < 0.05 for test in tests)
+        by_interval += any(test.excludes_zero for test in tests)
+    assert 0.03 <= by_holm / suites <= 0.07
+    assert 0.03 <= by_interval / suites <= 0.07
+
+
+def test_a_real_lead_is_found():
+    rng = np.random.default_rng(1)
+    found = [family(simulated_suite(rng, 0.2)) for _ in range(50)]
+    assert np.mean([test.excludes_zero for tests in found for test in tests]) > 0.9
+    assert all(test.difference < 0 for tests in found for test in tests)

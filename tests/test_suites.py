@@ -7,19 +7,18 @@ import re
 import pytest
 
 from bench.synthetic import write_run
+from engine import files
 from engine.cli import BadInput
-from engine.files import write_json
 from settings import Settings
 from suites import planner
 from suites.catalog import MUON_ABLATIONS, SCALES, SUITES, Condition, Suite, with_needs
 from suites.claims import CLAIMS, CONFIRMED, NOT_CONFIRMED, NOT_TESTABLE, judge_all
 from suites.results import Results
 
-ROWS = (  # of the documents' table, each as a suite
-    *("speedrun-lr", "speedrun-2m", "baseline", "lr-sensitivity", "model-size", "moe-lr-muon", "moe-lr-adam"),
-    *("moe-momentum", "moe-weight-decay", "moe-ns-steps", "moe-nesterov", "moe-warmup", "moe-schedule", "moe-adam"),
-    *("moe-aux-ratio", "moe-clip", "moe-min-lr", "moe-long", "moe-final"),
-)
+DENSE = ("speedrun-lr", "speedrun-2m", "baseline", "lr-sensitivity", "model-size")
+MIXTURE = ("lr-muon", "lr-adam", "momentum", "weight-decay", "ns-steps", "nesterov", "warmup", "schedule", "adam")
+MIXTURE_LATER = ("aux-ratio", "clip", "min-lr", "long", "final")
+ROWS = (*DENSE, *(f"moe-{name}" for name in (*MIXTURE, *MIXTURE_LATER)))  # of the documents' table, each a suite
 WINNERS = {"muon": {"lr": 0.02}, "adamw": {"lr": 0.003}}
 
 
@@ -136,9 +135,9 @@ def test_the_winner_has_the_least_mean_and_no_diverged_seed(tmp_path, shards_fol
         for job, final in zip(p.jobs, finals[p.condition.fields["lr"]], strict=True):
             folder = write_run(job.folder, final=final or 3.0, status="finished" if final else "failed", spectra=False)
             if final:
-                write_json(folder / "summary.json", {"status": "finished", "final_val_loss": final})
+                files.write_json(folder / "summary.json", {"status": "finished", "final_val_loss": final})
             else:
-                write_json(folder / "summary.json", {"status": "failed", "final_val_loss": None})
+                files.write_json(folder / "summary.json", {"status": "failed", "final_val_loss": None})
     assert plan.winner("sweep", "muon")["lr"] == 0.2
     (job.folder / "summary.json").unlink()
     with pytest.raises(BadInput, match="has not finished"):
@@ -166,7 +165,7 @@ def results_of(tmp_path, name, finals, to_go=0, **settings):
 
 def verdicts(results, scale="nano", *others):
     judged = judge_all({r.name: r for r in (results, *others)}, scale)
-    return {claim.says: finding for claim, finding in judged if claim.suite == results.name}
+    return {claim.statement: finding for claim, finding in judged if claim.suite == results.name}
 
 
 def test_every_suite_corrects_for_the_claims_that_are_tested_on_it():
@@ -200,19 +199,10 @@ def test_what_a_nano_run_cannot_tell_a_full_one_refutes(tmp_path):
 
 def test_a_chosen_setting_is_confirmed_only_against_all_others(tmp_path):
     low, high = (3.0, 3.01, 2.99), (3.5, 3.52, 3.48)
-    says = "Nesterov momentum helps"
-    assert (
-        verdicts(results_of(tmp_path / "a", "moe-nesterov", {"with Nesterov": low, "without Nesterov": high}))[
-            says
-        ].verdict
-        == CONFIRMED
-    )
-    assert (
-        verdicts(results_of(tmp_path / "b", "moe-nesterov", {"with Nesterov": high, "without Nesterov": low}))[
-            says
-        ].verdict
-        == NOT_CONFIRMED
-    )
+    for name, losses, verdict in (("a", (low, high), CONFIRMED), ("b", (high, low), NOT_CONFIRMED)):
+        finals = dict(zip(("with Nesterov", "without Nesterov"), losses, strict=True))
+        found = verdicts(results_of(tmp_path / name, "moe-nesterov", finals))
+        assert found["Nesterov momentum helps"].verdict == verdict
     schedules = {"cosine": low, "linear": high, "step": high, "constant": (3.01, 3.0, 2.98)}
     assert verdicts(results_of(tmp_path / "c", "moe-schedule", schedules))["Cosine is best"].verdict == NOT_TESTABLE
 
@@ -220,7 +210,7 @@ def test_a_chosen_setting_is_confirmed_only_against_all_others(tmp_path):
 def test_times_on_a_cpu_are_never_a_verdict(tmp_path):
     finals = {"muon": (3.0, 3.01, 2.99), "adamw": (3.5, 3.52, 3.49)}
     results = results_of(tmp_path, "speedrun-2m", finals, device="cpu")
-    finding = verdicts(results)["Muon's update takes longer"]
+    finding = verdicts(results)["Muon's step takes longer"]
     assert finding.verdict == NOT_TESTABLE
     assert "CPU" in finding.numbers
 
@@ -228,7 +218,7 @@ def test_times_on_a_cpu_are_never_a_verdict(tmp_path):
 def test_no_verdict_before_the_suite_is_over(tmp_path):
     finals = {"muon": (3.0, 3.01, 2.99), "adamw": (3.5, 3.52, 3.49)}
     finding = verdicts(results_of(tmp_path, "moe-final", finals, to_go=1))["The best Muon beats the best AdamW"]
-    assert finding == (finding.__class__(NOT_TESTABLE, "2 of 8 runs are to come"))
+    assert finding == (finding.__class__(NOT_TESTABLE, "2 of 8 runs have not finished"))
 
 
 def test_a_diverged_run_counts_against_its_condition(tmp_path):
@@ -335,8 +325,9 @@ def test_a_report_in_the_middle_of_a_suite(tmp_path):
         [results], {r.name: r for r in (results, *sweeps)}, ["x waits."], "nano", tmp_path / "out"
     )
     text = page.read_text()
-    assert "planned runs are to come" in text
-    assert "runs failed" in text
+    assert "2 planned runs to go." in text
+    assert "moe-long, muon: 1 run failed." in text
+    assert "-0.4500 nats, adamw has a single seed" in text
     assert "From moe-lr-muon: muon lr 0.25, ON THE EDGE OF THE GRID" in text
     assert not re.search(r"\bnan\b", text)
 
