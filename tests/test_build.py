@@ -91,7 +91,7 @@ def test_a_lone_surrogate_from_any_source_is_refused(tmp_path):
         build_shards(lambda: iter(["fine", "\ud800"]), tmp_path / "s", source="test", vocab_size=300)
 
 
-def three_parts(folder):
+def write_three_parts(folder):
     """Write files of three kinds that share some of their documents."""
     texts = random_documents(4000)
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts[:2000]))
@@ -99,11 +99,6 @@ def three_parts(folder):
     import pandas
 
     pandas.DataFrame({"text": texts[1500:4000]}).to_parquet(folder / "c.parquet", row_group_size=50)
-    return [
-        MixPart("a", TextFiles([folder / "a.jsonl"]), 0.5),
-        MixPart("b and c", TextFiles([folder / "b.txt.gz", folder / "c.parquet"]), 0.25),
-        MixPart("c again", TextFiles([folder / "c.parquet"]), 0.25),
-    ]
 
 
 BUILD_AND_DIE = """
@@ -112,7 +107,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import datasets
 from corpus import build, shards
-from tests.test_build import small_pieces, three_parts_again
+from tests.test_build import small_pieces, build_three_parts
 small_pieces(build, shards)
 folder, out = Path(sys.argv[1]), Path(sys.argv[2])
 rng, killed, places = random.Random(1), 0, set()
@@ -125,7 +120,7 @@ def kept_tokens():
 while not out.exists():
     child = os.fork()  # saves the imports; no thread runs here yet
     if not child:
-        three_parts_again(folder, out)
+        build_three_parts(folder, out)
         os._exit(0)
     before, end = kept_tokens(), time.monotonic() + 5
     if killed < 20:
@@ -147,15 +142,17 @@ def small_pieces(build_module, shardfiles_module):
     shardfiles_module.SHARD_TOKENS, shardfiles_module.WRITE_TOKENS = 20_000, 700
 
 
-def three_parts_again(folder, out):
-    paths = [MixPart("a", TextFiles([folder / "a.jsonl"]), 0.5)]
-    paths.append(MixPart("b and c", TextFiles([folder / "b.txt.gz", folder / "c.parquet"]), 0.25))
-    paths.append(MixPart("c again", TextFiles([folder / "c.parquet"]), 0.25))
-    return build_shards(paths, out, source="three", vocab_size=300, val_fraction=0.1)
+def build_three_parts(folder, out):
+    parts = [
+        MixPart("a", TextFiles([folder / "a.jsonl"]), 0.5),
+        MixPart("b and c", TextFiles([folder / "b.txt.gz", folder / "c.parquet"]), 0.25),
+        MixPart("c again", TextFiles([folder / "c.parquet"]), 0.25),
+    ]
+    return build_shards(parts, out, source="three", vocab_size=300, val_fraction=0.1)
 
 
 def test_a_build_killed_twenty_times_ends_with_the_same_bytes(tmp_path, monkeypatch):
-    three_parts(tmp_path)
+    write_three_parts(tmp_path)
     words = [sys.executable, "-c", BUILD_AND_DIE, str(tmp_path), str(tmp_path / "killed")]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -163,7 +160,7 @@ def test_a_build_killed_twenty_times_ends_with_the_same_bytes(tmp_path, monkeypa
     assert killed == 20
     assert places > 15, "too few different places to prove anything"
     monkeypatch.setattr(shards, "SHARD_TOKENS", 20_000)
-    three_parts_again(tmp_path, tmp_path / "undisturbed")
+    build_three_parts(tmp_path, tmp_path / "undisturbed")
     assert shard_bytes(tmp_path / "killed") == shard_bytes(tmp_path / "undisturbed")
     assert len(open_shards(tmp_path / "killed").files["train"]) > 3
 
