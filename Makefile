@@ -1,12 +1,15 @@
 # make speedrun: set up, build shards from the Python sources on this machine, train Muon and AdamW, write the report.
-# make test: set up and run the whole suite.  MODEL= TOKENS= DATA= SEED= override what speedrun does.
+# make check: format, lint, the import rule and the fastest tests, in a minute or so.  make test: the whole suite.  MODEL= TOKENS= DATA= SEED= override what speedrun does.
 # make readme-figures: every text with figures again, from runs/records.
 
 PYTHON ?= python3
 PY := .venv/bin/python
 SEED ?= 0
 
-.PHONY: speedrun test setup lint bench readme-figures clean
+FAST := layout docs model optim metrics newton_schulz symmetric cross_entropy relu2_mlp grouped_matmul step moe data \
+  packing inspection stats plots suites spectra
+
+.PHONY: speedrun check test setup lint bench readme-figures clean
 .DEFAULT_GOAL := speedrun
 
 setup: .venv/.installed
@@ -48,6 +51,10 @@ test: setup
 	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 tests/test_symmetric.py tests/test_muon_kernels.py tests/test_cross_entropy.py \
 	  tests/test_relu2_mlp.py tests/test_grouped_matmul.py
 	$(PY) -m pytest -n 2
+
+check: export OMP_NUM_THREADS = 1
+check: lint
+	$(PY) -m pytest -n 2 $(FAST:%=tests/test_%.py)
 
 lint: setup
 	$(PY) -m ruff format --check .

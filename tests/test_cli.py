@@ -85,6 +85,7 @@ def test_a_training_whose_terminal_is_closed_under_nohup_goes_to_its_end(shards_
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
 def test_a_closed_terminal_and_slurms_warning_stop_a_run_at_a_checkpoint(train_small, before_step, number):
+    signal.signal(number, signal.SIG_DFL)  # the tests themselves may run under nohup
     before_step(3, lambda: os.kill(os.getpid(), number))
     code, folder, _, _ = train_small("run", "--tokens", 2560)
     assert code == 0
