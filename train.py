@@ -18,7 +18,8 @@ from collections import deque
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads must not spin on cores others need
+if "OMP_WAIT_POLICY" not in os.environ:  # before torch: a waiting thread soon leaves its core to others (LOG.md)
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
