@@ -23,7 +23,7 @@ import torch
 import tyro
 
 from bench import machine
-from bench import record_figures as pages
+from bench import record_pages as pages
 from bench.parts import Part, Plan, parts, rows_of
 from engine import files
 from engine.cli import BadInput, exit_with_a_sentence, make_folder

@@ -17,7 +17,7 @@ import tyro
 
 import report
 from analysis.runs import load_run
-from bench.record_figures import BUDGET, PLOTS, as_written, figures_of
+from bench.record_pages import BUDGET, PLOTS, as_written, figures_of
 from engine import files, identity
 from engine.cli import BadInput, exit_with_a_sentence, make_folder
 from engine.files import ROOT

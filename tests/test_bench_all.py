@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import all as bench_all
-from bench import correct, machine, parts, record, record_figures
+from bench import correct, machine, parts, record, record_pages
 from bench import speedrun as short
 from bench.parts import Part, Plan
 from tests.test_record import in_this_process
@@ -132,7 +132,7 @@ def test_rows_compare_the_right_way_round():
     assert (slower["ratio"], slower["share"]) == (0.5, 0.25)
     nothing = parts.row("lacking", None, peer=4.0, floor=8.0)
     assert (nothing["ratio"], nothing["share"]) == (None, None)
-    cells = record_figures.bench_cells(parts.row("x", 1234.5, "us", 0.01234, "theirs", 20.0, "≥ 1x", False))
+    cells = record_pages.bench_cells(parts.row("x", 1234.5, "us", 0.01234, "theirs", 20.0, "≥ 1x", False))
     assert cells == ["x", "1,234 us", "0.0123 (theirs)", "0.00x", "20.0", "1.6%", "≥ 1x", "**no**"]
 
 
