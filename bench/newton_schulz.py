@@ -21,7 +21,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from bench import others
+from bench import peers
 from bench.baseline import StackedMuon, reference
 from engine import files, identity
 from engine.cli import BadInput, exit_with_a_sentence
@@ -192,7 +192,7 @@ def bench_group(
     )
     if wrong:
         sys.exit(f"{name}: {wrong}")
-    for other, run in others.installed(schedule, device).items():
+    for other, run in peers.installed(schedule, device).items():
         wrong = fault(run, inputs[0], 0.05)
         if wrong:
             print(f"{name}, {other}: {wrong}")
@@ -220,7 +220,7 @@ def _graphs(name: str, run: Callable[[int], Any], inputs: int) -> list[Callable[
     try:
         return [captured(lambda i=i: run(i)) for i in range(inputs)]
     except RuntimeError as error:
-        if name not in others.OTHERS:
+        if name not in peers.PEERS:
             raise
         print(f"{name}: cannot be captured as a CUDA graph ({str(error).splitlines()[0]})")
         return None
@@ -336,7 +336,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     print(f"{torch.cuda.get_device_name() if cuda else 'cpu'}, torch {torch.__version__}; losses are printed like wins")
     device_flops = cublas_flops(device, repeats)
-    others.report_absent()
+    peers.report_absent()
     columns = f"{'group':22} {'candidate':19} {'mode':8} {'memory':6} {'median us':>10} {'quartiles':>19}"
     print(f"{columns} {'speedup':>8} {'dense TFLOP/s':>14} {'ceiling':>8} {'share':>6}")
     if "groups" in arguments.only:

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from bench import others
+from bench import peers
 from bench.newton_schulz import dense_flops, fault
 from kernels.newton_schulz import coefficient_schedule, half_product_cost, iterate, method_of
 
@@ -42,10 +42,10 @@ def test_other_packages_are_used_where_installed_and_named_where_broken_or_absen
     module = types.ModuleType("gram_newton_schulz")
     module.__spec__ = types.SimpleNamespace()
     monkeypatch.setitem(sys.modules, "gram_newton_schulz", module)
-    assert "gram-newton-schulz" not in others.installed(SCHEDULE, torch.device("cpu"))
+    assert "gram-newton-schulz" not in peers.installed(SCHEDULE, torch.device("cpu"))
     assert "not usable here (ImportError" in capsys.readouterr().out
     module.GramNewtonSchulz = Fake
-    assert others.installed(SCHEDULE, torch.device("cpu"))["gram-newton-schulz"](torch.ones(1)) == 5
-    monkeypatch.setattr(others, "_is_installed", lambda name: False)
-    others.report_absent()
+    assert peers.installed(SCHEDULE, torch.device("cpu"))["gram-newton-schulz"](torch.ones(1)) == 5
+    monkeypatch.setattr(peers, "_is_installed", lambda name: False)
+    peers.report_absent()
     assert capsys.readouterr().out.splitlines() == ["gram-newton-schulz: absent", "emerging-optimizers: absent"]
