@@ -36,12 +36,18 @@ def facts() -> dict[str, Any]:
     import torch
 
     cuda = torch.cuda.is_available()
-    found: dict[str, Any] = {"device": torch.cuda.get_device_name() if cuda else "cpu"}
-    found["gpus"] = torch.cuda.device_count() if cuda else 0
+    found: dict[str, Any] = {"device": device_name(), "gpus": torch.cuda.device_count() if cuda else 0}
     found |= gpu_state() if cuda else dict.fromkeys(QUERY)
     found |= {"cuda_version": torch.version.cuda, "cpu": cpu_name(), "cpu_mhz": cpu_mhz(), "cores": cores()}
     found |= {"system": f"{platform.system()} {platform.machine()}", "date": time.strftime("%Y-%m-%d", time.gmtime())}
     return found | identity.provenance()
+
+
+def device_name() -> str:
+    """As torch.cuda calls the first GPU; cpu without one."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def label(described: dict[str, Any]) -> str:
