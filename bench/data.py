@@ -1,9 +1,9 @@
-"""Speed of the data path: shards built against tokenizers alone, batches per second, the first batch, memory.
+"""Times the data path: shards built against tokenizers alone, batches per second, the first batch, memory.
 
     python -m bench.data --json FILE
 
 Builder and tokenizer take turns on the same text and cores, and the builder's documents must be the tokenizer's. The
-loader shuffles a billion tokens in sparse files, so from memory, timed once their checksums are through.
+loader shuffles a billion tokens of sparse files in memory, timed after their checksums are verified.
 """
 
 import json
@@ -12,23 +12,26 @@ import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
+import torch
 import tyro
 
+from bench.harness import JsonFlag, check_positive, interleaved, write_figures
 from corpus import shards
 from corpus.build import MixPart, batches, build_shards
 from corpus.documents import load_tokenizer
-from corpus.shards import SPLITS, open_shards
+from corpus.shards import open_shards
 from corpus.sources import TextFiles, embedded_documents
 from data import Loader, TokenStream
-from engine import files, identity
 from engine.cli import BadInput, exit_with_a_sentence
 
-RATE_OF_A_4090 = 150_000  # tokens/s that training may ask for; the loader is to be far above
+RATE_OF_A_4090 = 150_000  # tokens/s that training may need; the loader must be far above
 GOALS = {
     "builder": 0.85,  # of what tokenizers.encode_batch alone reaches
     "loader": 50 * RATE_OF_A_4090,
@@ -39,7 +42,7 @@ VOCAB_SIZE = 4096
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(JsonFlag):
     """Measure the data path."""
 
     megabytes: float = 16
@@ -50,12 +53,10 @@ class Arguments:
     """Sparse shards of 10^8 tokens for the loader."""
     seconds: float = 3
     """How long each loader runs."""
-    json: Path | None = None
-    """Write the figures here too."""
 
 
 def texts_of(megabytes: float) -> list[str]:
-    """Different Python sources, again with a line before them where there are too few."""
+    """Different Python sources; where there are too few, the same again under another first line."""
     texts: dict[str, None] = {}
     chars = 0
     while chars < 1e6 * megabytes:
@@ -69,7 +70,7 @@ def texts_of(megabytes: float) -> list[str]:
 
 
 def builder(folder: Path, megabytes: float, repeats: int) -> dict[str, Any]:
-    """Seconds of both, medians over turns; BadInput where they disagree on the tokens."""
+    """Seconds of builder and tokenizer by turn; BadInput where they disagree on the tokens."""
     texts = texts_of(megabytes)
     source = folder / "text.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -77,30 +78,34 @@ def builder(folder: Path, megabytes: float, repeats: int) -> dict[str, Any]:
     build_shards(lambda: iter(texts[:400]), folder / "first", source="bench", vocab_size=VOCAB_SIZE, val_fraction=0.1)
     tokenizer = str(folder / "first" / shards.TOKENIZER)
     encoder = load_tokenizer(tokenizer)
-    seconds: dict[str, list[float]] = {"builder": [], "encode_batch": [], "encode_batch_fast": []}
-    for turn in range(repeats):
-        for name in ("encode_batch", "encode_batch_fast"):
-            expected, began = 0, time.perf_counter()
-            for batch in batches(iter(texts)):  # as the builder's: all at once is slower
-                expected += sum(len(e) + 1 for e in getattr(encoder, name)(batch, add_special_tokens=False))
-            seconds[name].append(time.perf_counter() - began)
-        began = time.perf_counter()
+    counts: set[int] = set()
+
+    def tokenize(encode: Callable[..., Any]) -> None:
+        encoded = (encode(batch, add_special_tokens=False) for batch in batches(iter(texts)))  # all at once is slower
+        counts.add(sum(len(encoding) + 1 for batch in encoded for encoding in batch))
+
+    def build(turn: int) -> None:
         meta = build_shards(parts, folder / str(turn), source="bench", tokenizer=tokenizer, val_fraction=0.1)
-        seconds["builder"].append(time.perf_counter() - began)
-        built = meta["train_tokens"] + meta["val_tokens"]
-        same = built == expected and (turn or documents_in(folder / str(turn)) == documents_by(encoder, texts))
-        if not same:
-            raise BadInput(f"the builder made {built:,} tokens, the tokenizer {expected:,} or others: nothing is timed")
-    return {"tokens": built, "seconds": seconds}
+        counts.add(meta["train_tokens"] + meta["val_tokens"])
+
+    candidates = {
+        "encode_batch": lambda turn: tokenize(encoder.encode_batch),
+        "encode_batch_fast": lambda turn: tokenize(encoder.encode_batch_fast),
+        "builder": build,
+    }
+    seconds = interleaved(candidates, torch.device("cpu"), repeats, warmup=0)
+    if len(counts) > 1 or documents_in(folder / "0") != documents_by(encoder, texts):
+        raise BadInput(f"builder and tokenizer differ ({counts} tokens): no time is reported")
+    return {"tokens": counts.pop(), "seconds": seconds}
 
 
 def documents_in(folder: Path) -> list[bytes]:
     """The documents of a folder of shards as token ids, sorted, without their end-of-text id."""
-    shards, found = open_shards(folder), []
-    for split in SPLITS:
-        stream = TokenStream(shards, split)
+    opened, found = open_shards(folder), []
+    for split in shards.SPLITS:
+        stream = TokenStream(opened, split)
         tokens = stream.read(0, len(stream))
-        starts = np.flatnonzero(tokens == shards.eot_id)
+        starts = np.flatnonzero(tokens == opened.eot_id)
         found += [document[1:].tobytes() for document in np.split(tokens, starts[1:])]
     return sorted(found)
 
@@ -128,10 +133,9 @@ def sparse_shards(folder: Path, count: int) -> None:
 
 
 def anonymous_mb() -> float | None:
-    """Anonymous memory of this process, None where the system does not say."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) / 1e3 for line in lines if line.startswith("RssAnon")), None)
+    """Memory of this process without mapped files, None where the system does not tell them apart."""
+    memory = psutil.Process().memory_info()
+    return (memory.rss - memory.shared) / 1e6 if hasattr(memory, "shared") else None
 
 
 def loader(folder: Path, seconds: float) -> dict[str, Any]:
@@ -158,11 +162,7 @@ def loader(folder: Path, seconds: float) -> dict[str, Any]:
 @exit_with_a_sentence
 def main() -> None:
     a = tyro.cli(Arguments, description=__doc__)
-    for flag in ("megabytes", "repeats", "shards", "seconds"):
-        if not 0 < getattr(a, flag) < float("inf"):
-            raise BadInput(f"--{flag} {getattr(a, flag)}: must be a positive number")
-    import torch  # noqa: F401  # what the loader's tensors need is not the loader's memory
-
+    check_positive(a, "megabytes", "repeats", "shards", "seconds")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "sparse").mkdir()
@@ -184,23 +184,20 @@ def main() -> None:
         "first_batch_seconds": read["first_batch_seconds_88m"],
         "loader_anonymous_mb": read["anonymous_mb"],
     }
-    said = (
+    goals = (
         ("builder / encode_batch", figures["builder_ratio"], GOALS["builder"], ".2f", ">="),
         ("loader, 8 x 2048, tokens/s", figures["loader_tokens_per_second"], GOALS["loader"], ",.0f", ">="),
         ("loader, 32 x 256, tokens/s", figures["loader_tokens_per_second_nano"], GOALS["loader"], ",.0f", ">="),
         ("first batch, s", figures["first_batch_seconds"], GOALS["first_batch"], ".3f", "<="),
         ("loader, anonymous MB", figures["loader_anonymous_mb"], GOALS["loader_anonymous"], ".0f", "<="),
     )
-    for what, value, goal, form, relation in said:
+    for what, value, goal, form, relation in goals:
         if value is None:
             print(f"{what:28} not measured here")
             continue
         met = value >= goal if relation == ">=" else value <= goal
         print(f"{what:28} {value:>14{form}}  goal {relation} {goal:{form}}: {'met' if met else 'NOT met'}")
-    if a.json:
-        described = {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), **identity.provenance()}
-        goals = {f"{name}_goal": goal for name, goal in GOALS.items()}
-        files.write_json(a.json, described | figures | goals | {"rates": rates})
+    write_figures(a.json, figures | {f"{name}_goal": goal for name, goal in GOALS.items()} | {"rates": rates})
 
 
 if __name__ == "__main__":

@@ -1,25 +1,30 @@
-"""The feed-forward layer of a mixture of experts: grouped products against a loop over the experts.
+"""Times the feed-forward layer of a mixture of experts: grouped products against a loop over the experts.
 
     python -m bench.experts [--model moe-79m] [--json FILE]
 
-Forward and backward of one layer on 16,384 random tokens (a CPU: 1,024), routed by a random router; the outputs are
-compared first, then both are timed in turns; medians. The loop is what one would write: select, multiply, add back.
+Forward and backward of one layer on 16,384 random tokens (a CPU: 1,024) from a random router. Compares outputs and
+gradients first, then times both in turns; medians. The loop is what one would write: select, multiply, add back.
 """
 
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import tyro
 from torch import Tensor
 
-from engine import files, identity
-from engine.cli import BadInput, exit_with_a_sentence
-from engine.speed import point, seconds_between
+from bench.harness import (
+    JsonFlag,
+    check_model,
+    check_positive,
+    interleaved,
+    require,
+    this_device,
+    write_figures,
+)
+from engine.cli import exit_with_a_sentence
 from kernels.grouped_matmul import Routing, grouped_matmul
 from model import ACTIVATIONS, SIZES
 
@@ -27,15 +32,13 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(JsonFlag):
     """Time one layer of experts."""
 
     model: str | None = None
     """Named size with experts (default: moe-79m; on a CPU moe-nano)."""
     repeats: int = 20
     """Timed rounds."""
-    json: Path | None = None
-    """Write the figures here too."""
 
 
 def grouped(x: Tensor, up: Tensor, down: Tensor, experts: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
@@ -57,13 +60,12 @@ def loop(x: Tensor, up: Tensor, down: Tensor, experts: Tensor, act: Callable[[Te
 @exit_with_a_sentence
 def main() -> int:
     a = tyro.cli(Arguments, description=__doc__)
-    cuda = torch.cuda.is_available()
+    device = this_device()
+    cuda = device.type == "cuda"
     name = a.model or ("moe-79m" if cuda else "moe-nano")
-    if name not in SIZES or not SIZES[name].experts:
-        raise BadInput(f"--model {name}: choose from {', '.join(n for n, size in SIZES.items() if size.experts)}")
-    if a.repeats < 1:
-        raise BadInput(f"--repeats {a.repeats}: must be at least 1")
-    c, device, dtype = SIZES[name], torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
+    check_model(name, [size for size, config in SIZES.items() if config.experts])
+    check_positive(a, "repeats")
+    c, dtype = SIZES[name], torch.bfloat16 if cuda else torch.float32
     torch.manual_seed(0)
     tokens = 16_384 if cuda else 1024
     x = torch.randn(tokens, c.d_model, device=device, dtype=dtype)
@@ -76,25 +78,15 @@ def main() -> int:
         out = layer(*leaves, experts, act)
         return [out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)]
 
-    for ours, exact in zip(both_ways(grouped), both_ways(loop), strict=True):
-        error = ((ours - exact).float().norm() / exact.float().norm()).item()
-        if not error <= TOLERANCE[dtype]:
-            sys.exit(f"grouped products and the loop differ by {error:.2g}, not timed")
-    seconds: dict[str, list[float]] = {"grouped": [], "loop": []}
-    for i in range(-2, a.repeats):
-        for which, layer in (("grouped", grouped), ("loop", loop)):
-            start = point(device)
-            both_ways(layer)
-            taken = seconds_between(start, point(device))
-            if i >= 0:
-                seconds[which].append(taken)
+    for what, ours, exact in zip(("output", "dx", "dup", "ddown"), both_ways(grouped), both_ways(loop), strict=True):
+        require(f"grouped products: {what}", ours, exact, TOLERANCE[dtype], "the loop's")
+    candidates = {"grouped": lambda i: both_ways(grouped), "loop": lambda i: both_ways(loop)}
+    seconds = interleaved(candidates, device, a.repeats)
     median = {which: 1e6 * statistics.median(values) for which, values in seconds.items()}
     print(f"{name}, {tokens:,} tokens, forward and backward of one layer, {str(dtype).removeprefix('torch.')}")
     print(f"grouped {median['grouped']:10.1f} us   loop {median['loop']:10.1f} us")
     print(f"ratio   {median['loop'] / median['grouped']:10.2f}x")
-    if a.json:
-        described = {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), **identity.provenance()}
-        files.write_json(a.json, described | {"model": name, "tokens": tokens, "median_us": median})
+    write_figures(a.json, {"model": name, "tokens": tokens, "median_us": median})
     return 0
 
 

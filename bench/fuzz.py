@@ -1,4 +1,4 @@
-"""Damaged files: each is refused with a sentence or read as what it is; none crashes, hangs or passes for another.
+"""Checks that damaged files are refused with a sentence or read correctly; none crashes, hangs or is misread.
 
     python -m bench.fuzz --cases 10000
 
@@ -29,6 +29,8 @@ import tyro
 from analysis.questions import answers
 from analysis.runs import load_run
 from analysis.verdict import judge
+from bench.harness import check_positive
+from bench.synthetic import write_run
 from corpus.build import build_shards
 from corpus.shards import HEADER_BYTES, SLOT_CRC32, open_shards
 from data import TokenStream
@@ -52,9 +54,9 @@ class Arguments:
     """Read damaged files."""
 
     cases: int = 10_000
-    """How many, shared out over shards, run files and checkpoints."""
+    """How many, a third each of shards, run files and checkpoints."""
     seed: int = 0
-    """Of the damage."""
+    """Of the random damage."""
 
 
 class Hang(BaseException):
@@ -62,7 +64,7 @@ class Hang(BaseException):
 
 
 class Accepted(Exception):
-    """Something that is wrong was taken for right; the message says what."""
+    """A reader accepted wrong contents; the message names them."""
 
 
 def damage_bytes(path: Path, rng: random.Random) -> None:
@@ -111,10 +113,10 @@ def damage_json(path: Path, rng: random.Random) -> None:
 
 
 def damage_checkpoint(path: Path, rng: random.Random) -> None:
-    """Whole and with right checksums, but something in it is another or gone: not the weights, which any may be."""
+    """Change or delete an entry under right checksums; not the weights, where any number is valid."""
     with zipfile.ZipFile(path) as archive:
         if archive.testzip() is not None:
-            raise ValueError("damaged already: to save it again would make that right")
+            raise ValueError("damaged already; saving it again would hide that")
     contents = torch.load(path, weights_only=True)
     holder: Any = contents
     while True:
@@ -146,7 +148,7 @@ def damage(folder: Path, rng: random.Random) -> None:
 
 
 def read_shards(folder: Path, whole: Path) -> None:
-    """Every token of every split; Accepted where a count or a checked token is not what the files hold."""
+    """Read every token of every split; Accepted where a count or a checked token differs from the files."""
     shards = open_shards(folder)
     for split, paths in shards.files.items():
         stream = TokenStream(shards, split)
@@ -161,7 +163,7 @@ def read_shards(folder: Path, whole: Path) -> None:
 
 
 def read_run(folder: Path, whole: Path) -> None:
-    """As a report does, and as --resume cuts the lines."""
+    """Read a run as a report does, and cut its lines as --resume does."""
     run = load_run(folder)
     run_row(run, "a run")
     summary_table([run])
@@ -232,15 +234,13 @@ def shards_to_damage(folder: Path) -> None:
 
 
 def run_to_damage(folder: Path) -> None:
-    from bench.synthetic import write_run
-
     write_run(folder, steps=6, layers=1, gap=True, experts=2)
 
 
 def try_cases(
     whole: Path, read: Callable[[Path, Path], None], cases: int, rng: random.Random, folder: Path
 ) -> tuple[Counter[str], list[str]]:
-    """What came of each case, and the faults found."""
+    """How many cases ended in which way, and the faults found."""
     counts: Counter[str] = Counter()
     faults: list[str] = []
 
@@ -257,7 +257,7 @@ def try_cases(
         signal.alarm(SECONDS_PER_CASE)
         try:
             read(folder, whole)
-            counts["read as what it is"] += 1
+            counts["read correctly"] += 1
         except BadInput as refusal:
             counts["refused with a sentence"] += 1
             if "\n" in str(refusal):
@@ -276,24 +276,22 @@ def try_cases(
 @exit_with_a_sentence
 def main() -> int:
     a = tyro.cli(Arguments, description=__doc__)
-    if a.cases < 1:
-        raise BadInput(f"--cases {a.cases}: must be at least 1")
+    check_positive(a, "cases")
     rng, began = random.Random(a.seed), time.monotonic()
     total: list[str] = []
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        for part in ("shards", "run", "checkpoint"):
-            (root / part).mkdir() if part == "checkpoint" else None
         shards_to_damage(root / "shards")
         run_to_damage(root / "run")
         checkpoints = Checkpoints(root / "shards")
+        (root / "checkpoint").mkdir()
         checkpoints.write(root / "checkpoint")
         readers = {"shards": read_shards, "run": read_run, "checkpoint": checkpoints.read}
         for part, read in readers.items():
             share = -(-a.cases // len(readers))
             counts, faults = try_cases(root / part, read, share, rng, root / "damaged")
-            said = ", ".join(f"{count} {words}" for words, count in sorted(counts.items()))
-            print(f"{part:10} {share} cases: {said}, {len(faults)} faults", flush=True)
+            outcomes = ", ".join(f"{count} {words}" for words, count in sorted(counts.items()))
+            print(f"{part:10} {share} cases: {outcomes}, {len(faults)} faults", flush=True)
             total += [f"{part}: {fault}" for fault in faults]
     for fault in total[:20]:
         print(fault)

@@ -1,16 +1,17 @@
-"""The machine and the source that made a figure, as every record keeps them.
+"""Describes the machine and the source that made a figure, as every record keeps them.
 
     described = describe(); print(label(described))
 
-Asks the system and, where there is one, nvidia-smi; what cannot be learned is null. Under a second.
+Reads psutil, py-cpuinfo and, where there is one, nvidia-smi; what cannot be learned is null. About two seconds.
 """
 
+import importlib.util
 import os
 import platform
 import shutil
 import subprocess
 import time
-from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from engine import identity
@@ -26,16 +27,27 @@ QUERY = {
 
 
 def describe() -> dict[str, Any]:
+    """What `facts` says, and how busy the machine is now."""
+    return facts() | {"busy_cores": busy_cores()}
+
+
+def facts() -> dict[str, Any]:
     """Device, driver, clocks, processor, versions, commit and date."""
     import torch
 
     cuda = torch.cuda.is_available()
-    described: dict[str, Any] = {"device": torch.cuda.get_device_name() if cuda else "cpu"}
-    described["gpus"] = torch.cuda.device_count() if cuda else 0
-    described |= gpu_state() if cuda else dict.fromkeys(QUERY)
-    described |= {"cuda_version": torch.version.cuda, "cpu": cpu_name(), "cpu_mhz": cpu_mhz(), "cores": cores()}
-    described |= {"system": f"{platform.system()} {platform.machine()}", "busy_cores": busy_cores()}
-    return described | {"date": time.strftime("%Y-%m-%d", time.gmtime())} | identity.provenance()
+    found: dict[str, Any] = {"device": device_name(), "gpus": torch.cuda.device_count() if cuda else 0}
+    found |= gpu_state() if cuda else dict.fromkeys(QUERY)
+    found |= {"cuda_version": torch.version.cuda, "cpu": cpu_name(), "cpu_mhz": cpu_mhz(), "cores": cores()}
+    found |= {"system": f"{platform.system()} {platform.machine()}", "date": time.strftime("%Y-%m-%d", time.gmtime())}
+    return found | identity.provenance()
+
+
+def device_name() -> str:
+    """As torch.cuda calls the first GPU; cpu without one."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def label(described: dict[str, Any]) -> str:
@@ -58,7 +70,7 @@ def gpu_state() -> dict[str, Any]:
 
 
 def _number_or_text(value: str) -> float | str | None:
-    """Clocks as numbers; a driver's version has two points; what the device does not tell is in brackets."""
+    """Clocks become numbers, a driver's version stays text; nvidia-smi puts what it does not know in brackets."""
     try:
         return float(value)
     except ValueError:
@@ -66,46 +78,36 @@ def _number_or_text(value: str) -> float | str | None:
 
 
 def cpu_name() -> str | None:
-    return _cpu_field("model name") or platform.processor() or None
+    cpuinfo = _installed("cpuinfo")
+    return (cpuinfo and cpuinfo.get_cpu_info().get("brand_raw")) or platform.processor() or None
 
 
 def cpu_mhz() -> float | None:
-    value = _cpu_field("cpu MHz")
-    return float(value) if value else None
-
-
-def _cpu_field(field: str) -> str | None:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), None)
+    """The present clock, mean over all cores."""
+    psutil = _installed("psutil")
+    frequency = psutil and psutil.cpu_freq()
+    return frequency.current if frequency else None
 
 
 def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many cores this process may use."""
+    return len(_own_cores())
 
 
 def busy_cores() -> float | None:
-    """How many cores work right now, over half a second: others are at work where it is not about 0 before a start."""
-    before = _core_times()
-    time.sleep(SAMPLE_SECONDS)
-    after = _core_times()
-    if before is None or after is None or after[1] <= before[1]:
+    """Busy cores, averaged over 0.5 s; should be near 0 before a benchmark."""
+    psutil = _installed("psutil")
+    percents = psutil.cpu_percent(SAMPLE_SECONDS, percpu=True) if psutil else []
+    if len(percents) <= max(_own_cores()):  # some cores are offline: their numbers are not positions in the list
         return None
-    return round(cores() * (after[0] - before[0]) / (after[1] - before[1]), 2)
+    return round(sum(percents[core] for core in _own_cores()) / 100, 2)
 
 
-def _core_times() -> tuple[int, int] | None:
-    """Ticks that our cores worked, and all of theirs, since the system started (proc(5), /proc/stat)."""
-    mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    names = {f"cpu{core}" for core in mine}
-    try:
-        lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
-        ticks = [sum(column) for column in zip(*(map(int, w[1:9]) for w in lines if w and w[0] in names), strict=True)]
-    except (OSError, ValueError):
-        return None
-    if len(ticks) < 8:
-        return None
-    return sum(ticks) - ticks[3] - ticks[4], sum(ticks)  # without idle and waiting for a disk
+def _own_cores() -> set[int]:
+    """Numbers of the cores that the affinity of this process allows."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def _installed(package: str) -> ModuleType | None:
+    """A package that a training machine may lack."""
+    return importlib.import_module(package) if importlib.util.find_spec(package) else None

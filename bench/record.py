@@ -27,9 +27,9 @@ from analysis.figures import draw
 from analysis.pages import markdown_page
 from analysis.runs import Run, group_seeds, load_run
 from bench import machine
-from bench import record_figures as pages
-from bench.parts import parts, rows_of
-from bench.record_figures import BENCH, BUDGET, CORPORA, LEAST_SEEDS, PLOTS, RECORD
+from bench import record_pages as pages
+from bench.all import parts, rows_of
+from bench.record_pages import BENCH, BUDGET, CORPORA, LEAST_SEEDS, PLOTS, RECORD
 from engine import files, identity
 from engine.cli import BadInput, Count, exit_with_a_sentence, make_folder
 from engine.files import ROOT

@@ -1,10 +1,10 @@
-"""Many ranks: what they send per update against the least possible, how evenly they share Newton-Schulz, and how fast.
+"""Counts what many ranks send per step against the least possible, how evenly they share Newton-Schulz, and times them.
 
     python -m bench.scaling --model 88m                          counted, no GPU needed
     python -m bench.scaling --model nano --measure               ranks as processes of this machine, over gloo
 
-The least for one update: every gradient to its owner and every weight back, 2 (N - 1) / N of the parameters' bytes from
-each rank, in one message each way. The projection sets that against the speed of light of the computation.
+The least for one step: every gradient to its owner and every weight back, 2 (N - 1) / N of the parameters' bytes from
+each rank, in one message each way. The projection compares that with the speed of light of the computation.
 """
 
 import json
@@ -21,22 +21,24 @@ import torch
 import torch.distributed as dist
 import tyro
 
-from engine import files, identity, speed
+from bench.harness import JsonFlag, check_model, print_table, write_figures
+from engine import speed
 from engine.cli import BadInput, Count, exit_with_a_sentence
 from engine.ranks import Sharding, unit_cost
 from engine.step import TrainingStep
 from model import SIZES, Transformer
 from optim import build_optimizers, step_cost
 
-# Bytes/s that one GPU can send: PCIe 4 x16 between 4090s (no peer to peer: through the host), NVLink 4, and one of 8
-# GPUs' part of 8 x 400 Gb/s between nodes. Data sheets.
+# Bytes/s that one GPU can send, by data sheet: PCIe 4 x16 between 4090s (no peer to peer: through the host), NVLink 4,
+# and one GPU's eighth of 8 x 400 Gb/s between nodes.
 LINKS = {"PCIe 4 x16": 25e9, "NVLink 4": 450e9, "400 Gb/s per GPU": 50e9}
+GPUS = {"4090": "NVIDIA GeForce RTX 4090", "H200": "NVIDIA H200"}
 LAUNCH_SECONDS = 15e-6  # of one NCCL message, typical
-TIMED_UPDATES, UNTIMED_UPDATES = 8, 2
+TIMED_STEPS, UNTIMED_STEPS = 8, 2
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(JsonFlag):
     """Count or measure what many ranks cost."""
 
     model: str = "88m"
@@ -46,17 +48,15 @@ class Arguments:
     ranks: tuple[int, ...] = (2, 3, 4, 8, 16)
     """Numbers of ranks."""
     batch_tokens: Count = 2**19
-    """Tokens per update over all ranks, for the projection."""
+    """Tokens per step over all ranks, for the projection."""
     optimizer: str = "muon"
     """muon or adamw."""
     measure: bool = False
-    """Time real updates of so many processes over gloo on this machine's CPU instead."""
-    json: Path | None = None
-    """Write the figures here too."""
+    """Time real steps of so many processes over gloo on this machine's CPU instead."""
 
 
 def count(a: Arguments, ranks: int) -> dict[str, float]:
-    """What the busiest rank of `ranks` sends and works; the parameters are on no device."""
+    """What the busiest rank of `ranks` sends and computes; no memory is allocated."""
     with torch.device("meta"):
         model = Transformer(SIZES[a.model], a.vocab_size)
     sharding = Sharding(model, 0, ranks)
@@ -87,15 +87,12 @@ def project(a: Arguments, row: dict[str, float]) -> dict[str, float]:
         model = Transformer(SIZES[a.model], a.vocab_size)
     optimizers = build_optimizers(model, a.optimizer, lr=1.0, adamw_lr=1.0, sharding=Sharding(model, 0, ranks))
     work = (model, step_cost(optimizers), a.batch_tokens, SIZES[a.model].seq_len)
-    found = {
-        f"light on {name.split()[-1]}": speed.light_seconds(*work, speed.DEVICES[name], ranks)
-        for name in ("NVIDIA GeForce RTX 4090", "NVIDIA H200")
-    }
-    return found | {link: row["bytes_sent"] / speed + row["messages"] * LAUNCH_SECONDS for link, speed in LINKS.items()}
+    found = {f"light on {gpu}": speed.light_seconds(*work, speed.DEVICES[name], ranks) for gpu, name in GPUS.items()}
+    return found | {link: row["bytes_sent"] / rate + row["messages"] * LAUNCH_SECONDS for link, rate in LINKS.items()}
 
 
 def measure(a: Arguments, ranks: int) -> dict[str, float]:
-    """The median update of `ranks` processes, and what they counted as sent."""
+    """The median step of `ranks` processes, and what they counted as sent."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "figures.json"
         command = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}")
@@ -110,7 +107,7 @@ def measure(a: Arguments, ranks: int) -> dict[str, float]:
 
 
 def one_rank(a: Arguments, out: Path) -> None:
-    """What each process of `measure` does."""
+    """Runs in each process of `measure`."""
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
@@ -121,7 +118,7 @@ def one_rank(a: Arguments, out: Path) -> None:
     step = TrainingStep(model, optimizers, micro_batch=1, sharding=sharding)
     sequences = max(1, 12 // ranks)
     seconds = []
-    for update in range(UNTIMED_UPDATES + TIMED_UPDATES):
+    for number in range(UNTIMED_STEPS + TIMED_STEPS):
         tokens = torch.randint(a.vocab_size, (sequences, config.seq_len + 1))
         dist.barrier()
         sharding.bytes_sent = sharding.messages = 0
@@ -129,7 +126,7 @@ def one_rank(a: Arguments, out: Path) -> None:
         step.gradients(tokens)
         between = time.perf_counter()
         step.apply()
-        if update >= UNTIMED_UPDATES:
+        if number >= UNTIMED_STEPS:
             seconds.append((between - start, time.perf_counter() - between))
     if (sharding.bytes_sent, sharding.messages) != sharding.traffic():
         sys.exit(f"counted {sharding.traffic()}, sent {sharding.bytes_sent, sharding.messages}: not reported")
@@ -145,8 +142,7 @@ def one_rank(a: Arguments, out: Path) -> None:
 @exit_with_a_sentence
 def main() -> int:
     a = tyro.cli(Arguments, description=__doc__)
-    if a.model not in SIZES:
-        raise BadInput(f"--model {a.model}: choose from {', '.join(SIZES)}")
+    check_model(a.model)
     if a.optimizer not in ("muon", "adamw"):
         raise BadInput(f"--optimizer {a.optimizer}: choose from muon, adamw")
     if not a.ranks or min(a.ranks) < 1:
@@ -156,30 +152,27 @@ def main() -> int:
         return 0
     if a.measure:
         rows = [measure(a, ranks) for ranks in a.ranks]
-        print(f"{a.model}, {a.optimizer}, processes of one thread over gloo, 12 sequences per update; medians")
-        for r in rows:
-            print(
-                f"{r['ranks']:3} ranks {r['tokens_per_second']:9,.0f} tok/s  gradients {r['gradients_ms']:8.1f} ms  "
-                f"optimizer and gather {r['apply_ms']:7.1f} ms  {r['bytes_sent'] / 1e6:8.2f} MB sent  "
-                f"{r['messages']} messages"
-            )
+        print(f"{a.model}, {a.optimizer}, processes of one thread over gloo, 12 sequences per step; medians")
+        print_table([_measured(r) for r in rows])
     else:
         rows = [row | project(a, row) for row in (count(a, ranks) for ranks in a.ranks)]
-        print(f"{a.model}, {a.optimizer}: counted; PREDICTED milliseconds per update of {a.batch_tokens:,} tokens")
-        links = "".join(f"{link:>18}" for link in LINKS)
-        head = f"{'ranks':>5} {'MB sent':>9} {'of ideal':>9} {'msgs (2)':>9} {'imbalance':>10}"
-        print(f"{head}{links}{'4090':>9}{'H200':>9}")
-        for r in rows:
-            times = "".join(f"{1e3 * r[link]:18.2f}" for link in LINKS)
-            lights = "".join(f"{1e3 * r[f'light on {name}']:9.1f}" for name in ("4090", "H200"))
-            print(
-                f"{r['ranks']:5} {r['bytes_sent'] / 1e6:9.1f} {r['bytes_ratio']:9.2f} {r['messages']:9} "
-                f"{r['newton_schulz_imbalance']:10.2f}{times}{lights}"
-            )
-    if a.json:
-        described = {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), **identity.provenance()}
-        files.write_json(a.json, described | {"model": a.model, "rows": rows})
+        print(f"{a.model}, {a.optimizer}: counted; PREDICTED milliseconds per step of {a.batch_tokens:,} tokens")
+        print_table([_counted(r) for r in rows])
+    write_figures(a.json, {"model": a.model, "rows": rows})
     return 0
+
+
+def _measured(r: dict[str, float]) -> dict[str, str]:
+    row = {"ranks": str(r["ranks"]), "tok/s": f"{r['tokens_per_second']:,.0f}"}
+    row |= {"gradients ms": f"{r['gradients_ms']:.1f}", "optimizer and gather ms": f"{r['apply_ms']:.1f}"}
+    return row | {"MB sent": f"{r['bytes_sent'] / 1e6:.2f}", "messages": str(r["messages"])}
+
+
+def _counted(r: dict[str, float]) -> dict[str, str]:
+    row = {"ranks": str(r["ranks"]), "MB sent": f"{r['bytes_sent'] / 1e6:.1f}", "of ideal": f"{r['bytes_ratio']:.2f}"}
+    row |= {"msgs (2)": str(r["messages"]), "imbalance": f"{r['newton_schulz_imbalance']:.2f}"}
+    row |= {link: f"{1e3 * r[link]:.2f}" for link in LINKS}
+    return row | {gpu: f"{1e3 * r[f'light on {gpu}']:.1f}" for gpu in GPUS}
 
 
 if __name__ == "__main__":

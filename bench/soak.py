@@ -1,9 +1,9 @@
-"""Training that is killed again and again ends with the weights of one that was left alone, to the bit.
+"""Checks that a training killed again and again ends with the weights of an undisturbed one, to the bit.
 
     python -m bench.soak --minutes 30
 
-A reference run, then the same one killed (SIGKILL) 5 to 20 s after the first new update of each start, and, one time in
-four, with its newest checkpoint cut in half as a power cut may leave it; every start is the same command with --resume.
+A reference run, then the same one killed (SIGKILL) 5 to 20 s after the first new step of each start. One time in four
+its newest checkpoint is then cut in half, as a power cut may leave it. Every start is the same command with --resume.
 """
 
 import json
@@ -22,69 +22,68 @@ from typing import Any
 import torch
 import tyro
 
-from engine import files, identity
+from bench.harness import JsonFlag, check_positive, write_figures
+from engine import files
 from engine.cli import BadInput, exit_with_a_sentence
 
 TRAIN = files.ROOT / "train.py"
-BATCH_TOKENS, PROBE_UPDATES = 2048, 20
-REFERENCE_SHARE = 0.33  # of the minutes for the run that is left alone; to be killed takes twice as long
+BATCH_TOKENS, PROBE_STEPS = 2048, 20
+REFERENCE_SHARE = 0.33  # of the minutes for the undisturbed run; the killed one takes twice as long
 KILL_AFTER_SECONDS = (5.0, 20.0)
 CUT_SHARE = 0.25  # of the kills after which the newest checkpoint is cut
 
 
 @dataclass(frozen=True)
-class Arguments:
-    """Kill a training at random until it is finished, and compare it with one that was left alone."""
+class Arguments(JsonFlag):
+    """Kill a training at random until it is finished, and compare it with an undisturbed one."""
 
     minutes: float = 30.0
     """About how long all of it takes."""
     updates: int | None = None
-    """Of each run, instead of as many as fit the minutes."""
+    """Steps of each run, instead of as many as fit the minutes."""
     data: Path | None = None
     """Folder of token shards (default: the embedded shards that make speedrun builds)."""
     seed: int = 0
     """Of the kills, not of the training."""
-    json: Path | None = None
-    """Write the figures here too."""
 
 
-def start(folder: Path, name: str, updates: int, data: Path | None) -> subprocess.Popen[bytes]:
-    words = ["--model", "nano", "--batch-tokens", BATCH_TOKENS, "--tokens", updates * BATCH_TOKENS, "--device", "cpu"]
+def start(folder: Path, name: str, steps: int, data: Path | None) -> subprocess.Popen[bytes]:
+    words = ["--model", "nano", "--batch-tokens", BATCH_TOKENS, "--tokens", steps * BATCH_TOKENS, "--device", "cpu"]
     words += ["--checkpoint-every", 8, "--spectra-every", 16, "--eval-every", 32, "--eval-tokens", 4096, "--no-plots"]
     words += ["--dropout", 0.1, "--runs-dir", folder, "--name", name, "--resume", *(("--data", data) if data else ())]
-    with (folder / f"{name}.txt").open("ab") as said:
-        return subprocess.Popen([sys.executable, str(TRAIN), *map(str, words)], stdout=said, stderr=said)
+    with (folder / f"{name}.txt").open("ab") as output:
+        return subprocess.Popen([sys.executable, str(TRAIN), *map(str, words)], stdout=output, stderr=output)
 
 
-def train_to_the_end(folder: Path, name: str, updates: int, data: Path | None) -> float:
-    """Seconds of training of a run left alone, by its median update: the first ones share the cores with spectra."""
-    if start(folder, name, updates, data).wait():
+def train_to_the_end(folder: Path, name: str, steps: int, data: Path | None) -> float:
+    """Training seconds of an undisturbed run, by its median step: the first ones share the cores with spectra."""
+    if start(folder, name, steps, data).wait():
         raise BadInput(f"the run to compare with failed: {(folder / f'{name}.txt').read_text().splitlines()[-1]}")
-    return updates * statistics.median(line["step_ms"] for line in updates_logged(folder / name)) / 1e3
+    return steps * statistics.median(line["step_ms"] for line in steps_logged(folder / name)) / 1e3
 
 
-def updates_logged(run: Path) -> list[dict[str, Any]]:
+def steps_logged(run: Path) -> list[dict[str, Any]]:
     path = run / files.METRICS
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if '"train"' in line and line.endswith("}")]
 
 
 def last_step(run: Path) -> int:
-    return max((line["step"] for line in updates_logged(run)), default=0)
+    return max((line["step"] for line in steps_logged(run)), default=0)
 
 
-def torment(
-    folder: Path, name: str, updates: int, data: Path | None, rng: random.Random, undisturbed: float
+def train_with_kills(
+    folder: Path, name: str, steps: int, data: Path | None, rng: random.Random, undisturbed_seconds: float
 ) -> dict[str, int]:
-    """Kill and start until the run is finished, which takes so many seconds undisturbed; how often what was done."""
+    """Kill and restart a run until it is finished; counts of starts, kills and damaged checkpoints."""
     run, done = folder / name, {"starts": 0, "kills": 0, "cut_checkpoints": 0}
     while True:
-        before, process = last_step(run), start(folder, name, updates, data)
+        before, process = last_step(run), start(folder, name, steps, data)
         done["starts"] += 1
         while process.poll() is None and last_step(run) <= before:
             time.sleep(0.05)
         low, high = KILL_AFTER_SECONDS
-        end = time.monotonic() + rng.uniform(low, min(high, max(low, undisturbed / 2)))
+        end = time.monotonic() + rng.uniform(low, min(high, max(low, undisturbed_seconds / 2)))
         while process.poll() is None and time.monotonic() < end:
             time.sleep(0.05)
         if process.poll() is None:
@@ -96,9 +95,7 @@ def torment(
                 os.truncate(newest, newest.stat().st_size // 2)
                 done["cut_checkpoints"] += 1
         elif process.returncode:
-            sys.exit(
-                f"start {done['starts']} ended with {process.returncode}; {folder / f'{name}.txt'} has what it said"
-            )
+            sys.exit(f"start {done['starts']} ended with {process.returncode}; see {folder / f'{name}.txt'}")
         else:
             return done
 
@@ -127,30 +124,25 @@ def _timeless(line: str) -> dict[str, Any]:
 @exit_with_a_sentence
 def main() -> int:
     a = tyro.cli(Arguments, description=__doc__)
-    if not 0 < a.minutes < float("inf"):
-        raise BadInput(f"--minutes {a.minutes}: must be a positive number")
-    if a.updates is not None and a.updates < 1:
-        raise BadInput(f"--updates {a.updates}: must be at least 1")
+    check_positive(a, "minutes", "updates")
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        updates = a.updates
-        if updates is None:
-            update_seconds = train_to_the_end(folder, "probe", PROBE_UPDATES, a.data) / PROBE_UPDATES
-            updates = max(PROBE_UPDATES, round(REFERENCE_SHARE * 60 * a.minutes / update_seconds))
-        undisturbed = train_to_the_end(folder, "reference", updates, a.data)
-        done = torment(folder, "tormented", updates, a.data, random.Random(a.seed), undisturbed)
-        differ = differences(folder / "tormented", folder / "reference")
+        steps = a.updates
+        if steps is None:
+            step_seconds = train_to_the_end(folder, "probe", PROBE_STEPS, a.data) / PROBE_STEPS
+            steps = max(PROBE_STEPS, round(REFERENCE_SHARE * 60 * a.minutes / step_seconds))
+        undisturbed_seconds = train_to_the_end(folder, "reference", steps, a.data)
+        done = train_with_kills(folder, "killed", steps, a.data, random.Random(a.seed), undisturbed_seconds)
+        differ = differences(folder / "killed", folder / "reference")
     minutes = (time.monotonic() - began) / 60
     print(
-        f"{updates} updates, {done['starts']} starts, {done['kills']} kills survived, {done['cut_checkpoints']} newest "
+        f"{steps} steps, {done['starts']} starts, {done['kills']} kills survived, {done['cut_checkpoints']} newest "
         f"checkpoints cut in half, {minutes:.1f} minutes: {'the same to the bit' if not differ else 'NOT THE SAME'}"
     )
     for difference in differ:
         print(f"differs: {difference}")
-    if a.json:
-        described = {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), **identity.provenance()}
-        files.write_json(a.json, described | done | {"updates": updates, "minutes": minutes, "differ": differ})
+    write_figures(a.json, done | {"updates": steps, "minutes": minutes, "differ": differ})
     return 1 if differ else 0
 
 

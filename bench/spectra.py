@@ -1,16 +1,14 @@
-"""One spectra event, ours against float64 SVDs.
+"""Times one spectra event, ours against float64 SVDs.
 
     python -m bench.spectra [--model 88m] [--json FILE]
 
-Correctness first: singular values above 1e-3 of the largest to 1e-5, leading subspaces by principal angles. Then both
-are timed in turns on the same matrices, every projection's weight and update, and a whole event from snapshot to disk;
-medians.
+Checks first: singular values above 1e-3 of the largest to 1e-5, leading subspaces by principal angles. Then times both
+in turns on the same matrices, every projection's weight and update, and a whole event from snapshot to disk; medians.
 """
 
 import statistics
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +16,9 @@ import torch
 import tyro
 from torch import Tensor
 
-from engine import files, identity
-from engine.cli import BadInput, exit_with_a_sentence
+from bench.harness import JsonFlag, check_model, check_positive, interleaved, write_figures
+from engine import files
+from engine.cli import exit_with_a_sentence
 from engine.ranks import Sharding
 from kernels.newton_schulz import orthogonalize
 from metrics import SUBSPACE_RANK, SpectraRecorder, decompose_bank
@@ -31,24 +30,22 @@ SEPARATED = 1e-3  # of s_5: where s_5 - s_6 is less, the subspace is arbitrary a
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(JsonFlag):
     """Time one spectra event on this machine's CPU."""
 
     model: str = "88m"
     """Named size."""
     repeats: int = 3
     """Events timed of each kind."""
-    json: Path | None = None
-    """Write the figures here too."""
 
 
 def by_svd(bank: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """What one would write first: a full float64 decomposition of each matrix."""
+    """The plain way: a full float64 decomposition of each matrix."""
     return [torch.linalg.svd(W.double(), full_matrices=False) for W in bank.flatten(0, -3)]
 
 
 def check(bank: Tensor) -> int:
-    """SystemExit where ours leaves the SVD's values; returns how many pairs of subspaces could be compared."""
+    """SystemExit where ours differs from the SVD; returns how many pairs of subspaces could be compared."""
     compared = 0
     ours = decompose_bank(bank)
     for i, (U, s, Vh) in enumerate(by_svd(bank)):
@@ -70,17 +67,14 @@ def check(bank: Tensor) -> int:
 @exit_with_a_sentence
 def main() -> int:
     a = tyro.cli(Arguments, description=__doc__)
-    if a.model not in SIZES:
-        raise BadInput(f"--model {a.model}: choose from {', '.join(SIZES)}")
-    if a.repeats < 1:
-        raise BadInput(f"--repeats {a.repeats}: must be at least 1")
+    check_model(a.model)
+    check_positive(a, "repeats")
     torch.manual_seed(0)
     model = Transformer(SIZES[a.model], vocab_size=64)
     weights = [bank.parameter for bank in model.banks()]
     updates = [0.02 * orthogonalize(torch.randn_like(W)) for W in weights]  # Muon's: nearly flat spectra
     leading = [W.detach() + torch.randn(*W.shape[:-1], 5) @ torch.randn(*W.shape[:-2], 5, W.shape[-1]) for W in weights]
     subspaces = sum(check(bank.detach()[:2]) for bank in weights + updates + leading)
-    seconds: dict[str, list[float]] = {"eigenproblems": [], "svd": [], "whole event": []}
     with tempfile.TemporaryDirectory() as folder:
         recorder = SpectraRecorder(model, Path(folder) / files.SPECTRA)
         sharding = Sharding(model)
@@ -88,32 +82,31 @@ def main() -> int:
             W.grad = torch.randn_like(W)
         recorder.record(0, 0)
         recorder.flush()  # simulates levels of chance, once per process
-        for step in range(a.repeats):
-            for name, run in (("eigenproblems", decompose_bank), ("svd", by_svd)):
-                start = time.perf_counter()
-                for bank in weights + updates:
-                    run(bank.detach())
-                seconds[name].append(time.perf_counter() - start)
-            start = time.perf_counter()
+
+        def whole_event(step: int) -> None:
             recorder.before_update(sharding.bank_norms())
             with torch.no_grad():
                 for W, update in zip(weights, updates, strict=True):
                     W.add_(update)
             recorder.record(step, 0)
             recorder.flush()
-            seconds["whole event"].append(time.perf_counter() - start)
+
+        candidates = {
+            "eigenproblems": lambda i: [decompose_bank(bank.detach()) for bank in weights + updates],
+            "svd": lambda i: [by_svd(bank.detach()) for bank in weights + updates],
+            "whole event": whole_event,
+        }
+        seconds = interleaved(candidates, torch.device("cpu"), a.repeats, warmup=0)
         recorder.close()
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     speedup = medians["svd"] / medians["eigenproblems"]
     matrices = sum(bank.flatten(0, -3).shape[0] for bank in weights)
     print(f"{a.model}: {matrices} matrices, weight and update, float64, {torch.get_num_threads()} threads")
-    print(f"checked against SVDs, {subspaces} pairs of leading subspaces among them")
+    print(f"equal to SVDs, with {subspaces} pairs of leading subspaces")
     for name, median in medians.items():
         print(f"{name:14} {median:7.2f} s   {min(seconds[name]):.2f} to {max(seconds[name]):.2f}")
     print(f"ratio          {speedup:7.2f}x")
-    if a.json:
-        described = {"command": " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), **identity.provenance()}
-        files.write_json(a.json, described | {"model": a.model, "seconds": seconds, "speedup": speedup})
+    write_figures(a.json, {"model": a.model, "seconds": seconds, "speedup": speedup})
     return 0
 
 

@@ -1,9 +1,9 @@
-"""A speedrun that fits so many seconds: Muon and AdamW on the same data, then a report with the most telling plots.
+"""Trains Muon and AdamW on the same data for a given number of seconds, then writes a report with the key plots.
 
     python -m bench.speedrun --seconds 120 --out runs/short [--json FILE]
 
-Takes the embedded shards that are there, else builds a few. The budget comes from --tokens-per-second and is at most
-the track's 2,015,232; fewer tokens rank no optimizer, they show that all of it works and how fast it is here.
+Uses the embedded shards, or builds a few. The token budget comes from --tokens-per-second and is at most the track's
+2,015,232. Fewer tokens cannot rank the optimizers; they show that everything works and how fast this machine is.
 """
 
 import subprocess
@@ -17,41 +17,39 @@ import tyro
 
 import report
 from analysis.runs import load_run
-from bench.record_figures import BUDGET, PLOTS, as_written, figures_of
-from engine import files, identity
+from bench.harness import JsonFlag, check_positive, write_figures
+from bench.record_pages import BUDGET, PLOTS, as_written, figures_of
 from engine.cli import BadInput, exit_with_a_sentence, make_folder
 from engine.files import ROOT
 from settings import BATCH_TOKENS, NANO, NANO_BATCH_TOKENS, default_data
 from suites.catalog import OPTIMIZERS
 
-LEAST_UPDATES, EVENTS = 4, 6  # validations and spectra of a run
+LEAST_STEPS, EVENTS = 4, 6  # of a run; events are validations with spectra
 SPENT_ELSEWHERE = {"cuda": 180.0, "cpu": 50.0}  # starts, compilation, validation and report, measured on idle machines
 FALLBACK_RATE = {"cuda": 50_000.0, "cpu": 4000.0}
-SMALL_CORPUS = 1_000_000  # tokens, where no shards are there
+SMALL_CORPUS = 1_000_000  # tokens, where there are no shards yet
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(JsonFlag):
     """Train both optimizers as long as the time allows and compare them."""
 
     out: Path
     """Folder for the runs, with their checkpoints, and the report."""
     seconds: float = 120.0
-    """What all of it may take."""
+    """Limit for everything together."""
     model: str | None = None
     """Named size (default: 88m with CUDA, else nano)."""
     tokens_per_second: float | None = None
-    """What this machine trains, if it is known."""
-    json: Path | None = None
-    """Write the figures here too."""
+    """Training speed of this machine, if it is known."""
 
 
 def run(*words: object) -> None:
-    """A command of this project, its words passed on; BadInput with its last line where it fails."""
+    """Run a command of this project; BadInput with its last line where it fails."""
     done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise BadInput(f"{words[0]}: {said[-1].removeprefix('error: ')}")
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise BadInput(f"{words[0]}: {lines[-1].removeprefix('error: ')}")
 
 
 def shards_for(model: str, out: Path) -> Path:
@@ -69,10 +67,7 @@ def shards_for(model: str, out: Path) -> Path:
 @exit_with_a_sentence
 def main() -> int:
     a = tyro.cli(Arguments, description=__doc__)
-    if not 0 < a.seconds < float("inf"):
-        raise BadInput(f"--seconds {a.seconds}: must be a positive number")
-    if a.tokens_per_second is not None and not 0 < a.tokens_per_second < float("inf"):
-        raise BadInput(f"--tokens-per-second {a.tokens_per_second}: must be a positive number")
+    check_positive(a, "seconds", "tokens_per_second")
     end = time.monotonic() + a.seconds
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     model = a.model or ("88m" if kind == "cuda" else "nano")
@@ -81,7 +76,7 @@ def main() -> int:
     batch = NANO_BATCH_TOKENS if model in NANO else BATCH_TOKENS
     rate = a.tokens_per_second or FALLBACK_RATE[kind]
     left = max(0.0, end - time.monotonic() - SPENT_ELSEWHERE[kind])
-    tokens = min(BUDGET, max(LEAST_UPDATES, int(rate * left / len(OPTIMIZERS) / batch)) * batch)
+    tokens = min(BUDGET, max(LEAST_STEPS, int(rate * left / len(OPTIMIZERS) / batch)) * batch)
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     every = max(1, tokens // batch // EVENTS)
     folders = []
@@ -96,10 +91,8 @@ def main() -> int:
     for verdict in report.judge(runs):
         print("\n".join(verdict.sentences()))
     print(f"report: {page}")
-    if a.json:
-        described = {"command": " ".join(sys.argv), "model": model, "tokens": tokens, **identity.provenance()}
-        described |= {"data_fingerprint": runs[0].config["data_fingerprint"]}
-        files.write_json(a.json, described | {"figures": as_written(figures_of(runs))})
+    figures = {"model": model, "tokens": tokens, "data_fingerprint": runs[0].config["data_fingerprint"]}
+    write_figures(a.json, figures | {"figures": as_written(figures_of(runs))})
     return 0
 
 

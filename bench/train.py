@@ -1,11 +1,11 @@
-"""Tokens per second of the whole training step: ours against the baseline, interleaved in one run, with Muon and AdamW.
+"""Times the whole training step, ours against the baseline, interleaved in one run, with Muon and AdamW.
 
     python -m bench.train [--model 88m] [--json FILE]      python -m bench.train --predict
 
 Refuses to time a step whose loss or gradients differ from the baseline's. Each round times every candidate once, in
 turn, on the same random tokens; medians and quartiles over rounds. "light" is the share of the speed of light
-(devices.light_seconds), "gap" the time in which the GPU ran no kernel. What a run adds to the step is timed too: a
-spectra event and the loader.
+(engine.speed.light_seconds), "gap" the share of time in which the GPU ran no kernel. Also times a spectra event and
+the loader, which a run adds to the step.
 """
 
 import dataclasses
@@ -25,11 +25,21 @@ import torch
 import tyro
 from torch import Tensor
 
-from bench import baseline
+from bench import baseline, machine
+from bench.harness import (
+    JsonFlag,
+    check_model,
+    check_positive,
+    print_table,
+    quartiles,
+    require,
+    this_device,
+    write_figures,
+)
 from corpus.build import build_shards
 from corpus.shards import open_shards
 from data import Loader, TokenStream
-from engine import files, identity, speed
+from engine import files, speed
 from engine.cli import BadInput, Count, exit_with_a_sentence
 from engine.memory import GIB, MemoryCount, available_bytes, choose_micro_batch
 from engine.speed import Times, point, seconds_between
@@ -43,14 +53,14 @@ WARMUP_STEPS = 3
 PROFILED_STEPS = 2
 CANDIDATES = 9
 DEFAULT_VOCAB, NANO_VOCAB = 49_152, 4096  # of the embedded shards
-SPECTRA_EVERY = 250  # updates between spectra events of a long run, for their share of the time
+SPECTRA_EVERY = 250  # steps between spectra events of a long run, for their share of the time
 # Of the loss, absolute, and of each matrix's gradient, as a share of its norm.
 LOSS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(JsonFlag):
     """Time training steps of our model and of the baseline on random tokens."""
 
     model: str = "88m"
@@ -60,7 +70,7 @@ class Arguments:
     seq_len: int | None = None
     """Tokens per sequence, instead of the size's."""
     batch_tokens: Count | None = None
-    """Tokens per update (default: 16,384; nano 8,192)."""
+    """Tokens per step (default: 16,384; nano 8,192)."""
     micro_batch: Literal["auto"] | int = "auto"
     """Sequences per forward pass, the same for all; auto is the most that fits a GPU, 1k tokens on a CPU."""
     steps: int | None = None
@@ -73,16 +83,14 @@ class Arguments:
     """Start no further round so long after the first one."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile for all of them; auto = on CUDA only."""
-    json: Path | None = None
-    """Write the rows here too, with device, versions and date."""
     predict: bool = False
-    """Print the speed of light on every GPU of devices.py and stop."""
+    """Print the speed of light on every GPU of engine/speed.py and stop."""
 
 
 @dataclass
 class Candidate:
-    """Something that trains: `step(rows, times)` sends one update to the device and marks its phases, `gradients(rows)`
-    gives the loss and each matrix's gradient as the map's (out, in), without an update."""
+    """Something that trains: `step(rows, times)` sends one step to the device and marks its phases, `gradients(rows)`
+    gives the loss and each matrix's gradient as the map's (out, in) and leaves the weights as they are."""
 
     name: str
     optimizer: str
@@ -99,8 +107,7 @@ class Workplace:
     """The device, the shape of the work, and how candidates are built for it."""
 
     def __init__(self, a: Arguments) -> None:
-        if a.model not in SIZES:
-            raise BadInput(f"--model {a.model}: choose from {', '.join(SIZES)}")
+        check_model(a.model)
         self.cuda = torch.cuda.is_available()
         self.steps = (10 if self.cuda else 2) if a.steps is None else a.steps
         self.rounds = (5 if self.cuda else 3) if a.rounds is None else a.rounds
@@ -110,29 +117,24 @@ class Workplace:
         seq_len = size.seq_len if a.seq_len is None else a.seq_len
         self.vocab_size = (NANO_VOCAB if nano else DEFAULT_VOCAB) if a.vocab_size is None else a.vocab_size
         self.batch_tokens = (NANO_BATCH_TOKENS if nano else BATCH_TOKENS) if a.batch_tokens is None else a.batch_tokens
-        for flag in ("steps", "rounds", "vocab_size", "batch_tokens"):
-            if getattr(self, flag) < 1:
-                raise BadInput(f"--{flag.replace('_', '-')} {getattr(self, flag)}: must be at least 1")
+        check_positive(self, "steps", "rounds", "vocab_size", "batch_tokens")
         self.config = dataclasses.replace(size, seq_len=seq_len)
         self.sequences, rest = divmod(self.batch_tokens, seq_len)
         if rest or not self.sequences:
             raise BadInput(f"--batch-tokens {self.batch_tokens}: not divisible by --seq-len {seq_len}")
-        self.device = torch.device("meta" if a.predict else "cuda" if self.cuda else "cpu")
+        self.device = torch.device("meta") if a.predict else this_device()
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.compiled = a.compile == "on" or (a.compile == "auto" and self.cuda)
         self.rates = NANO_LR if nano else DEFAULT_LR
-        self.gpu = speed.find(self.device_name())
+        self.gpu = speed.find(machine.device_name())
         self.micro_batch = 1 if a.predict else self._micro_batch(a.micro_batch)
 
     def _micro_batch(self, asked: Literal["auto"] | int) -> int:
         count = MemoryCount(self.transformer(), "adamw", self.sequences, self.config.seq_len, compiled=self.compiled)
-        if asked == "auto" and self.cuda:  # all candidates lie side by side with their optimizers
-            beside = (CANDIDATES - 1) * count.resident_bytes()
-            return count.largest_micro_batch(available_bytes(self.device) - beside)
+        if asked == "auto" and self.cuda:  # all candidates are in memory at once with their optimizers
+            others = (CANDIDATES - 1) * count.resident_bytes()
+            return count.largest_micro_batch(available_bytes(self.device) - others)
         return choose_micro_batch(count, asked, self.device)
-
-    def device_name(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.cuda else "cpu"
 
     def transformer(self, kernels: frozenset[str] = frozenset()) -> Transformer:
         torch.manual_seed(0)
@@ -209,9 +211,8 @@ def check(candidates: list[Candidate], place: Workplace) -> None:
         if not abs(loss - wanted[0]) <= LOSS_TOLERANCE[place.dtype]:
             sys.exit(f"{c.name}: loss {loss:.5f} where the baseline has {wanted[0]:.5f}, not timed")
         for i, (found, exact) in enumerate(zip(gradients, wanted[1], strict=True)):
-            error = ((found - exact).norm() / exact.norm()).item()
-            if not error <= GRADIENT_TOLERANCE[place.dtype]:
-                sys.exit(f"{c.name}: the gradient of matrix {i} differs from the baseline's by {error:.2g}, not timed")
+            what = f"{c.name}: the gradient of matrix {i}"
+            require(what, found, exact, GRADIENT_TOLERANCE[place.dtype], "the baseline's")
         c.model.zero_grad(set_to_none=True)
 
 
@@ -228,7 +229,7 @@ def time_all(candidates: list[Candidate], place: Workplace) -> None:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
                 others = torch.cuda.memory_allocated() - state_bytes(c)
-            for _ in range(WARMUP_STEPS if i < 0 else 1):  # after another candidate ran, caches are its
+            for _ in range(WARMUP_STEPS if i < 0 else 1):  # another candidate has filled the caches
                 c.step(rows, None)
             if i < 0:
                 continue
@@ -274,10 +275,10 @@ def gap_share(c: Candidate, place: Workplace) -> float | None:
 
 def row_of(c: Candidate, place: Workplace) -> dict[str, Any]:
     """A candidate's figures, as printed and as written to the JSON file."""
-    quartiles = statistics.quantiles(c.seconds, n=4) if len(c.seconds) > 1 else c.seconds * 3
-    seconds = quartiles[1]
+    spread = quartiles(c.seconds)
+    seconds = spread[1]
     row: dict[str, Any] = {"candidate": c.name, "tokens_per_second": place.batch_tokens / seconds}
-    row |= {"step_ms": 1e3 * seconds, "step_ms_quartiles": [1e3 * q for q in quartiles]}
+    row |= {"step_ms": 1e3 * seconds, "step_ms_quartiles": [1e3 * q for q in spread]}
     for phase in ("forward", "backward", "optimizer"):
         row[f"{phase}_ms"] = statistics.median(phases.get(phase, 0.0) for phases in c.phases)
     row |= {"gap_share": gap_share(c, place), "mfu": None, "mfu_causal": None, "light_share": None}
@@ -293,7 +294,7 @@ def row_of(c: Candidate, place: Workplace) -> dict[str, Any]:
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The comparisons that people ask for, each ours over theirs in tokens/s."""
+    """The comparisons of interest, each ours over theirs in tokens/s."""
     speed = {row["candidate"]: row["tokens_per_second"] for row in rows}
     pairs = [
         *((ours, "baseline, muon") for ours in ("ours, muon", "ours, muon, all kernels")),
@@ -306,8 +307,10 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def time_surroundings(place: Workplace, step_seconds: float) -> dict[str, float | None]:
-    """How long a spectra event holds up the loop and keeps the worker busy, and a batch lets it wait (None where there
-    is no package to build shards with)."""
+    """How long the loop waits for a spectra event and for a batch, and how long an event keeps the worker busy.
+
+    A batch's times are None where the package that builds shards is absent.
+    """
     model = place.transformer()
     optimizers = build_optimizers(model, "muon", lr=place.rates["muon"][0], adamw_lr=place.rates["muon"][1])
     work = TrainingStep(model, optimizers, micro_batch=place.micro_batch)
@@ -335,7 +338,7 @@ def time_surroundings(place: Workplace, step_seconds: float) -> dict[str, float 
 
 
 def _loader_seconds(place: Workplace, folder: Path, step_seconds: float) -> float:
-    """Median wait for a batch when one is asked for every `step_seconds`."""
+    """Median wait for a batch by a loop that takes one every `step_seconds`."""
     words = np.random.default_rng(0).integers(0, 50, size=(200, 3000))
     build_shards(
         lambda: iter(" ".join(map(str, row)) for row in words),
@@ -359,25 +362,25 @@ def _loader_seconds(place: Workplace, folder: Path, step_seconds: float) -> floa
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    print(
-        f"{'candidate':26} {'tok/s':>9} {'step ms':>9} {'quartiles':>17} {'forward':>8} {'backward':>8}"
-        f" {'optimizer':>9} {'gap':>6} {'mfu':>6} {'causal':>6} {'light':>6} {'GiB':>6}"
-    )
+    shown = []
     for r in rows:
         low, _, high = r["step_ms_quartiles"]
-        shares = "".join(
-            f" {'-' if r[key] is None else f'{r[key]:.1%}':>6}"
-            for key in ("gap_share", "mfu", "mfu_causal", "light_share")
-        )
-        memory = "-" if r["peak_memory_bytes"] is None else f"{r['peak_memory_bytes'] / GIB:.2f}"
-        print(
-            f"{r['candidate']:26} {r['tokens_per_second']:9,.0f} {r['step_ms']:9.1f} {low:8.1f} {high:8.1f}"
-            f" {r['forward_ms']:8.1f} {r['backward_ms']:8.1f} {r['optimizer_ms']:9.1f}{shares} {memory:>6}"
-        )
+        line = {
+            "candidate": r["candidate"],
+            "tok/s": f"{r['tokens_per_second']:,.0f}",
+            "step ms": f"{r['step_ms']:.1f}",
+        }
+        line |= {"low": f"{low:.1f}", "high": f"{high:.1f}"}
+        line |= {phase: f"{r[f'{phase}_ms']:.1f}" for phase in ("forward", "backward", "optimizer")}
+        for name, key in (("gap", "gap_share"), ("mfu", "mfu"), ("causal", "mfu_causal"), ("light", "light_share")):
+            line[name] = "-" if r[key] is None else f"{r[key]:.1%}"
+        line["GiB"] = "-" if r["peak_memory_bytes"] is None else f"{r['peak_memory_bytes'] / GIB:.2f}"
+        shown.append(line)
+    print_table(shown)
 
 
 def predict(place: Workplace) -> None:
-    """The speed of light of one update per GPU and optimizer: counted, not timed."""
+    """The speed of light of one step per GPU and optimizer: counted, not timed."""
     print("PREDICTION from counted FLOPs and bytes; nothing here was timed, and nothing can be faster")
     for optimizer in ("muon", "adamw"):
         model = place.transformer()
@@ -399,8 +402,8 @@ def main() -> int:
         predict(place)
         return 0
     print(
-        f"{place.device_name()}, torch {torch.__version__}; {a.model}, vocabulary {place.vocab_size:,}, "
-        f"{place.batch_tokens:,} tokens per update in micro-batches of {place.micro_batch} x {place.config.seq_len}"
+        f"{machine.device_name()}, torch {torch.__version__}; {a.model}, vocabulary {place.vocab_size:,}, "
+        f"{place.batch_tokens:,} tokens per step in micro-batches of {place.micro_batch} x {place.config.seq_len}"
     )
     candidates = place.candidates()
     check(candidates, place)
@@ -413,20 +416,17 @@ def main() -> int:
     surroundings = time_surroundings(place, rows[0]["step_ms"] / 1e3)
     print(
         f"a spectra event blocks {1e3 * surroundings['spectra_blocked_seconds']:.1f} ms, "
-        f"{surroundings['spectra_blocked_share']:.3%} of the time at every {SPECTRA_EVERY} updates, and keeps the "
+        f"{surroundings['spectra_blocked_share']:.3%} of the time at every {SPECTRA_EVERY} steps, and keeps the "
         f"worker busy for {surroundings['spectra_worker_seconds']:.2f} s"
     )
     if surroundings["loader_share"] is None:
         print("loader: not timed, the package tokenizers is absent")
     else:
         waited, share = 1e3 * surroundings["loader_wait_seconds"], surroundings["loader_share"]
-        print(f"a batch is waited for {waited:.2f} ms, {share:.3%} of a step")
-    if a.json:
-        described = {"device": place.device_name(), "date": time.strftime("%Y-%m-%d"), "command": " ".join(sys.argv)}
-        settings = {"model": a.model, "batch_tokens": place.batch_tokens, "seq_len": place.config.seq_len}
-        settings |= {"micro_batch": place.micro_batch, "vocab_size": place.vocab_size, "compiled": place.compiled}
-        described |= settings | identity.provenance() | {"rows": rows, "ratios": compared, "surroundings": surroundings}
-        files.write_json(a.json, described)
+        print(f"the loop waits {waited:.2f} ms for a batch, {share:.3%} of a step")
+    figures = {"model": a.model, "batch_tokens": place.batch_tokens, "seq_len": place.config.seq_len}
+    figures |= {"micro_batch": place.micro_batch, "vocab_size": place.vocab_size, "compiled": place.compiled}
+    write_figures(a.json, figures | {"rows": rows, "ratios": compared, "surroundings": surroundings})
     return 0
 
 

@@ -1,8 +1,8 @@
-"""Measure every tile on the GPU that is here and print its row for the table in kernels/configs.py.
+"""Measures every tile on this machine's GPU and prints its row for the table in kernels/configs.py.
 
     python -m bench.tune
 
-About two minutes. Each candidate is checked against float64 before it is timed; ties within 2 % keep the current tile.
+About two minutes. Checks each candidate against float64 before it is timed; ties within 2 % keep the current tile.
 """
 
 import statistics
@@ -11,7 +11,8 @@ import sys
 import torch
 import triton
 
-from bench.newton_schulz import captured, measure
+from bench.harness import interleaved, require, this_device
+from bench.newton_schulz import captured
 from kernels import configs
 from kernels.configs import Row, Tile
 from kernels.matmul_add import launch_matmul_add
@@ -22,7 +23,7 @@ FULL = [
     *(Tile(m, n, k, w, s) for m, n in ((64, 128), (128, 128)) for k in (32, 64) for w in (4, 8) for s in (2, 3, 4)),
     *(Tile(128, 256, 64, 8, s) for s in (2, 3)),
 ]
-# What each field of a row stands for: the shape to measure it on, and the candidates.
+# For each field of a row: the shape to measure it on, and the candidates.
 CASES = {
     "symmetric_small": ((44, 256, 256), SYMMETRIC),
     "symmetric": ((44, 512, 512), SYMMETRIC),
@@ -50,14 +51,13 @@ def tune_field(field: str, current: Tile) -> Tile:
             return launch_matmul_add(A, X, X, 1.0)
 
         try:
-            error = (run(0).double() - exact).norm() / exact.norm()
+            product = run(0)
         except triton.runtime.errors.OutOfResources:
             continue
-        if error > 2e-3:
-            sys.exit(f"{field} {tile}: relative error {error:.3g} against float64, not timed")
+        require(f"{field} {tile}", product, exact, allowed=2e-3)
         replay = captured(lambda run=run: run(0))
         runs[str(tile)] = lambda i, replay=replay: replay()
-    medians = {name: statistics.median(times) for name, times in measure(runs, torch.device("cuda", 0), 50).items()}
+    medians = {name: statistics.median(times) for name, times in interleaved(runs, this_device(), 50).items()}
     configs._choose = choose
     best = min(medians, key=medians.get)
     for name, seconds in sorted(medians.items(), key=lambda item: item[1])[:5]:
@@ -69,7 +69,7 @@ def tune_field(field: str, current: Tile) -> Tile:
 
 def main() -> int:
     if not torch.cuda.is_available():
-        print("error: bench.tune measures on a GPU, and there is none here", file=sys.stderr)
+        print("error: bench.tune needs a GPU, and this machine has none", file=sys.stderr)
         return 2
     capability = torch.cuda.get_device_capability()
     old = configs.row(capability)

@@ -1,18 +1,22 @@
-"""The whole-machine benchmark: no part stops the rest, the table says what was asked for, wrong kernels are named."""
+"""The whole-machine benchmark: no part stops the rest, goals are judged where they apply, wrong kernels are named."""
 
 import json
+import os
+import re
+import types
+from pathlib import Path
 
 import pytest
 import torch
 
 from bench import all as bench_all
-from bench import correct, machine, parts, record, record_figures
+from bench import correct, machine, record, record_pages
 from bench import speedrun as short
-from bench.parts import Part, Plan
+from bench.all import BenchmarkPart, Plan
 from tests.test_record import in_this_process
 
 
-class Script(Part):
+class Script(BenchmarkPart):
     """A part that runs Python words; {out} in them is its JSON file."""
 
     def command(self, plan, result):
@@ -20,7 +24,7 @@ class Script(Part):
 
 
 def script(name, words, module="bench.correct", needs=(), share=1.0):
-    rows = lambda found, cuda: [parts.row(name, found["value"])]  # noqa: E731 (it needs the name)
+    rows = lambda found, cuda: [bench_all.row(name, found["value"])]  # noqa: E731 (it needs the name)
     return Script(name, module, share, lambda plan: words, rows, needs)
 
 
@@ -37,7 +41,9 @@ def run_parts(run_main, monkeypatch, tmp_path, *chosen, minutes=1.0):
 
 def test_a_part_that_fails_is_cut_or_lacks_something_stops_nothing(run_main, monkeypatch, tmp_path):
     code, out, bench = run_parts(
-        *(run_main, monkeypatch, tmp_path),
+        run_main,
+        monkeypatch,
+        tmp_path,
         script("good", WRITES),
         script("broken", "print('first'); raise SystemExit('the reason')"),
         script("silent", "pass"),
@@ -55,7 +61,7 @@ def test_a_part_that_fails_is_cut_or_lacks_something_stops_nothing(run_main, mon
     assert states["good"] == states["last"] == "done"
     assert states["broken"] == "failed: the reason"
     assert states["silent"] == "failed: it wrote no figures"
-    assert states["absent"] == "skipped: bench.not_there is not here"
+    assert states["absent"] == "skipped: bench.not_there is missing"
     assert states["poor"] == "skipped: needs no_such_package"
     assert states["odd"].startswith("failed: its figures are not as expected (KeyError")
     assert states["nan"].startswith("failed: ")
@@ -66,7 +72,7 @@ def test_a_part_that_fails_is_cut_or_lacks_something_stops_nothing(run_main, mon
     assert str(bench_all.ROOT) not in (tmp_path / "out" / "bench.json").read_text()
     for row in bench["rows"]:
         assert f"\n{row['figure']} " in out
-    wrong = parts.row("kernels", 1, met=False)
+    wrong = bench_all.row("kernels", 1, met=False)
     monkeypatch.setattr(bench_all, "rows_of", lambda part, done, cuda: [wrong])
     assert run_parts(run_main, monkeypatch, tmp_path, script("good", WRITES))[0] == 1
     assert run_parts(run_main, monkeypatch, tmp_path, script("no figures", "pass"))[0] == 1
@@ -101,7 +107,7 @@ def test_without_time_nothing_is_started_and_with_little_the_later_parts_are_not
     assert (code, err) == (2, "error: --minutes 0.0: must be a positive number\n")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    assert "holds something that is no benchmark" in run_main(bench_all.main, "--out", tmp_path / "mine")[2]
+    assert "holds files that are not of a benchmark" in run_main(bench_all.main, "--out", tmp_path / "mine")[2]
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
@@ -117,22 +123,37 @@ def test_cores_that_others_use_get_no_threads(run_main, monkeypatch, tmp_path):
     assert bench["rows"][0]["ours"] == bench["threads"] == 3
 
 
-def test_ticks_of_work_are_counted_as_cores(monkeypatch):
-    seen = iter([(100, 1000), (150, 1200)])
-    monkeypatch.setattr(machine, "_core_times", lambda: next(seen))
-    monkeypatch.setattr(machine, "SAMPLE_SECONDS", 0.0)
-    monkeypatch.setattr(machine, "cores", lambda: 8)
-    assert machine.busy_cores() == 2.0
+def test_work_on_our_own_cores_is_counted(monkeypatch):
+    percents = [100.0, 0.0, 100.0, 50.0]  # of all cores of the machine
+    fake = types.SimpleNamespace(cpu_percent=lambda interval, percpu: percents if percpu else 62.5)
+    monkeypatch.setattr(machine, "_installed", lambda package: fake)
+    for ours, busy in (({0, 1, 2, 3}, 2.5), ({1, 3}, 0.5), ({2}, 1.0), ({4}, None)):
+        monkeypatch.setattr(machine, "_own_cores", lambda ours=ours: ours)
+        assert machine.busy_cores() == busy
+        assert machine.cores() == len(ours)
+
+
+def test_a_machine_is_described_and_what_cannot_be_learned_is_null(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    described = machine.describe()
+    assert {"driver", "sm_clock_mhz", "cpu", "cpu_mhz", "cores", "busy_cores", "git_commit"} <= described.keys()
+    assert described["cores"] == len(os.sched_getaffinity(0))
+    assert 0 <= described["busy_cores"] <= described["cores"]
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    assert found is None or described["cpu"] == found[1]
+    assert machine.label(described) == f"{described['cores']} CPU cores ({described['cpu']})"
+    monkeypatch.setattr(machine, "_installed", lambda package: None)
+    assert machine.busy_cores() is machine.cpu_mhz() is None
 
 
 def test_rows_compare_the_right_way_round():
-    faster = parts.row("time", 2.0, "us", peer=3.0, floor=1.0)
+    faster = bench_all.row("time", 2.0, "us", peer=3.0, floor=1.0)
     assert (faster["ratio"], faster["share"]) == (1.5, 0.5)
-    slower = parts.row("rate", 2.0, "tokens/s", peer=4.0, floor=8.0, more_is_better=True)
+    slower = bench_all.row("rate", 2.0, "tokens/s", peer=4.0, floor=8.0, more_is_better=True)
     assert (slower["ratio"], slower["share"]) == (0.5, 0.25)
-    nothing = parts.row("lacking", None, peer=4.0, floor=8.0)
+    nothing = bench_all.row("lacking", None, peer=4.0, floor=8.0)
     assert (nothing["ratio"], nothing["share"]) == (None, None)
-    cells = record_figures.bench_cells(parts.row("x", 1234.5, "us", 0.01234, "theirs", 20.0, "≥ 1x", False))
+    cells = record_pages.bench_cells(bench_all.row("x", 1234.5, "us", 0.01234, "theirs", 20.0, "≥ 1x", False))
     assert cells == ["x", "1,234 us", "0.0123 (theirs)", "0.00x", "20.0", "1.6%", "≥ 1x", "**no**"]
 
 
@@ -148,29 +169,31 @@ def training(device, model, muon, plain):
 
 def test_goals_are_judged_on_the_machine_they_are_for_and_only_there():
     found = training("NVIDIA GeForce RTX 4090", "88m", 103_000.0, 90_000.0)
-    rows = {row["figure"].split(",")[-1].strip(): row for row in parts.train_rows(found, cuda=True)}
+    rows = {row["figure"].split(",")[-1].strip(): row for row in bench_all.train_rows(found, cuda=True)}
     assert (rows["best kernels"]["ours"], rows["best kernels"]["met"]) == (103_000, True)
-    assert parts.train_rows(training("NVIDIA GeForce RTX 4090", "88m", 101_000.0, 9e4), cuda=True)[3]["met"] is False
-    assert parts.train_rows(training("NVIDIA H200", "88m", 900_000.0, 9e4), cuda=True)[3]["met"] is None
+    assert (
+        bench_all.train_rows(training("NVIDIA GeForce RTX 4090", "88m", 101_000.0, 9e4), cuda=True)[3]["met"] is False
+    )
+    assert bench_all.train_rows(training("NVIDIA H200", "88m", 900_000.0, 9e4), cuda=True)[3]["met"] is None
     assert rows["training held up by spectra"]["met"] is True
     assert rows["training with Muon against AdamW"]["met"] is True  # 103 / 110 = 0.936
-    muon = parts.train_rows(found, cuda=True)[0]
+    muon = bench_all.train_rows(found, cuda=True)[0]
     assert (muon["ratio"], muon["floor"], muon["met"]) == (pytest.approx(103 / 90), 206_000, True)
-    assert {row["met"] for row in parts.train_rows(training("cpu", "nano", 9e3, 9e3), cuda=False)} == {None}
+    assert {row["met"] for row in bench_all.train_rows(training("cpu", "nano", 9e3, 9e3), cuda=False)} == {None}
     seconds = {"eigenproblems": [7.0, 9.0, 7.5], "svd": [16.0, 16.0, 16.0]}
-    assert parts.spectra_rows({"model": "88m", "seconds": seconds}, cuda=False)[0]["met"] is True
-    assert parts.spectra_rows({"model": "nano", "seconds": seconds}, cuda=False)[0]["met"] is None
+    assert bench_all.spectra_rows({"model": "88m", "seconds": seconds}, cuda=False)[0]["met"] is True
+    assert bench_all.spectra_rows({"model": "nano", "seconds": seconds}, cuda=False)[0]["met"] is None
     slow = seconds | {"eigenproblems": [8.5, 8.5, 8.5]}
-    assert parts.spectra_rows({"model": "88m", "seconds": slow}, cuda=False)[0]["met"] is False
+    assert bench_all.spectra_rows({"model": "88m", "seconds": slow}, cuda=False)[0]["met"] is False
     experts = {"model": "moe-79m", "median_us": {"grouped": 10.0, "loop": 19.0}}
-    assert [parts.experts_rows(experts, cuda)[0]["met"] for cuda in (True, False)] == [False, None]
+    assert [bench_all.experts_rows(experts, cuda)[0]["met"] for cuda in (True, False)] == [False, None]
     loader = {
         "loader_tokens_per_second": 7.6e6,
         "loader_goal": 7.5e6,
         "first_batch_seconds": 1.0,
         "first_batch_goal": 1.0,
     }
-    assert [row["met"] for row in parts.loader_rows(loader, cuda=False)] == [True, None, False, None]
+    assert [row["met"] for row in bench_all.loader_rows(loader, cuda=False)] == [True, None, False, None]
 
 
 def test_a_wrong_kernel_is_named_and_one_that_cannot_run_too(run_main, monkeypatch, tmp_path):
@@ -190,7 +213,7 @@ def test_a_wrong_kernel_is_named_and_one_that_cannot_run_too(run_main, monkeypat
     assert out.count("WRONG") == 4
     assert "error no such instruction of" in out
     found = json.loads((tmp_path / "cases.json").read_text())
-    row = parts.correct_rows(found, cuda=False)[0]
+    row = bench_all.correct_rows(found, cuda=False)[0]
     assert (row["ours"], row["met"]) == (0, False)
     assert row["figure"].endswith("wrong: gram, matmul_add")
 
@@ -222,14 +245,14 @@ def test_the_short_speedrun_trains_both_and_counts_its_time(run_main, monkeypatc
     assert [words[words.index("--optimizer") + 1] for words in said] == ["muon", "adamw"]
     found = json.loads((tmp_path / "short.json").read_text())
     assert found["tokens"] == 6 * 256  # 80 tokens/s for half of the 40 s that starts and report leave
-    rows = parts.speedrun_rows(found, cuda=False)
+    rows = bench_all.speedrun_rows(found, cuda=False)
     muon = found["figures"]["optimizers"]["muon"]["best_val_loss"]["mean"]
     assert (rows[0]["ours"], rows[0]["met"]) == (muon, None)  # so few tokens rank nobody
 
 
 def test_every_part_names_a_module_that_is_there_or_the_loader(tmp_path):
     for cuda in (True, False):
-        for part in parts.parts(cuda):
+        for part in bench_all.parts(cuda):
             words = part.command(Plan(cuda, 100.0, tmp_path), tmp_path / "x.json")
             assert words[:2] == ["-m", part.module]
             assert words[-2:] == ["--json", str(tmp_path / "x.json")]

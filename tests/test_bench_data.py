@@ -32,4 +32,4 @@ def test_a_builder_that_makes_as_many_other_tokens_is_not_timed(run_main, monkey
     monkeypatch.setattr(build._Encode, "after_eot", other)
     code, _, err = run_main(bench_data.main, *SMALL)
     assert code == 2
-    assert "nothing is timed" in err
+    assert "no time is reported" in err

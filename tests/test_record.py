@@ -10,7 +10,7 @@ import pytest
 
 import train
 from analysis.runs import load_run
-from bench import record, record_figures
+from bench import record, record_pages
 from bench.record import ROOT
 from engine import files
 from engine.cli import BadInput
@@ -222,7 +222,7 @@ def test_a_commit_that_is_nowhere_is_named(copy, monkeypatch, capsys):
     for path in (copy / "record.json", *copy.glob("*/config.json")):
         edit(path, lambda value: value.update(git_commit=nowhere))
     edit(copy / "record.json", lambda r: r["machine"].update(git_commit=nowhere))
-    (copy / "README.md").write_text(record_figures.record_page(json.loads((copy / "record.json").read_text())))
+    (copy / "README.md").write_text(record_pages.record_page(json.loads((copy / "record.json").read_text())))
     answers = {"cat-file": None, "rev-parse": "false"}
     monkeypatch.setattr(record, "_git", lambda *words: answers[words[0]])
     assert [fault.split(": ")[1] for fault in record.check(copy)] == [f"its commit {nowhere} does not exist here"]
@@ -292,12 +292,12 @@ def rival(name, losses, seconds, unsteady=1.0):
 def test_the_lower_loss_is_ahead_and_of_a_tie_the_quicker():
     slow, quick = rival("slow", [4.0, 4.2, 4.1], 90.0), rival("quick", [4.1, 4.1, 4.2], 30.0)
     clear = rival("clear", [5.0, 5.2, 5.1], 1.0)  # worse by 1 for every seed
-    assert [name for name, *_ in record_figures.ranked([clear, slow, quick])] == ["quick", "slow", "clear"]
+    assert [name for name, *_ in record_pages.ranked([clear, slow, quick])] == ["quick", "slow", "clear"]
     better = rival("better", [3.99, 4.192, 4.091], 900.0)  # by about 0.009 for every seed: small, but no tie
-    assert [name for name, *_ in record_figures.ranked([slow, better])] == ["better", "slow"]
+    assert [name for name, *_ in record_pages.ranked([slow, better])] == ["better", "slow"]
     doubtful = rival("doubtful", [4.1, 4.1, 4.2], 10.0, unsteady=1.3)  # on a busy machine: its time does not count
-    assert [name for name, *_ in record_figures.ranked([doubtful, slow, quick])] == ["quick", "slow", "doubtful"]
-    assert sorted([doubtful, slow, quick], key=record_figures.soonest) == [quick, slow, doubtful]
+    assert [name for name, *_ in record_pages.ranked([doubtful, slow, quick])] == ["quick", "slow", "doubtful"]
+    assert sorted([doubtful, slow, quick], key=record_pages.soonest) == [quick, slow, doubtful]
 
 
 def test_a_figure_that_drifts_in_any_readme_is_found_and_mended(made, workplace, run_main, monkeypatch):
@@ -338,7 +338,7 @@ def test_the_readme_shows_every_goal_of_a_machine_met_or_not_and_nothing_else(tm
 
 
 def test_no_figure_of_this_repository_has_drifted():
-    for path, text in record_figures.generated(ROOT).items():
+    for path, text in record_pages.generated(ROOT).items():
         assert path.read_text() == text, f"{path}: run make readme-figures"
 
 
@@ -360,4 +360,4 @@ def test_an_interval_has_the_sign_of_its_sentence(difference, low, high, words):
     found = {"difference": difference, "low": low, "high": high, "p_value": 0.01 if low * high > 0 else 0.5}
     figures = {name: rival("", [4.0, 4.2, 4.1], 1.0)[1]["figures"]["optimizers"]["muon"] for name in ("muon", "adamw")}
     record = {"figures": {"muon_minus_adamw": found, "optimizers": figures}}
-    assert record_figures.difference_sentence(record) == f"Muon's best validation loss is {words}"
+    assert record_pages.difference_sentence(record) == f"Muon's best validation loss is {words}"

@@ -46,13 +46,13 @@ def emerging_optimizers(schedule: Schedule, device: torch.device) -> Callable[[T
     return run
 
 
-OTHERS = {"gram-newton-schulz": gram_newton_schulz, "emerging-optimizers": emerging_optimizers}
+PEERS = {"gram-newton-schulz": gram_newton_schulz, "emerging-optimizers": emerging_optimizers}
 
 
 def installed(schedule: Schedule, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
     """What is installed and starts; prints a line for what is installed and does not."""
     found = {}
-    for name, build in OTHERS.items():
+    for name, build in PEERS.items():
         if not _is_installed(name):
             continue
         try:
@@ -64,7 +64,7 @@ def installed(schedule: Schedule, device: torch.device) -> dict[str, Callable[[T
 
 def report_absent() -> None:
     """One line for each that is not installed."""
-    for name in OTHERS:
+    for name in PEERS:
         if not _is_installed(name):
             print(f"{name}: absent")
 
