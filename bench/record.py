@@ -79,6 +79,8 @@ class Figures:
 
     check: bool = False
     """Write nothing; exit code 1 where a file is not up to date."""
+    reports: bool = False
+    """Write every record's report.md and plots again too, as the report's code of today has them."""
 
 
 Command = (
@@ -194,8 +196,7 @@ def write_record(
         if (folder / files.SPECTRA).exists():
             pack(folder / files.SPECTRA, part / folder.name / (files.SPECTRA + files.PACKED))
     runs = [load_run(part / folder.name) for folder in folders]
-    page = report.build_page(runs, draw(runs, part / "plots", only=PLOTS))
-    (part / "report.md").write_text(markdown_page(page))
+    write_report(part, runs)
     config = runs[0].config
     record = {"tracks": list(tracks), "command": command, "git_commit": config["git_commit"], "machine": described}
     record |= {key: config[key] for key in ("model", "params", "batch_tokens", "seq_len", "eval_tokens")}
@@ -351,14 +352,24 @@ def _git(*words: str) -> str | None:
     return done.stdout.strip()
 
 
-def write_figures(only_check: bool) -> int:
+def write_report(folder: Path, runs: Sequence[Run]) -> None:
+    """A record's report.md with its plots."""
+    page = report.build_page(runs, draw(runs, folder / "plots", only=PLOTS))
+    text = markdown_page(page)
+    files.write_whole(folder / "report.md", lambda file: file.write(text.encode()))
+
+
+def write_figures(a: Figures) -> int:
     """Bring the generated files up to date, or say which are not."""
+    for path in sorted((ROOT / "runs" / "records").glob(f"*/{RECORD}")) if a.reports else ():
+        names = files.load_json(path)["runs"]
+        write_report(path.parent, [load_run(path.parent / name) for name in names])
     stale = {path: text for path, text in pages.generated(ROOT).items() if not _holds(path, text)}
     for path, text in stale.items():
-        print(f"{path.relative_to(ROOT)}: {'is not up to date; run make readme-figures' if only_check else 'written'}")
-        if not only_check:
+        print(f"{path.relative_to(ROOT)}: {'is not up to date; run make readme-figures' if a.check else 'written'}")
+        if not a.check:
             files.write_whole(path, lambda file, text=text: file.write(text.encode()))
-    return int(only_check and bool(stale))
+    return int(a.check and bool(stale))
 
 
 def _holds(path: Path, text: str) -> bool:
@@ -371,7 +382,7 @@ def main() -> int:
     if isinstance(command, Make):
         return make(command)
     if isinstance(command, Figures):
-        return write_figures(command.check)
+        return write_figures(command)
     if not command.folders:
         raise BadInput("check: name at least one folder of a record")
     faults = [fault for folder in command.folders for fault in check(folder)]
