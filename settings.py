@@ -18,7 +18,7 @@ import torch
 from corpus.shards import TRAIN_PATTERN, Shards, open_shards
 from data import Packing
 from engine.cli import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, BadInput, Count, Limit, check_limits, one_of
-from engine.files import is_safe_name
+from engine.files import is_safe_name, shown
 from engine.identity import config_hash, provenance
 from engine.ranks import Rank
 from kernels.newton_schulz import COEFFICIENTS, METHODS
@@ -220,7 +220,7 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
 
 def identity(s: Settings, shards: Shards) -> dict[str, Any]:
     """Every resolved setting under its flag's name, then the data: what config_hash is made of."""
-    flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(s).items()}
+    flags = {key: shown(value) if isinstance(value, Path) else value for key, value in vars(s).items()}
     return flags | {"data_fingerprint": shards.fingerprint, "vocab_size": shards.vocab_size}
 
 

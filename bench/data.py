@@ -26,8 +26,9 @@ from bench.harness import JsonFlag, check_positive, interleaved, write_figures
 from corpus import shards
 from corpus.build import MixPart, batches, build_shards
 from corpus.documents import load_tokenizer
+from corpus.local import TextFiles
 from corpus.shards import open_shards
-from corpus.sources import TextFiles, embedded_documents
+from corpus.sources import embedded_documents
 from data import Loader, TokenStream
 from engine.cli import BadInput, exit_with_a_sentence
 

@@ -7,7 +7,6 @@ mixes, deduplicates and writes. Memory: a few batches, and 8 to 16 bytes per doc
 """
 
 import contextlib
-import fcntl
 import os
 import shutil
 import sys
@@ -35,7 +34,7 @@ from corpus.documents import (
 from corpus.shards import MAX_VOCAB_SIZE, META, SPLITS, TOKENIZER, ShardWriter, digest
 from corpus.sources import Document, Repeated, Source
 from engine.cli import BadInput, make_folder
-from engine.files import load_json, write_json, write_whole, writing
+from engine.files import load_json, lock, write_json, write_whole, writing
 
 RECORD, HASHES = "build.json", "hashes.bin"  # of an unfinished build: its state, and the hashes of its documents
 BATCH_DOCUMENTS, BATCH_CHARS = 16_384, 2_000_000  # per call of the tokenizer: enough for every core
@@ -108,10 +107,9 @@ def _locked(folder: Path) -> Iterator[None]:
     """Hold a lock on the folder; BadInput if another build holds it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not lock(descriptor, folder):
+            raise BadInput(f"{folder}: another build is running there")
         yield
-    except BlockingIOError:
-        raise BadInput(f"{folder}: another build is running there") from None
     finally:
         os.close(descriptor)
 
@@ -197,6 +195,7 @@ class _Feed:
     def __init__(self, part: MixPart, encode: _Encode, pool: ThreadPoolExecutor, state: dict[str, Any]) -> None:
         self.part, self.encode, self.pool = part, encode, pool
         self.begin, self.used = state["begin"], state["used"]  # current batch: its position, how many are written
+        self.without_text = state.get("without_text", 0)  # rows before it that had no text
         self.tokens, self.documents = state["tokens"], state["documents"]
         self.hashes: np.ndarray = np.empty(0, np.uint64)
         self.known, self.encoded = np.empty(0, bool), []
@@ -207,32 +206,34 @@ class _Feed:
         self._thread.start()
 
     def state(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in ("begin", "used", "tokens", "documents")}
+        return {key: getattr(self, key) for key in ("begin", "used", "tokens", "documents", "without_text")}
 
     def fetch(self) -> bool:
         """Take the next batch; False if there is none."""
         item = self._queue.get()
         if isinstance(item, BaseException):
             raise item
-        if item is None:
+        if isinstance(item, int):
+            self.without_text = item
             return False
         self.used = 0 if self.fetched else self.used  # a resumed build has written some of its first batch
         self.fetched = True
-        self.begin, self.hashes, future = item
+        self.begin, self.without_text, self.hashes, future = item
         self.encoded = future.result()
         return True
 
     def _read(self) -> None:
         try:
             reader = self.part.source.open(self.begin)
-            begin = self.begin
+            begin, before = self.begin, self.without_text
+            without_text = before
             for batch in batches(iter(reader)):
                 hashes = np.array([content_hash(document) for document in batch], dtype=np.uint64)
                 future: Future = self.pool.submit(self.encode, batch)
-                if not self._put((begin, hashes, future)):
+                if not self._put((begin, without_text, hashes, future)):
                     return
-                begin = reader.position()
-            self._put(None)
+                begin, without_text = reader.position(), before + getattr(reader, "without_text", 0)
+            self._put(before + getattr(reader, "without_text", 0))
         except BaseException as error:  # raised by `fetch`
             self._put(error)
 
@@ -395,6 +396,8 @@ class _Build:
             "split": {"val_fraction": self.request["val_fraction"], "rule": "blake2b-64 of the document's text"},
             "sha256": sha256,
         }
+        if without_text := sum(feed.without_text for feed in self.feeds):
+            meta["rows_without_text"] = without_text
         if len(self.feeds) > 1:
             meta["parts"] = {f.part.name: {"tokens": f.tokens, "documents": f.documents} for f in self.feeds}
         meta["fingerprint"] = digest([self.vocab_size, self.eot_id, sorted(sha256.items())])

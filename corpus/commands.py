@@ -20,18 +20,18 @@ import tyro
 
 from corpus.build import MixPart, build_shards
 from corpus.inspection import verify
+from corpus.local import TextFiles, find_files
 from corpus.shards import MAX_VOCAB_SIZE, TRAIN_PATTERN, digest
 from corpus.sources import (
     Column,
     Repeated,
-    TextFiles,
     embedded_documents,
     embedded_files,
     hub_dataset,
     stamp,
-    text_files,
 )
 from engine.cli import AT_LEAST_1, BadInput, CannotWrite, Count, Limit, check_limits, exit_with_a_sentence
+from engine.files import shown
 
 
 @dataclass(frozen=True)
@@ -111,13 +111,18 @@ class Text(BuildFromRows):
     def parts(self) -> list[MixPart]:
         if not self.paths:
             raise BadInput("text: name at least one file or folder")
-        return [MixPart(self.source(), TextFiles(text_files(self.paths), self.column()))]
+        found = find_files(self.paths)
+        if found.left_out:
+            print(found.left_out, flush=True)
+        if not found.files:
+            raise BadInput(f"text {' '.join(map(str, self.paths))}: every file is empty")
+        return [MixPart(self.source(), TextFiles(found.files, self.column()))]
 
     def source(self) -> str:
-        return "text " + " ".join(map(str, self.paths))
+        return "text " + " ".join(map(shown, self.paths))
 
     def identity(self) -> str:
-        return self.digest_of(text_files(self.paths))
+        return self.digest_of(find_files(self.paths).files)
 
 
 @dataclass(kw_only=True)
@@ -229,6 +234,8 @@ def main() -> int:
         f"{meta['vocab_size']:,}, from {documents['train']:,} + {documents['val']:,} documents "
         f"({documents['duplicates']:,} duplicates left out), fingerprint {meta['fingerprint']}"
     )
+    if without_text := meta.get("rows_without_text"):
+        print(f"{without_text:,} rows had no text in the column and were left out")
     for name, part in meta.get("parts", {}).items():
         share = part["tokens"] / (meta["train_tokens"] + meta["val_tokens"])
         print(f"{name}: {part['tokens']:,} tokens ({share:.2%}) from {part['documents']:,} documents")

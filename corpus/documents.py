@@ -19,7 +19,8 @@ MAX_TOKENIZER_BYTES = 2**27  # the largest published tokenizers have 30 MB
 EOT = "<|endoftext|>"
 EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>")
 TRAIN_CHARS = 200_000_000  # the most text that a new tokenizer is trained on
-LONG_WORD = re.compile(r"\S{8192}")  # split in the training text: training time is quadratic in the longest word
+# The tokenizer's training is quadratic in the longest run of letters, digits or signs: it is cut there.
+LONG_WORD = re.compile(r"[^\W\d_]{256}|\d{256}|[^\w\s]{256}|_{256}")
 
 
 class SeenHashes:
@@ -68,7 +69,10 @@ def load_tokenizer(name: str):
     if Path(name).exists() and Path(name).stat().st_size > MAX_TOKENIZER_BYTES:
         raise BadInput(f"--tokenizer {name}: larger than the {MAX_TOKENIZER_BYTES:,} bytes that a tokenizer may have")
     try:
-        tokenizer = Tokenizer.from_file(name) if Path(name).exists() else Tokenizer.from_pretrained(name)
+        if Path(name).exists():  # read here: the library takes no path that is not UTF-8
+            tokenizer = Tokenizer.from_str(Path(name).read_text(encoding="utf-8"))
+        else:
+            tokenizer = Tokenizer.from_pretrained(name)
     except Exception as error:  # the library raises bare Exception for every fault
         advice = "" if Path(name).exists() else "; a hub name needs a network"
         raise BadInput(f"--tokenizer {name}: cannot be loaded ({first_line(error)}){advice}") from None

@@ -1,24 +1,21 @@
-"""Where documents come from: this machine's Python files, local text, Hugging Face datasets, and mixes of them.
+"""Where documents come from: this machine's Python files and Hugging Face datasets; local files are in local.py.
 
-    for document in TextFiles([path]).open(): ...      # text, or the token ids of a pre-tokenised dataset
+    for document in hub_dataset("me/data", None, "train", TEXT).open(): ...    # text, or token ids of a column
 
 A source knows its `position()`, a JSON value from which `open` continues, so that an interrupted build neither repeats
 nor loses a document. Only the current piece is in memory; reading continues where a connection broke.
 """
 
 import contextlib
-import io
 import itertools
-import os
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, NamedTuple, Protocol, Self
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol, Self
 
 import numpy as np
 from tqdm import tqdm
@@ -26,7 +23,6 @@ from tqdm import tqdm
 from engine.cli import BadInput, first_line
 
 Document = str | np.ndarray
-PIECE_BYTES = 64 * 1024  # a longer .txt is cut at the next newline
 OPENING = Lock()  # one dataset at a time: `datasets` lists files in threads and deletes tqdm's lock when it is done
 RETRIES, LONGEST_WAIT_SECONDS = 10, 60  # after a lost connection: waits of 1, 2, 4, ... s, five minutes in all
 TRANSPORTS = {"httpx2", "httpx", "httpcore2", "httpcore", "requests", "urllib3", "aiohttp"}  # raise errors of their own
@@ -88,24 +84,15 @@ def stamp(files: Iterable[Path]) -> list[list[Any]]:
     return [[str(path), (found := path.stat()).st_size, found.st_mtime_ns] for path in files if path.exists()]
 
 
-def text_files(paths: Iterable[Path]) -> list[Path]:
-    """The given files, and the readable ones in the given folders; BadInput for a missing file or an unknown kind."""
-    files: list[Path] = []
-    for path in paths:
-        if not path.exists():
-            raise BadInput(f"{path}: no such file or folder")
-        found = sorted(p for p in path.rglob("*") if p.is_file() and kind(p)) if path.is_dir() else [path]
-        if not found or not all(map(kind, found)):
-            raise BadInput(f"{path}: no .txt, .jsonl (also .gz, .zst) or .parquet here")
-        files += found
-    return files
-
-
 def kind(path: Path) -> str | None:
-    """The `datasets` builder that reads a file, by its name; None for other kinds."""
-    if path.suffix == ".parquet":  # compressed inside, never as a whole
+    """The kind of a file by the end of its name, as `datasets` calls it: text, json or parquet; None for others."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes[-1:] == [".parquet"]:  # compressed inside, never as a whole
         return "parquet"
-    suffixes = [s for s in path.suffixes[-2:] if s not in (".gz", ".zst")]
+    if suffixes[-1:] and suffixes[-1] in (".gz", ".zst"):
+        suffixes.pop()
+    else:
+        suffixes = suffixes[-1:]
     return {".txt": "text", ".jsonl": "json"}.get(suffixes[-1] if suffixes else "")
 
 
@@ -118,9 +105,15 @@ class Column(NamedTuple):
     def of(self, row: dict[str, Any], where: str) -> Document | None:
         """The document of a row, None if it is null; BadInput if the column is missing or holds something else."""
         if self.name not in row:
-            flag = "--ids-column" if self.ids or "input_ids" in row else "--text-column"
-            raise BadInput(f"{where}: no column {self.name!r}; it has {', '.join(row)}; choose with {flag}")
-        value = row[self.name]
+            self.refuse_missing(where, row)
+        return self.document(row[self.name], where)
+
+    def refuse_missing(self, where: str, names: Iterable[str]) -> NoReturn:
+        flag = "--ids-column" if self.ids or "input_ids" in names else "--text-column"
+        raise BadInput(f"{where}: no column {self.name!r}; it has {', '.join(names)}; choose with {flag}")
+
+    def document(self, value: Any, where: str) -> Document | None:
+        """The document that a value of the column is, None for null; BadInput if it is something else."""
         if value is None or (isinstance(value, str) and not self.ids):
             return value
         if self.ids:
@@ -133,77 +126,6 @@ class Column(NamedTuple):
 
 
 TEXT = Column()
-
-
-@dataclass
-class TextFiles:
-    """Rows of .jsonl and .parquet through `datasets`; pieces of .txt cut at a newline after each 64 KiB.
-
-    .txt is read here because `datasets` either forgets where a file ends or loads a whole file at once. The position is
-    the number of the file and `at`, the position in it.
-    """
-
-    files: Sequence[Path]
-    column: Column = TEXT
-    file: int = 0
-    at: Any = None
-    rows: "Rows | None" = None  # of the current file, if it has rows
-
-    def open(self, position: dict[str, Any] | None = None) -> "TextFiles":
-        return TextFiles(self.files, self.column, **(position or {}))
-
-    def __iter__(self) -> Iterator[Document]:
-        while self.file < len(self.files):
-            path = self.files[self.file]
-            if path.stat().st_size == 0:
-                pass  # `datasets` fails on empty files
-            elif kind(path) == "text":
-                for piece, end in _txt_pieces(path, self.at or 0):
-                    self.at = end
-                    yield piece
-            else:
-                self.rows = local_file(path, self.column).open(self.at)
-                yield from self.rows
-            self.file, self.at, self.rows = self.file + 1, None, None
-
-    def position(self) -> dict[str, Any]:
-        return {"file": self.file, "at": self.rows.position() if self.rows is not None else self.at}
-
-
-def _txt_pieces(path: Path, begin: int) -> Iterator[tuple[str, int]]:
-    """The pieces of a .txt from byte `begin` of its text on, each with the byte where it ends."""
-    import fsspec
-
-    try:
-        with fsspec.open(str(path), "rb", compression="infer") as opened, io.BufferedReader(opened) as file:
-            _skip(file, begin)
-            while piece := file.read(PIECE_BYTES) + file.readline():
-                begin += len(piece)
-                yield piece.decode("utf-8"), begin
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: not UTF-8 text ({error.reason})") from None
-    except Exception as error:  # each decompressor raises its own kind
-        raise BadInput(f"{path}: cannot be read ({first_line(error)})") from None
-
-
-def _skip(file: io.BufferedReader, size: int) -> None:
-    """Move forward by `size` bytes, by reading where the file cannot seek (.zst)."""
-    if file.seekable():
-        file.seek(size)
-        return
-    while size:
-        size -= len(file.read(min(size, 2**20))) or size
-
-
-def local_file(path: Path, column: Column) -> "Rows":
-    """The rows of a .jsonl or .parquet file."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # a local file needs nothing from the hub
-    from datasets import load_dataset
-    from datasets.utils import logging
-
-    logging.set_verbosity(logging.CRITICAL)  # the exception becomes our one sentence
-    load = partial(load_dataset, kind(path), data_files=str(path), split="train", streaming=True)
-    return Rows(load, column, str(path))
 
 
 def hub_dataset(name: str, config: str | None, split: str, column: Column) -> "Rows":
@@ -234,6 +156,7 @@ class Rows:
     known: dict[str, Any] | None = None  # the last position, as the dataset describes it
     since: int = 0  # rows read after it
     dataset: Any = None
+    without_text: int = 0  # rows whose column is null
     failures: int = 0  # in a row
     was_connected: bool = False
 
@@ -256,7 +179,9 @@ class Rows:
             self.since += 1
             self.failures, self.was_connected = 0, True
             document = self.column.of(row, self.where)
-            if document is not None:
+            if document is None:
+                self.without_text += 1
+            else:
                 yield document
 
     def _open(self) -> Iterator[dict[str, Any]]:

@@ -4,6 +4,7 @@ Training writes through this file and reports read through it; importing it does
 """
 
 import contextlib
+import fcntl
 import gzip
 import json
 import math
@@ -34,6 +35,25 @@ def writing(path: Path | str) -> Iterator[None]:
         raise CannotWrite(f"{path}: cannot be written ({reason})") from error
 
 
+def shown(path: Path) -> str:
+    """A path as text that can be written as UTF-8, also one whose bytes the locale cannot decode."""
+    return os.fsencode(path).decode("utf-8", errors="replace")
+
+
+def lock(descriptor: int, name: object, say: Callable[[str], None] = print) -> bool:
+    """Lock an open file or folder for this process and those that inherit it; False if another process has it.
+
+    A file system that cannot lock is said, and counts as locked.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        say(f"{name}: cannot be locked ({error.strerror}); do not start a second process on it")
+    return True
+
+
 def is_safe_name(name: str) -> bool:
     """A single path component that cannot leave the runs folder or hide in it."""
     return re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}", name) is not None
@@ -56,7 +76,7 @@ def written(path: Path, write: Callable[[Any], None], mode: str) -> Path:
     """Write and sync a temporary file next to `path`; nothing is left of it after a failure."""
     unfinished = temporary(path)
     try:
-        with writing(path), open(unfinished, mode) as file:
+        with writing(path), open(unfinished, mode, encoding=None if "b" in mode else "utf-8") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())

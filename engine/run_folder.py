@@ -6,7 +6,6 @@
 The names of the files are in files.py, checkpoints in checkpoint.py.
 """
 
-import fcntl
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from engine import files
 from engine.checkpoint import Progress, load_checkpoint, save_checkpoint, set_aside
 from engine.cli import BadInput, RunFailed, first_line, make_folder
-from engine.files import JsonlWriter, cut_jsonl, finite, writing
+from engine.files import JsonlWriter, cut_jsonl, finite, lock, writing
 from engine.identity import check_same_run
 from engine.memory import peak_bytes
 from engine.ranks import Rank
@@ -88,13 +87,7 @@ class RunFolder:
     def _take_lock(self) -> bool:
         """Whether this process is the only one that trains this run; holds the lock until `unlock` or its end."""
         self.lock = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError as error:  # some network file systems cannot lock
-            self.out.say(f"{self}: cannot be locked ({error.strerror}); do not start a second process on this run")
-        return True
+        return lock(self.lock, self, self.out.say)
 
     def unlock(self) -> None:
         if self.lock is not None:

@@ -7,7 +7,6 @@ a launcher was killed and its runs are still alive, the next launcher waits for 
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -116,13 +115,7 @@ def _held(path: Path) -> Iterator[int | None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        yield None
-        return
-    try:
-        yield descriptor
+        yield descriptor if files.lock(descriptor, path) else None
     finally:
         os.close(descriptor)
 
@@ -145,7 +138,7 @@ def start(job: Job, environment: dict[str, str]) -> subprocess.Popen[bytes] | No
 
 
 def is_held(job: Job) -> bool:
-    """Whether a process trains this run."""
+    """Whether some process trains this run."""
     if not job.lock.exists():
         return False
     with _held(job.lock) as lock:

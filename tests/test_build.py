@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from corpus import build, commands, shards, sources
+from corpus import build, commands, local, shards
 from corpus.build import MixPart, build_shards
+from corpus.local import TextFiles
 from corpus.shards import open_shards
-from corpus.sources import Repeated, TextFiles
+from corpus.sources import Repeated
 from engine.cli import BadInput
 from engine.files import ROOT
 from tests.conftest import random_documents
@@ -324,7 +325,7 @@ def interrupted(tmp_path, monkeypatch, run_main):
 
 def test_an_interrupted_build_continues_from_what_it_kept(interrupted, tmp_path, run_main, monkeypatch):
     begun = []
-    monkeypatch.setattr(sources.TextFiles, "open", spy(begun))
+    monkeypatch.setattr(local.TextFiles, "open", spy(begun))
     assert run_main(commands.main, *interrupted)[0] == 0
     assert begun[-1]["at"] is not None, "started again"
     assert sorted(documents_of(tmp_path / "s")) == sorted(random_documents(300))
@@ -347,7 +348,7 @@ def test_hashes_of_documents_that_were_not_kept_are_dropped(interrupted, tmp_pat
 
 
 def spy(begun):
-    real = sources.TextFiles.open
+    real = local.TextFiles.open
 
     def opened(self, position=None):
         begun.append(position)
