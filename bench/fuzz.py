@@ -3,7 +3,7 @@
     python -m bench.fuzz --cases 10000
 
 Shards with their meta.json, a run's JSON files and its checkpoints are damaged at random (bytes, lengths, JSON values
-and keys, missing files) and read by the code that trains and reports.
+and keys, missing files) and read by the code that trains and reports; text files by the code that builds shards.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ import tyro
 from analysis.questions import answers
 from analysis.runs import load_run
 from analysis.verdict import judge
-from bench.harness import check_positive
+from bench.fuzz_text import Texts
 from bench.synthetic import write_run
 from corpus.build import build_shards
 from corpus.shards import HEADER_BYTES, SLOT_CRC32, open_shards
@@ -55,6 +55,8 @@ class Arguments:
 
     cases: int = 10_000
     """How many, a third each of shards, run files and checkpoints."""
+    texts: int = 1000
+    """How many of text files that shards are built from (bench/fuzz_text.py)."""
     seed: int = 0
     """Of the random damage."""
 
@@ -238,7 +240,12 @@ def run_to_damage(folder: Path) -> None:
 
 
 def try_cases(
-    whole: Path, read: Callable[[Path, Path], None], cases: int, rng: random.Random, folder: Path
+    whole: Path,
+    read: Callable[[Path, Path], None],
+    cases: int,
+    rng: random.Random,
+    folder: Path,
+    harm: Callable[[Path, random.Random], None] = damage,
 ) -> tuple[Counter[str], list[str]]:
     """How many cases ended in which way, and the faults found."""
     counts: Counter[str] = Counter()
@@ -253,7 +260,7 @@ def try_cases(
         shutil.copytree(whole, folder)
         for _ in range(rng.choice((1, 1, 1, 2))):
             if any(p.is_file() for p in folder.iterdir()):
-                damage(folder, rng)
+                harm(folder, rng)
         signal.alarm(SECONDS_PER_CASE)
         try:
             read(folder, whole)
@@ -276,7 +283,8 @@ def try_cases(
 @exit_with_a_sentence
 def main() -> int:
     a = tyro.cli(Arguments, description=__doc__)
-    check_positive(a, "cases")
+    if a.cases < 0 or a.texts < 0:
+        raise BadInput(f"--cases {a.cases} --texts {a.texts}: must be 0 or more")
     rng, began = random.Random(a.seed), time.monotonic()
     total: list[str] = []
     with tempfile.TemporaryDirectory() as name:
@@ -286,16 +294,23 @@ def main() -> int:
         checkpoints = Checkpoints(root / "shards")
         (root / "checkpoint").mkdir()
         checkpoints.write(root / "checkpoint")
-        readers = {"shards": read_shards, "run": read_run, "checkpoint": checkpoints.read}
-        for part, read in readers.items():
-            share = -(-a.cases // len(readers))
-            counts, faults = try_cases(root / part, read, share, rng, root / "damaged")
+        texts = Texts(Accepted, rng)
+        texts.write(root / "texts")
+        share = -(-a.cases // 3)
+        parts = {
+            "shards": (read_shards, share, damage),
+            "run": (read_run, share, damage),
+            "checkpoint": (checkpoints.read, share, damage),
+            "texts": (texts.read, a.texts, lambda folder, rng: texts.damage(folder, rng, damage_bytes)),
+        }
+        for part, (read, share, harm) in parts.items():
+            counts, faults = try_cases(root / part, read, share, rng, root / "damaged", harm)
             outcomes = ", ".join(f"{count} {words}" for words, count in sorted(counts.items()))
             print(f"{part:10} {share} cases: {outcomes}, {len(faults)} faults", flush=True)
             total += [f"{part}: {fault}" for fault in faults]
     for fault in total[:20]:
         print(fault)
-    print(f"{a.cases} cases, {len(total)} faults, {time.monotonic() - began:.0f} s")
+    print(f"{a.cases + a.texts} cases, {len(total)} faults, {time.monotonic() - began:.0f} s")
     return 1 if total else 0
 
 

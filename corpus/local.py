@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,7 @@ class TextFiles:
                 raise BadInput(f"{path}: not UTF-8 text ({error.reason})") from None
             except BadInput:
                 raise
-            except (OSError, EOFError, ValueError, MemoryError, ArithmeticError) as error:  # of each decompressor
+            except (OSError, EOFError, ValueError, zlib.error) as error:  # each decompressor raises its own kinds
                 raise BadInput(f"{path}: cannot be read ({first_line(error)})") from None
             self.file, self.at = self.file + 1, None
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from analysis import runs
 from bench import fuzz, soak
+from corpus import local
 from engine import files
 from engine.cli import BadInput
 
@@ -206,9 +207,23 @@ def test_a_checkpoint_of_any_contents_is_refused_or_read(whole, copy_of, draw):
 
 
 def test_damaged_files_are_refused_or_read_as_what_they_are(run_main):
-    code, out, _ = run_main(fuzz.main, "--cases", "450")
+    code, out, _ = run_main(fuzz.main, "--cases", "450", "--texts", "200")
     assert code == 0, out
-    assert "450 cases, 0 faults" in out
+    assert "650 cases, 0 faults" in out
+
+
+def test_the_fuzz_finds_a_reader_of_texts_that_takes_half_a_stream_for_a_whole_one(run_main, monkeypatch):
+    read = local._Zstandard.readinto
+
+    def trusting(stream, buffer):
+        try:
+            return read(stream, buffer)
+        except EOFError:
+            return 0
+
+    monkeypatch.setattr(local._Zstandard, "readinto", trusting)
+    code, out, _ = run_main(fuzz.main, "--cases", "0", "--texts", "400")
+    assert code == 1, out
 
 
 @pytest.mark.parametrize("part", ["shards", "run", "checkpoint"])
