@@ -339,7 +339,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def last_line(path: Path, code: int) -> str:
-    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1].strip()[:200] if lines else f"exit code {code}"
 
 

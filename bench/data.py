@@ -74,7 +74,7 @@ def builder(folder: Path, megabytes: float, repeats: int) -> dict[str, Any]:
     """Seconds of builder and tokenizer by turn; BadInput where they disagree on the tokens."""
     texts = texts_of(megabytes)
     source = folder / "text.jsonl"
-    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     parts = [MixPart("text", TextFiles([source]))]
     build_shards(lambda: iter(texts[:400]), folder / "first", source="bench", vocab_size=VOCAB_SIZE, val_fraction=0.1)
     tokenizer = str(folder / "first" / shards.TOKENIZER)

@@ -93,7 +93,9 @@ def damage_bytes(path: Path, rng: random.Random) -> None:
 
 def damage_json(path: Path, rng: random.Random) -> None:
     """Change one value or key of one line, at any depth."""
-    lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+    lines = (
+        path.read_text(encoding="utf-8").splitlines() if path.suffix == ".jsonl" else [path.read_text(encoding="utf-8")]
+    )
     place = rng.randrange(max(1, len(lines)))
     value: Any = json.loads(lines[place]) if lines else None
     holder, key = value, None
@@ -111,7 +113,7 @@ def damage_json(path: Path, rng: random.Random) -> None:
         else:
             holder[key] = rng.choice(ODD_VALUES)
     lines[place : place + 1] = [json.dumps(value)]
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def damage_checkpoint(path: Path, rng: random.Random) -> None:
@@ -174,7 +176,7 @@ def read_run(folder: Path, whole: Path) -> None:
     answers([run])
     for name in (files.METRICS, files.SPECTRA):
         cut_jsonl(folder / name, 3)
-        for line in (folder / name).read_text().splitlines() if (folder / name).exists() else ():
+        for line in (folder / name).read_text(encoding="utf-8").splitlines() if (folder / name).exists() else ():
             if json.loads(line)["step"] > 3:
                 raise Accepted(f"{name}: kept a line after step 3")
 

@@ -140,7 +140,7 @@ def make(a: Make) -> int:
         raise BadInput(f"{failed[0].folder}: {failed[0].reason()}; no record was written")
     write_record(a.out, [job.folder for job in jobs], a.tracks, described, corpus, command_of(a, data))
     faults = check(a.out)
-    print("\n".join(faults) or (a.out / "README.md").read_text())
+    print("\n".join(faults) or (a.out / "README.md").read_text(encoding="utf-8"))
     print(f"{a.out}: {len(faults)} faults; now `make readme-figures`, then commit; {where} can go")
     return int(bool(faults))
 
@@ -204,7 +204,7 @@ def write_record(
     record |= {"corpus": corpus["name"], "corpus_command": corpus["command"]}
     record |= {"runs": [folder.name for folder in folders], "figures": pages.figures_of(runs)}
     files.write_json(part / RECORD, record)
-    (part / "README.md").write_text(pages.record_page(pages.as_written(record)))
+    (part / "README.md").write_text(pages.record_page(pages.as_written(record)), encoding="utf-8")
     part.rename(out)
 
 
@@ -250,7 +250,7 @@ def check_record(folder: Path, record: dict[str, Any]) -> list[str]:
     faults += [f"{path}: is missing" for path in wanted if not path.exists()]
     if faults:
         return faults
-    for link in re.findall(r"\]\(([^)]*\.png)\)", (folder / "report.md").read_text()):
+    for link in re.findall(r"\]\(([^)]*\.png)\)", (folder / "report.md").read_text(encoding="utf-8")):
         faults += [] if (folder / link).exists() else [f"{folder / link}: is missing"]
     runs = [load_run(folder / name) for name in record["runs"]]
     faults += [fault for run in runs for fault in check_run(run)]
@@ -324,7 +324,7 @@ def standard(model: str) -> dict[str, int]:
 
 
 def check_page(folder: Path, wanted: str) -> list[str]:
-    found = (folder / "README.md").read_text() if (folder / "README.md").exists() else ""
+    found = (folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").exists() else ""
     return [] if found == wanted else [f"{folder / 'README.md'}: is not what its JSON gives; run make readme-figures"]
 
 
@@ -373,7 +373,7 @@ def write_figures(a: Figures) -> int:
 
 
 def _holds(path: Path, text: str) -> bool:
-    return path.exists() and path.read_text() == text
+    return path.exists() and path.read_text(encoding="utf-8") == text
 
 
 @exit_with_a_sentence

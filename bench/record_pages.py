@@ -425,9 +425,9 @@ def generated(root: Path) -> dict[Path, str]:
     """Every file with generated figures, as it must be: the project's README, that of the records, each record's."""
     records = root / "runs" / "records"
     readme, table_file = root / "README.md", records / "README.md"
-    text = fill(readme.read_text(), "headline", headline(records))
+    text = fill(readme.read_text(encoding="utf-8"), "headline", headline(records))
     made = {readme: fill(text, "performance", performance(records))}
-    made[table_file] = fill(table_file.read_text(), "records", record_tables(records))
+    made[table_file] = fill(table_file.read_text(encoding="utf-8"), "records", record_tables(records))
     made |= {records / name / "README.md": record_page(record) for name, record in read_all(records, RECORD)}
     return made | {records / name / "README.md": bench_page(bench) for name, bench in read_all(records, BENCH)}
 

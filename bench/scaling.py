@@ -103,7 +103,7 @@ def measure(a: Arguments, ranks: int) -> dict[str, float]:
         )
         if done.returncode:
             raise BadInput(f"{ranks} ranks: {(done.stdout or done.stderr).strip().splitlines()[-1]}")
-        return json.loads(out.read_text())
+        return json.loads(out.read_text(encoding="utf-8"))
 
 
 def one_rank(a: Arguments, out: Path) -> None:
@@ -135,7 +135,7 @@ def one_rank(a: Arguments, out: Path) -> None:
         tokens = sequences * ranks * config.seq_len
         figures = {"ranks": ranks, "gradients_ms": 1e3 * gradients, "apply_ms": 1e3 * apply}
         figures |= {"tokens_per_second": tokens / (gradients + apply), "bytes_sent": sharding.bytes_sent}
-        out.write_text(json.dumps(figures | {"messages": sharding.messages}))
+        out.write_text(json.dumps(figures | {"messages": sharding.messages}), encoding="utf-8")
     dist.destroy_process_group()
 
 

@@ -58,13 +58,15 @@ def start(folder: Path, name: str, steps: int, data: Path | None) -> subprocess.
 def train_to_the_end(folder: Path, name: str, steps: int, data: Path | None) -> float:
     """Training seconds of an undisturbed run, by its median step: the first ones share the cores with spectra."""
     if start(folder, name, steps, data).wait():
-        raise BadInput(f"the run to compare with failed: {(folder / f'{name}.txt').read_text().splitlines()[-1]}")
+        raise BadInput(
+            f"the run to compare with failed: {(folder / f'{name}.txt').read_text(encoding='utf-8').splitlines()[-1]}"
+        )
     return steps * statistics.median(line["step_ms"] for line in steps_logged(folder / name)) / 1e3
 
 
 def steps_logged(run: Path) -> list[dict[str, Any]]:
     path = run / files.METRICS
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if '"train"' in line and line.endswith("}")]
 
 
@@ -110,7 +112,7 @@ def differences(one: Path, other: Path) -> list[str]:
             equal = all(torch.equal(value, b["state"][key][part]) for part, value in state.items())
             found += [] if equal else [f"state {key} of optimizer {number}"]
     for name in (files.METRICS, files.SPECTRA):
-        lines = [list(map(_timeless, (run / name).read_text().splitlines())) for run in (one, other)]
+        lines = [list(map(_timeless, (run / name).read_text(encoding="utf-8").splitlines())) for run in (one, other)]
         if lines[0] != lines[1]:
             found.append(f"{name} ({len(lines[0])} and {len(lines[1])} lines)")
     return found

@@ -269,7 +269,7 @@ def main() -> int:
         row = f"{r.capability:4} {r.kernel:34} {r.config:32} {r.registers:9} {r.shared_bytes:9,} {r.spill_bytes:8}"
         print(f"{row} {r.ctas_per_sm:8}  {'; '.join(r.faults())}")
     if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n")
+        arguments.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n", encoding="utf-8")
     faulty = [r for r in results if r.faults()]
     print(f"{len(results)} variants, {len(faulty)} with faults")
     return int(bool(faulty))

@@ -61,9 +61,9 @@ def write_run(
     derived = {"data_fingerprint": "f00d", "vocab_size": 320, "steps": steps, "params": 1000, "device_name": "cpu"}
     derived |= {"world_size": 1, "git_commit": "c0ffee", "torch_version": "2.13.0"}
     extra = {key: settings.pop(key) for key in list(settings) if key in derived}
-    (folder / "config.json").write_text(json.dumps(flags | settings | derived | extra))
+    (folder / "config.json").write_text(json.dumps(flags | settings | derived | extra), encoding="utf-8")
     seconds = step_ms / 1e3
-    with (folder / "metrics.jsonl").open("w") as file:
+    with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
         for step in range(done + 1):
             loss = 5 + (final - 5) * step / steps
             val = {"kind": "val", "step": step, "tokens": 64 * step, "val_loss": loss, "val_accuracy": 0.01 * step}
@@ -77,7 +77,7 @@ def write_run(
                 file.write(json.dumps({"kind": "experts", "step": step, "layer": layer, "utilization": shares}) + "\n")
     if spectra:
         rng = np.random.default_rng(flags["seed"])
-        with (folder / "manifold_stats.jsonl").open("w") as file:
+        with (folder / "manifold_stats.jsonl").open("w", encoding="utf-8") as file:
             for step in sorted({*range(0, done + 1, 5), done}):
                 for layer in range(layers):
                     for proj in projections:
@@ -88,5 +88,5 @@ def write_run(
                         file.write(json.dumps(spectral_line(step, layer, proj, s, aligned, **more)) + "\n")
     if status:
         summary = {"status": status, "reason": None, "train_seconds": seconds * done, "peak_memory_bytes": 2**30}
-        (folder / "summary.json").write_text(json.dumps(summary))
+        (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     return folder

@@ -87,7 +87,7 @@ class Job:
         return [int(line.removeprefix(DEATH)) for line in self._log_lines() if line.startswith(DEATH)]
 
     def _log_lines(self) -> list[str]:
-        return self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        return self.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.log.exists() else []
 
     def steps_done(self) -> int:
         """The last step in metrics.jsonl; reads only the end of the file."""
@@ -150,7 +150,7 @@ def note_death(job: Job, code: int) -> None:
     status = job.summary().get("status")
     expected = status in OVER or code in (-signal.SIGTERM, -signal.SIGINT) or (code == 0 and status == "stopped")
     if not expected:
-        with job.log.open("a") as log:
+        with job.log.open("a", encoding="utf-8") as log:
             log.write(f"{DEATH}{code}\n")
 
 

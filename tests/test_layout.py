@@ -97,3 +97,18 @@ def test_reports_start_without_torch():
             assert module.split(".")[0] != "torch", path
             inside = (module.replace(".", "/") + ".py", f"{module.split('.')[0]}.py")
             waiting += [file for file in inside if (ROOT / file).exists()]
+
+
+def test_every_text_file_is_utf_8_whatever_the_locale():
+    """Path.read_text, write_text and open without an encoding follow the locale; only bytes and sockets need none."""
+    bare = []
+    for path in project_files():
+        for call in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+            if not isinstance(call, ast.Call):
+                continue
+            name = ast.unparse(call.func).rpartition(".")[2]
+            words = [word.value for word in call.args if isinstance(word, ast.Constant) and isinstance(word.value, str)]
+            text = name in ("read_text", "write_text") or (name == "open" and set(words) & {"r", "w", "a", "x"})
+            if text and "encoding" not in {keyword.arg for keyword in call.keywords}:
+                bare.append(f"{path}:{call.lineno}")
+    assert bare == []
