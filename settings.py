@@ -250,7 +250,7 @@ def optimizer_options(s: Settings) -> dict[str, Any]:
 
 
 def chosen_kernels(flag: str, capability: tuple[int, int]) -> frozenset[str]:
-    """The fused kernels that --kernels stands for on a GPU of this compute capability, (0, 0) without one; below 8.0,
+    """The fused kernels that --kernels selects on a GPU of this compute capability, (0, 0) without one; below 8.0,
     where Triton's tensor-core code is not tried (a T4 is 7.5), auto is none."""
     if flag == "auto":
         return KERNELS_THAT_PAY if capability >= (8, 0) else frozenset()

@@ -60,7 +60,7 @@ class Caption:
 
 
 def captioned(title: str, how_to_read: str) -> Callable[[Callable[..., Figure]], Callable[..., Figure]]:
-    """Decorator that puts a figure's caption beside the function that draws it."""
+    """Attach a figure's caption to the function that draws it."""
 
     def attach(plot: Callable[..., Figure]) -> Callable[..., Figure]:
         plot.caption = Caption(title, how_to_read)

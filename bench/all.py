@@ -154,7 +154,7 @@ def step_rows(found: Json, cuda: bool) -> list[Json]:
 
 def train_rows(found: Json, cuda: bool) -> list[Json]:
     by_name = {r["candidate"]: r for r in found["rows"]}
-    size = f"{found['model']}, {found['batch_tokens']:,} tokens an update"
+    size = f"{found['model']}, {found['batch_tokens']:,} tokens a step"
     rows = []
     for optimizer, words in (("muon", "Muon"), ("adamw", "AdamW")):
         ours, peer = by_name[f"ours, {optimizer}"], by_name[f"baseline, {optimizer}"]["tokens_per_second"]

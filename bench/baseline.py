@@ -224,7 +224,7 @@ def train_step(
     grad_clip: float = 1.0,
     mark: Callable[[str], None] | None = None,
 ) -> Tensor:
-    """One update on the token rows (B, T + 1), on the model's device; returns the mean loss, without a host sync.
+    """One step on the token rows (B, T + 1), on the model's device; returns the mean loss, without a host sync.
 
     `mark` is called at the end of each phase: "forward" and "backward" once per micro-batch, then "optimizer", which
     includes clipping. `micro_batch` rows go through at once; the gradient's norm is cut to `grad_clip` (0 = off).

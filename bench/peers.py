@@ -57,7 +57,7 @@ def installed(schedule: Schedule, device: torch.device) -> dict[str, Callable[[T
             continue
         try:
             found[name] = build(schedule, device)
-        except Exception as error:  # another project's import may fail in any way; the comparison goes on without it
+        except Exception as error:  # another project's import may fail in any way; the comparison continues without it
             print(f"{name}: installed but not usable here ({type(error).__name__}: {error})")
     return found
 

@@ -3,7 +3,7 @@
     python -m bench.record make 2m time-to-loss --model nano --seeds 0 1 2 --out runs/records/nano-2-cores
     python -m bench.record check runs/records/nano-2-cores      python -m bench.record figures
 
-`make` trains one run after another (nano, six runs: half an hour on two idle cores) and goes on where it was stopped;
+`make` trains one run after another (nano, six runs: half an hour on two idle cores) and continues where it was stopped;
 both tracks come from the same runs. `check` trusts nothing that it can compute: exit code 1 and a line for each fault.
 """
 
@@ -40,7 +40,7 @@ from suites.catalog import OPTIMIZERS
 
 KEPT = (files.CONFIG, files.METRICS, files.SUMMARY, files.LOG)
 SPECTRA_DIGITS = 5
-MOST_BYTES = 4 * 2**20  # of a record's folder: every clone carries it for ever
+MOST_BYTES = 4 * 2**20  # of a record's folder: every clone carries it
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def make(a: Make) -> int:
     try:
         launcher.run_here(jobs, [{}])
     except launcher.Interrupted:
-        print(f"{where}: stopped; the same command goes on")
+        print(f"{where}: stopped; run the same command to continue")
         return 0
     failed = [job for job in jobs if job.state() != "finished"]
     if failed:
@@ -267,12 +267,12 @@ def check_record(folder: Path, record: dict[str, Any]) -> list[str]:
 
 
 def check_run(run: Run) -> list[str]:
-    """One run: finished, every update and its loss there, what its summary says is what its lines say."""
+    """One run: finished, every step with its loss, and a summary that agrees with its lines."""
     if run.status != "finished" or not run.val or not run.train:
-        return [f"{run.path}: is no finished run"]
+        return [f"{run.path}: is not a finished run"]
     steps, faults = int(run.config["steps"]), []
     if list(run.train["step"]) != list(range(1, steps + 1)) or int(run.val["step"][-1]) != steps:
-        faults.append(f"{run.path / files.METRICS}: has not every update from 1 to {steps}")
+        faults.append(f"{run.path / files.METRICS}: lacks a step from 1 to {steps}")
     for columns, key in ((run.train, "train_loss"), (run.val, "val_loss"), (run.val, "val_accuracy")):
         if not all(map(math.isfinite, columns[key])):
             faults.append(f"{run.path / files.METRICS}: has a {key} that is not finite")
@@ -329,10 +329,10 @@ def check_page(folder: Path, wanted: str) -> list[str]:
 
 
 def check_commit(folder: Path, commits: set[str | None]) -> list[str]:
-    """One commit, without changes beside it, that this repository has; a clone without its history is told apart."""
+    """One commit of this repository, without other changes; a clone without its history is recognised."""
     if len(commits) != 1 or None in commits or not all(re.fullmatch("[0-9a-f]{40}", str(c)) for c in commits):
         return [
-            f"{folder}: was made by {', '.join(sorted(map(str, commits)))}; one commit without changes is asked for"
+            f"{folder}: was made by {', '.join(sorted(map(str, commits)))}; a record needs one commit without changes"
         ]
     commit = commits.pop()
     if _git("cat-file", "-e", f"{commit}^{{commit}}") == "":

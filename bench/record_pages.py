@@ -413,7 +413,7 @@ def performance(folder: Path) -> str:
 
 
 def fill(text: str, name: str, body: str) -> str:
-    """`text` with what stands between the marks of `name` replaced; BadInput where the marks are missing."""
+    """`text` with the part between the marks of `name` replaced; BadInput if the marks are missing."""
     mark = MARK.format(name=name)
     pattern = re.compile(f"{re.escape(mark)}.*?{re.escape(END)}", re.DOTALL)
     if len(pattern.findall(text)) != 1:

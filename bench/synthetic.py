@@ -50,7 +50,7 @@ def write_run(
     projections: Iterable[str] = tuple(PROJECTION_SHAPES),
     **settings,
 ) -> Path:
-    """A run whose loss falls linearly from 5 to `final` over `steps`; `done` updates of them; spectra every 5.
+    """A run whose loss falls linearly from 5 to `final` over `steps`; `done` of them; spectra every 5.
 
     Singular values are (1, .., 1) x (1 + 0.1 step) but for the smaller half, which shrinks by `decay` a step.
     """

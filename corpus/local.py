@@ -2,7 +2,7 @@
 
     found = find_files([Path("notes")]); print(found.left_out); reader = TextFiles(found.files).open()
 
-Each reader looks at the column asked for and at nothing else: other columns may hold anything, and change from row to
+Each reader looks at one column and at nothing else: other columns may hold anything, and change from row to
 row. Memory is bounded by a piece, a line or a batch of rows. An incomplete or damaged file is BadInput that names it.
 """
 
@@ -133,7 +133,7 @@ def _txt_pieces(path: Path, column: Column, at: int | None) -> Iterator[tuple[st
     with _open(path) as file:
         _skip(file, end)
         while piece := file.read(PIECE_BYTES) + file.readline(PIECE_BYTES):
-            # Where no newline came, go on to the end of a character: its further bytes are 10xxxxxx.
+            # Without a newline, read to the end of a character: its further bytes are 10xxxxxx.
             while (following := file.peek(1)[:1]) and not piece.endswith(b"\n") and following[0] & 0xC0 == 0x80:
                 piece += file.read(1)
             text = piece.removeprefix(BYTE_ORDER_MARK) if end == 0 else piece
@@ -192,7 +192,7 @@ def _parquet_rows(path: Path, column: Column, at: int | None) -> Iterator[tuple[
 
 
 def _parquet(path: Path) -> Any:
-    """An opened .parquet that reads a column's pages as they are asked for, not a row group at a time."""
+    """Open a .parquet that reads a column page by page, not a row group at a time."""
     from pyarrow import parquet
 
     try:

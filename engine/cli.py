@@ -109,7 +109,7 @@ class Unfailing:
         try:
             getattr(self.stream, method)(*arguments)
         except (OSError, ValueError):  # ValueError: the stream is closed
-            with contextlib.suppress(OSError, ValueError):  # what its buffer still holds goes nowhere, without a word
+            with contextlib.suppress(OSError, ValueError):  # what its buffer still holds is dropped
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self.stream.fileno())
                 os.close(nowhere)

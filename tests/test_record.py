@@ -166,7 +166,7 @@ DAMAGES = {
     ),
     "an update missing": (
         lambda folder: edit_line(folder / "nano-adamw-0" / "metrics.jsonl", "train", 5, step=7),
-        "has not every update from 1 to 6",
+        "lacks a step from 1 to 6",
     ),
     "figure changed in the JSON": (
         lambda folder: edit(folder / "record.json", lambda r: r["figures"].update(target_loss=1.0)),
@@ -178,7 +178,7 @@ DAMAGES = {
     ),
     "not finished": (
         lambda folder: edit(folder / "nano-muon-2" / "summary.json", lambda s: s.update(status="stopped")),
-        "nano-muon-2: is no finished run",
+        "nano-muon-2: is not a finished run",
     ),
     "another setting": (
         lambda folder: edit(folder / "nano-muon-2" / "config.json", lambda c: c.update(lr=0.5)),
@@ -195,7 +195,7 @@ DAMAGES = {
     "unknown corpus": (lambda folder: (folder.parent / "corpora.json").write_text("{}"), "knows no corpus"),
     "uncommitted changes": (
         lambda folder: edit(folder / "record.json", lambda r: r.update(git_commit=r["git_commit"] + "+")),
-        "one commit without changes is asked for",
+        "a record needs one commit without changes",
     ),
     "a track with its own budget": (
         lambda folder: edit(folder / "record.json", lambda r: r.update(tracks=["2m"])),
