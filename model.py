@@ -65,9 +65,9 @@ class ModelConfig:
         if self.ffn not in ACTIVATIONS:
             raise ValueError(f"unknown ffn {self.ffn!r}; choose from {', '.join(ACTIVATIONS)}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout {self.dropout}: must lie in [0, 1)")
+            raise ValueError(f"dropout {self.dropout}: must be at least 0 and below 1")
         if self.experts < 0 or (self.experts and not 1 <= self.top_k <= self.experts):
-            raise ValueError(f"top_k {self.top_k}: must lie between 1 and the {self.experts} experts")
+            raise ValueError(f"top_k {self.top_k}: must be between 1 and the {self.experts} experts")
         if not (0 <= self.balance < math.inf and 0 <= self.router_noise < math.inf):
             raise ValueError(f"balance {self.balance} and router_noise {self.router_noise}: must not be negative")
 

@@ -37,7 +37,7 @@ KERNELS_THAT_PAY: frozenset[str] = frozenset()  # of model.KERNELS: those with a
 BATCH_TOKENS, EVAL_TOKENS = 16_384, 131_072
 NANO_BATCH_TOKENS, NANO_EVAL_TOKENS = 8192, 16_384
 EVENTS_PER_RUN = 20  # validation and spectra, unless their flags say otherwise
-LARGE_SPECTRA_PER_RUN = 4  # above nano: an event of the 88M model is 5 to 8 s of work for two CPU cores
+LARGE_SPECTRA_PER_RUN = 4  # above nano: an event takes seconds of a CPU (docs/run_folder.md)
 
 
 @dataclass(frozen=True, kw_only=True)

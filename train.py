@@ -90,8 +90,9 @@ def run(s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> int:
     # Optimizers. Each rank owns a share of every parameter and optimizes that alone.
     sharding = Sharding(model, rank.index, rank.count)
     optimizers = build_optimizers(model, s.optimizer, sharding=sharding, **optimizer_options(s))
-    steps = {"micro_batch": s.micro_batch, "grad_clip": s.grad_clip, "compiled": compiled, "sharding": sharding}
-    work = TrainingStep(model, optimizers, **steps)
+    work = TrainingStep(
+        model, optimizers, micro_batch=s.micro_batch, grad_clip=s.grad_clip, compiled=compiled, sharding=sharding
+    )
     layout = parameter_layout(model, s.optimizer)
     speed = Speed(model, step_cost(optimizers), s.batch_tokens, s.seq_len, device_name(device), rank.count)
 
@@ -112,7 +113,7 @@ def run(s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> int:
 
     progress, clock, spectra, signals = Progress(), Stopwatch(device), None, []
     try:
-        with contextlib.ExitStack() as threads:  # they end first, whatever happens, and write what they still hold
+        with contextlib.ExitStack() as threads:  # on every way out they end first and write their last lines
             # Folder. An interrupted run continues from its last checkpoint.
             loaded = folder.last_checkpoint(describe(s, shards, model, rank.count, speed.name))
             if fresh := loaded is None:
@@ -136,7 +137,7 @@ def run(s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> int:
             stop_on(signals)
             introduce(folder, model, memory, loader, s)
 
-            # Warm-up, off the clock, then the checkpoint's state: there is none to keep before.
+            # Warm-up, off the clock. It zeroes optimizer state, so the checkpoint is restored after it.
             set_lr(optimizers, 1e-3)
             rows = min(2, sequences // s.micro_batch) * s.micro_batch  # two micro-batches accumulate as any number does
             work.warm_up(torch.randint(shards.vocab_size, (rows, s.seq_len + 1)))
@@ -148,29 +149,36 @@ def run(s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> int:
             gc.freeze()  # what exists now stays: collections need not walk it again in every step
             threads.callback(gc.unfreeze)
 
-            train(s, work, layout, loader, val_stream, folder, spectra, speed, progress, clock, signals, fresh)
+            train(
+                s,
+                work,
+                layout=layout,
+                loader=loader,
+                val_stream=val_stream,
+                folder=folder,
+                spectra=spectra,
+                speed=speed,
+                progress=progress,
+                clock=clock,
+                signals=signals,
+                fresh=fresh,
+            )
+        read_clocks(progress, clock, spectra)
+        status, which = ("finished", "final") if progress.step == s.steps else ("stopped", "last")
+        folder.summarize(
+            status, None if status == "finished" else f"signal after step {progress.step}", progress, speed
+        )
     except BaseException as error:
         read_clocks(progress, clock, spectra)
-        reason = reason_of(
-            error, progress.step, rank.count, lambda: memory.misfit(s.micro_batch, available_bytes(device))
-        )
-        if folder.is_open:
-            with contextlib.suppress(CannotWrite):
-                folder.summarize("failed", reason or f"{type(error).__name__}: {error}", progress, speed)
-        if reason is None or isinstance(error, BadInput):
+        if not failed(error, s, folder, memory, speed, progress):
             raise
-        with contextlib.suppress(CannotWrite):
-            folder.out.say(f"failed: {reason}")
-        if rank.index and not isinstance(error, TrainingFailed):  # all ranks know of that one
-            print(f"rank {rank.index}: failed: {reason}", file=sys.stderr, flush=True)
         return 1
     else:
-        status, which = ("finished", "final") if progress.step == s.steps else ("stopped", "last")
-        reason = None if status == "finished" else f"signal after step {progress.step}"
-        folder.summarize(status, reason, progress, speed)
         if status == "finished" and s.plots and rank.index == 0:
             draw_plots(folder.path)
-        folder.out.say(f"{folder}: {status} after {progress.step} steps, {which} validation loss {progress.val_loss}")
+        with contextlib.suppress(CannotWrite):
+            done = f"{status} after {progress.step} steps, {which} validation loss {progress.val_loss}"
+            folder.out.say(f"{folder}: {done}")
         return 0
     finally:
         folder.unlock()
@@ -179,6 +187,7 @@ def run(s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> int:
 def train(
     s: Settings,
     work: TrainingStep,
+    *,
     layout: Layout,
     loader: Loader,
     val_stream: TokenStream,
@@ -314,7 +323,7 @@ def stop_on(signals: list[int]) -> None:
         signal.signal(number, signal.SIG_DFL)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        if signal.getsignal(number) != signal.SIG_IGN:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, note)
 
 
@@ -340,6 +349,24 @@ def save(work: TrainingStep, layout: Layout, loader: Loader, folder: RunFolder, 
     contents = state_of(work, layout, loader, progress)
     if folder.rank.index == 0:
         folder.save(contents)
+
+
+def failed(
+    error: BaseException, s: Settings, folder: RunFolder, memory: MemoryCount, speed: Speed, progress: Progress
+) -> bool:
+    """Write and say why a run ended, as far as that can be written; False for a bug or bad input, to be raised."""
+    rank, device = folder.rank, folder.device
+    reason = reason_of(error, progress.step, rank.count, lambda: memory.misfit(s.micro_batch, available_bytes(device)))
+    with contextlib.suppress(CannotWrite):
+        if folder.is_open:
+            folder.summarize("failed", reason or f"{type(error).__name__}: {error}", progress, speed)
+    if reason is None or isinstance(error, BadInput):
+        return False
+    with contextlib.suppress(CannotWrite):
+        folder.out.say(f"failed: {reason}")
+    if rank.index and not isinstance(error, TrainingFailed):  # all ranks know of that one
+        print(f"rank {rank.index}: failed: {reason}", file=sys.stderr, flush=True)
+    return True
 
 
 def draw_plots(folder: Path) -> None:

@@ -2,8 +2,8 @@
 
     test = difference(muon_by_seed, adamw_by_seed); test.low, test.high, test.p_value, test.test
 
-Runs that share a seed share batches and initial weights, so they are paired. `difference` is the only test of two
-groups: reports, suites, records and figures all call it.
+Two groups with the same seeds are paired, because a seed fixes batches and initial weights. `difference` is the only
+test of two groups: reports, suites, records and figures all call it.
 """
 
 import functools
@@ -38,7 +38,8 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple
 class Difference:
     """mean(a) - mean(b), its confidence interval, the two-sided p value, the test's name and the number of seeds.
 
-    Interval and p are NaN where a side has fewer than two seeds or nothing varies.
+    Interval and p are NaN where a side has fewer than two seeds or nothing varies. Of pairs whose differences are all
+    equal the interval has no width and p is NaN.
     """
 
     difference: float

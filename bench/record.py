@@ -60,7 +60,7 @@ class Make:
     data: Path | None = None
     """Folder of token shards (default: the embedded shards that suit the model)."""
     spectra_every: int | None = None
-    """Updates between spectra events (default: as train.py); a record holds few megabytes."""
+    """Steps between spectra events (default: as train.py); a record must stay small."""
     runs_dir: Path = Path("runs")
     """Where the runs are trained, with checkpoints, in RUNS_DIR/record-NAME; to be removed afterwards."""
 

@@ -224,7 +224,7 @@ def record_page(record: Json) -> str:
     if "time-to-loss" in record["tracks"]:
         parts += ["## Time to loss", table(TIME_HEADER, time_rows(record))]
     if not all(map(steady, record["figures"]["optimizers"].values())):
-        parts.append(f"Updates of some seed took over {STEADY} times as long as another's: losses count, times do not.")
+        parts.append(f"The steps of one seed took over {STEADY} times as long as another's: compare losses, not times.")
     facts = [f"{key} {described[key]}" for key in SHOWN if described.get(key) is not None]
     versions = f"Python {described['python_version']}, torch {described['torch_version']}"
     parts += [

@@ -126,7 +126,7 @@ class Workplace:
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.compiled = a.compile == "on" or (a.compile == "auto" and self.cuda)
         self.rates = NANO_LR if nano else DEFAULT_LR
-        self.gpu = speed.find(machine.device_name())
+        self.gpu = speed.DEVICES.get(machine.device_name())
         self.micro_batch = 1 if a.predict else self._micro_batch(a.micro_batch)
 
     def _micro_batch(self, asked: Literal["auto"] | int) -> int:

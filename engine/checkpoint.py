@@ -63,7 +63,7 @@ class Progress:
 
 
 class Resumable(Protocol):
-    """What a checkpoint asks of the loader."""
+    """The methods of a loader that a checkpoint uses."""
 
     def state_dict(self) -> dict[str, int]: ...
     def load_state_dict(self, state: dict[str, int]) -> None: ...
@@ -177,7 +177,7 @@ def load_checkpoint(folder: Path, say: Callable[[str], None]) -> tuple[dict[str,
             _check_checkpoint(contents)
             return contents, damaged
         except Exception as error:  # torch, zipfile and pickle raise many kinds on a damaged file
-            # The file may be good where the system cannot read it now; a damaged archive asks for invalid places.
+            # A file that the system cannot read now may be good; in a damaged archive zipfile seeks wrongly (EINVAL).
             if isinstance(error, OSError | MemoryError) and getattr(error, "errno", None) != errno.EINVAL:
                 raise BadInput(f"{path}: cannot be read ({first_line(error)})") from None
             damaged.append(path)

@@ -59,7 +59,7 @@ class CannotWrite(RunFailed):
 def exit_with_a_sentence(main: Callable[[], int | None]) -> Callable[[], int]:
     """Wrap a command: `BadInput` becomes its sentence on stderr and exit code 2, Ctrl-C exit code 130.
 
-    No command ends because nobody reads what it prints; --help is laid out on at least `MIN_COLUMNS`.
+    A command continues when nobody reads its output; --help is at least `MIN_COLUMNS` wide.
     """
 
     @functools.wraps(main)
@@ -151,7 +151,7 @@ def parse_count(text: str) -> int:
 
 
 class Limit(NamedTuple):
-    """What a flag's value must be, as the rest of a sentence and as a test; belongs into the type of the field:
+    """A condition on a flag's value: the end of an error sentence, and the test. Put it into the field's type:
     `Annotated[int, AT_LEAST_1]`."""
 
     sentence: str

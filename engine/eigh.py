@@ -60,8 +60,8 @@ def call(name: str, *arguments: bytes | int | NDArray[np.float64] | NDArray[np.i
 
 def eigh_leading(matrices: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """All eigenvalues (B, n) and the k leading eigenvectors (B, n, k) of symmetric matrices (B, n, n) in float64 on the
-    CPU, both from the largest down; NaN for a matrix on which LAPACK does not converge. The lower triangle is read;
-    torch's number of threads matrices are worked on side by side."""
+    CPU, both from the largest down; NaN for a matrix on which LAPACK does not converge. Reads the lower
+    triangle; works on as many matrices at a time as torch has threads."""
     one_thread_per_call()
     batch, n = matrices.shape[:2]
     values, vectors = np.full((batch, n), math.nan), np.full((batch, k, n), math.nan)

@@ -43,7 +43,7 @@ def shown(path: Path) -> str:
 def lock(descriptor: int, name: object, say: Callable[[str], None] = print) -> bool:
     """Lock an open file or folder for this process and those that inherit it; False if another process has it.
 
-    A file system that cannot lock is said, and counts as locked.
+    If the file system cannot lock, says so and returns True.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

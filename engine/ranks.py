@@ -38,11 +38,16 @@ class Rank:
 
     def least(self, value: int, device: torch.device) -> int:
         """The least of all ranks' values."""
-        if self.count == 1:
-            return value
-        shared = torch.tensor(value, device=device)
-        dist.all_reduce(shared, op=dist.ReduceOp.MIN)
-        return int(shared)
+        return int(over_ranks(value, dist.ReduceOp.MIN, self.count, device))
+
+
+def over_ranks(value: float, op: dist.ReduceOp.RedOpType, count: int, device: torch.device) -> float:
+    """One number of each of `count` ranks, reduced to the same on all."""
+    if count == 1:
+        return value
+    shared = torch.tensor(value, device=device)
+    dist.all_reduce(shared, op=op)
+    return shared.item()
 
 
 def rank_from(environment: Mapping[str, str]) -> Rank:
@@ -284,11 +289,7 @@ class Sharding:
 
     def largest(self, value: float) -> float:
         """The largest of the ranks' values."""
-        if self.world_size == 1:
-            return value
-        shared = torch.tensor(value, device=self.device)
-        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-        return float(shared)
+        return over_ranks(value, dist.ReduceOp.MAX, self.world_size, self.device)
 
     def _count(self, whole: Tensor, times: int = 1) -> None:
         """A ring sends (N - 1) / N of a message from each rank, `times` over."""

@@ -42,7 +42,7 @@ class RunFolder:
         self.is_open = False
         self.metrics: JsonlWriter | None = None  # rank 0 opens them
         self.live: TensorBoard | None = None
-        self.lock: int | None = None  # a descriptor of the folder itself, which leaves no file behind
+        self.lock: int | None = None  # a descriptor of log.txt: network file systems lock files only
 
     def __str__(self) -> str:
         return str(self.path)
@@ -80,13 +80,14 @@ class RunFolder:
             inside = set(self.path.iterdir())
         except OSError as error:
             raise BadInput(f"{named} cannot be read ({error.strerror})") from None
-        if first not in inside and inside - {files.temporary(first)}:  # a run killed at once leaves no more
+        if first not in inside and inside - {files.temporary(first), self.path / files.LOG}:  # it was killed at once
             raise BadInput(f"{named} is not a run's folder; choose another name")
         return True
 
     def _take_lock(self) -> bool:
         """Whether this process is the only one that trains this run; holds the lock until `unlock` or its end."""
-        self.lock = os.open(self.path, os.O_RDONLY)
+        with writing(self.path / files.LOG):
+            self.lock = os.open(self.path / files.LOG, os.O_CREAT | os.O_RDWR)
         return lock(self.lock, self, self.out.say)
 
     def unlock(self) -> None:
@@ -110,7 +111,10 @@ class RunFolder:
             raise BadInput(f"--name {self.path.name}: another process is training {self}; wait for it or stop it")
 
     def open(self, last_step: int) -> None:
-        """Make the folder, or cut its files back to `last_step` (-1: the beginning), so that lines can be written."""
+        """Make the folder, or cut its files back to `last_step` (-1: the beginning), so that lines can be written.
+
+        BadInput on rank 0 alone if another process has made the same new run since `last_checkpoint`.
+        """
         if self.rank.index != 0:
             return
         make_folder(self.path, exist_ok=self.resume)

@@ -1,7 +1,7 @@
 """Time on the device, and what the device could do at best: moments in its queue, phases of a step, the speed of light.
 
     times = Times(device); ...; times.mark("forward"); times.milliseconds()
-    seconds = light_seconds(model, step_cost(optimizers), tokens, seq_len, find(torch.cuda.get_device_name()))
+    seconds = light_seconds(model, step_cost(optimizers), tokens, seq_len, DEVICES[torch.cuda.get_device_name()])
 
 Reading a moment waits until the device has passed it; taking one does not. Peaks are from vendor data sheets; a device
 that is not in the table has no MFU and no speed of light, rather than a wrong one.
@@ -113,11 +113,6 @@ DEVICES = {
 }
 
 
-def find(name: str) -> Device | None:
-    """The device of this name, as torch.cuda.get_device_name() gives it."""
-    return DEVICES.get(name)
-
-
 def light_seconds(
     model: nn.Module,
     step_cost: tuple[float, float],
@@ -130,11 +125,11 @@ def light_seconds(
 
     Counts 6 FLOPs per matmul parameter and token, attention where it is causal, Newton-Schulz's half products, and
     every gradient, weight and moment once; nothing elementwise, which a perfect program would hide behind the matmuls.
-    Of several ranks each has its share of the tokens, and `optimizers` hold its share of the parameters.
+    Each of several ranks has its share of the tokens; `step_cost` counts its share of the parameters.
     """
-    update_flops, update_bytes = step_cost
-    flops = tokens / ranks * model.flops_per_token(seq_len, causal=True) + update_flops
-    return flops / device.bf16_flops + update_bytes / device.bytes_per_second
+    optimizer_flops, optimizer_bytes = step_cost
+    flops = tokens / ranks * model.flops_per_token(seq_len, causal=True) + optimizer_flops
+    return flops / device.bf16_flops + optimizer_bytes / device.bytes_per_second
 
 
 class Speed:
@@ -150,7 +145,7 @@ class Speed:
         ranks: int = 1,
     ) -> None:
         self.model, self.batch_tokens, self.seq_len, self.ranks = model, batch_tokens, seq_len, ranks
-        self.name, self.device = name, find(name)
+        self.name, self.device = name, DEVICES.get(name)
         work = (model, step_cost, batch_tokens, seq_len)
         self.light_seconds = None if self.device is None else light_seconds(*work, self.device, ranks)
 

@@ -3,8 +3,8 @@
     step = TrainingStep(model, optimizers, micro_batch=8, grad_clip=1.0, compiled=True)
     stats = step.gradients(batch_BT1); times = step.apply()      # later: stats.read(), times.milliseconds()
 
-A loss or gradient norm that is not finite turns the update into nothing on the device itself, so that the host may
-learn of it a step later. train.py runs this class and `evaluate`, bench/train.py times it.
+If a loss or gradient norm is not finite, the device itself skips the change of the weights, so the host may learn of it
+a step later. train.py runs this class and `evaluate`, bench/train.py times it.
 """
 
 import math
@@ -105,12 +105,12 @@ class TrainingStep:
         which keep their shares.
 
         `batch_BT1` is this rank's share: integer tokens, one more per row than the model reads, rows a multiple of
-        micro_batch. Returns the loss in nats, the norm before clipping, and whether any rank was told to stop; tells
-        the optimizers the clipping and whether to skip. `times` gets the marks, by default new ones.
+        micro_batch. Returns the loss in nats, the norm before clipping, and whether any rank received a signal; gives
+        the optimizers the clip factor and the flag to skip. `times` gets the marks, by default new ones.
         """
         self.times = times or Times(self.device)
         if len(batch_BT1) % self.micro_batch:
-            raise ValueError(f"{len(batch_BT1)} rows are no multiple of a micro-batch of {self.micro_batch}")
+            raise ValueError(f"{len(batch_BT1)} rows are not a multiple of the micro-batch {self.micro_batch}")
         micro_batches = batch_BT1.to(self.device, non_blocking=True).long().split(self.micro_batch)
         self.times.mark("transfer")
         loss = torch.zeros((), device=self.device)

@@ -121,9 +121,9 @@ def _held(path: Path) -> Iterator[int | None]:
 
 
 def start(job: Job, environment: dict[str, str]) -> subprocess.Popen[bytes] | None:
-    """Start the run's process; None if another process trains this run already."""
+    """Start the run's process; None if another process trains this run already, a launcher's or one started by hand."""
     with _held(job.lock) as lock:
-        if lock is None:
+        if lock is None or _trains_by_itself(job):
             return None
         with job.log.open("ab") as log:
             return subprocess.Popen(
@@ -137,12 +137,22 @@ def start(job: Job, environment: dict[str, str]) -> subprocess.Popen[bytes] | No
             )
 
 
+def _trains_by_itself(job: Job) -> bool:
+    """Whether a process that no launcher started trains this run: it has locked log.txt (engine/run_folder.py)."""
+    log = job.folder / files.LOG
+    if not log.exists():
+        return False
+    with _held(log) as lock:
+        return lock is None
+
+
 def is_held(job: Job) -> bool:
     """Whether some process trains this run."""
-    if not job.lock.exists():
-        return False
-    with _held(job.lock) as lock:
-        return lock is None
+    if job.lock.exists():
+        with _held(job.lock) as lock:
+            if lock is None:
+                return True
+    return _trains_by_itself(job)
 
 
 def note_death(job: Job, code: int) -> None:

@@ -91,7 +91,7 @@ class Planner:
         return Job(
             name=f"{resolved.model}-{resolved.optimizer}-{key[:10]}-seed{seed}",
             flags=tuple(flags),
-            steps=-(-resolved.tokens // resolved.batch_tokens),
+            steps=resolved.steps,
             tokens=resolved.tokens,
             runs_dir=self.chosen.folder,
         )

@@ -1,5 +1,6 @@
 """Suites as processes: killed, interrupted, failed and resumed; one run per free GPU; the settings on an old GPU."""
 
+import fcntl
 import json
 import os
 import re
@@ -273,3 +274,14 @@ def test_an_old_gpu_trains_in_fp32_without_our_kernels(monkeypatch, shards_folde
         assert (resolved.device, resolved.precision) == ("cuda", precision)
         assert chosen_kernels(resolved.kernels, capability) == kernels
         assert configs.runs_triton(torch.zeros(2)) == (capability >= (8, 0))
+
+
+def test_a_run_that_was_started_by_hand_is_waited_for(tmp_path):
+    """Its process holds log.txt, as engine/run_folder.py does; a second one would be refused and counted as failed."""
+    mine = job(tmp_path)
+    mine.folder.mkdir(parents=True)
+    with (mine.folder / "log.txt").open("w") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        assert launcher.is_held(mine)
+        assert launcher.start(mine, {}) is None
+    assert not launcher.is_held(mine)

@@ -91,7 +91,7 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(train_small, tmp_path, mon
     if fault == "not allowed":
         mkdir = os.mkdir
 
-        def forbidden(path, *mode):
+        def forbidden(path, *mode, **more):
             if str(path).startswith(str(runs)):
                 raise PermissionError(13, "Permission denied", path)
             mkdir(path, *mode)
@@ -109,7 +109,7 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(train_small, tmp_path, mon
 
 
 def test_a_folder_in_which_nothing_may_be_written_fails_the_run_with_a_sentence(train_small, monkeypatch):
-    def forbidden(path, mode):
+    def forbidden(path, mode, **more):
         raise PermissionError(13, "Permission denied", path)
 
     monkeypatch.setattr(files, "open", forbidden, raising=False)
@@ -419,7 +419,23 @@ def test_a_file_system_that_cannot_lock_is_said_and_used(train_small, monkeypatc
     def no_locks(descriptor, operation):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr("engine.run_folder.fcntl.flock", no_locks)
+    monkeypatch.setattr("engine.files.fcntl.flock", no_locks)
     code, folder, out, _ = train_small("run", "--tokens", 256)
     assert code == 0
     assert f"{folder}: cannot be locked (Function not implemented)" in out
+
+
+def test_a_last_summary_that_cannot_be_written_fails_the_run_with_a_sentence(train_small, monkeypatch):
+    write_json = files.write_json
+
+    def no_summary(path, value):
+        if path.name == "summary.json":
+            raise cli.CannotWrite(f"{path}: cannot be written (No space left on device)")
+        write_json(path, value)
+
+    monkeypatch.setattr(files, "write_json", no_summary)
+    code, folder, out, err = train_small("run", "--tokens", 256)
+    assert code == 1
+    assert f"failed: {folder}/summary.json: cannot be written (No space left on device)" in out
+    assert "Traceback" not in err
+    assert (folder / "checkpoint.pt").exists()

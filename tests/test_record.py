@@ -266,7 +266,7 @@ def test_a_make_that_is_stopped_or_fails_leaves_no_record(workplace, run_main, m
     monkeypatch.setattr(launcher, "run_here", stops)
     code, said, _ = run_main(record.main, *words, "--runs-dir", workplace / "runs")
     assert (code, out.exists()) == (0, False)
-    assert "stopped; the same command goes on" in said
+    assert "stopped; run the same command to continue" in said
     monkeypatch.setattr(launcher, "run_here", lambda jobs, slots: None)  # as where a run fails
     code, _, err = run_main(record.main, *words, "--runs-dir", workplace / "runs")
     assert (code, out.exists()) == (2, False)
