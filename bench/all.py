@@ -21,16 +21,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import tyro
 
 from bench import machine
 from bench import record_pages as pages
-from bench.harness import check_positive, print_table
+from bench.harness import print_table
 from engine import files
-from engine.cli import BadInput, exit_with_a_sentence, make_folder
+from engine.cli import AT_LEAST_1, POSITIVE, BadInput, check_limits, exit_with_a_sentence, make_folder
 from engine.files import ROOT
 
 Json = dict[str, Any]
@@ -49,9 +49,9 @@ LEAST_SECONDS = 5.0  # no part is started with less
 class Arguments:
     """Measure everything there is on this machine."""
 
-    minutes: float = 10.0
+    minutes: Annotated[float, POSITIVE] = 10.0
     """Limit for everything together; a GPU needs 30 to fill the table."""
-    threads: int | None = None
+    threads: Annotated[int, AT_LEAST_1] | None = None
     """CPU threads of each part (default: as many as there are idle cores)."""
     out: Path | None = None
     """Folder for bench.json, README.md and parts/ (default: runs/bench-UTC time)."""
@@ -352,7 +352,7 @@ def write(out: Path, bench: Json) -> None:
 @exit_with_a_sentence
 def main() -> int:
     a = tyro.cli(Arguments, description=__doc__)
-    check_positive(a, "minutes", "threads")
+    check_limits(a)
     deadline = time.monotonic() + 60 * a.minutes
     out = a.out or Path("runs") / time.strftime("bench-%Y%m%dT%H%M%SZ", time.gmtime())
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / pages.BENCH).exists())):

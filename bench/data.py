@@ -15,14 +15,14 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import psutil
 import torch
 import tyro
 
-from bench.harness import JsonFlag, check_positive, interleaved, write_figures
+from bench.harness import JsonFlag, interleaved, write_figures
 from corpus import shards
 from corpus.build import MixPart, batches, build_shards
 from corpus.documents import load_tokenizer
@@ -30,7 +30,7 @@ from corpus.local import TextFiles
 from corpus.shards import open_shards
 from corpus.sources import embedded_documents
 from data import Loader, TokenStream
-from engine.cli import BadInput, exit_with_a_sentence
+from engine.cli import AT_LEAST_1, POSITIVE, BadInput, check_limits, exit_with_a_sentence
 
 RATE_OF_A_4090 = 150_000  # tokens/s that training may need; the loader must be far above
 GOALS = {
@@ -46,13 +46,13 @@ VOCAB_SIZE = 4096
 class Arguments(JsonFlag):
     """Measure the data path."""
 
-    megabytes: float = 16
+    megabytes: Annotated[float, POSITIVE] = 16
     """Of text for the builder."""
-    repeats: int = 5
+    repeats: Annotated[int, AT_LEAST_1] = 5
     """Turns that builder and tokenizer take."""
-    shards: int = 10
+    shards: Annotated[int, AT_LEAST_1] = 10
     """Sparse shards of 10^8 tokens for the loader."""
-    seconds: float = 3
+    seconds: Annotated[float, POSITIVE] = 3
     """How long each loader runs."""
 
 
@@ -163,7 +163,7 @@ def loader(folder: Path, seconds: float) -> dict[str, Any]:
 @exit_with_a_sentence
 def main() -> None:
     a = tyro.cli(Arguments, description=__doc__)
-    check_positive(a, "megabytes", "repeats", "shards", "seconds")
+    check_limits(a)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "sparse").mkdir()

@@ -10,6 +10,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import tyro
@@ -17,14 +18,12 @@ from torch import Tensor
 
 from bench.harness import (
     JsonFlag,
-    check_model,
-    check_positive,
     interleaved,
     require,
     this_device,
     write_figures,
 )
-from engine.cli import exit_with_a_sentence
+from engine.cli import AT_LEAST_1, check_limits, exit_with_a_sentence, one_of
 from kernels.grouped_matmul import Routing, grouped_matmul
 from model import ACTIVATIONS, SIZES
 
@@ -35,9 +34,9 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 class Arguments(JsonFlag):
     """Time one layer of experts."""
 
-    model: str | None = None
+    model: Annotated[str, one_of([size for size, config in SIZES.items() if config.experts])] | None = None
     """Named size with experts (default: moe-79m; on a CPU moe-nano)."""
-    repeats: int = 20
+    repeats: Annotated[int, AT_LEAST_1] = 20
     """Timed rounds."""
 
 
@@ -60,11 +59,10 @@ def loop(x: Tensor, up: Tensor, down: Tensor, experts: Tensor, act: Callable[[Te
 @exit_with_a_sentence
 def main() -> int:
     a = tyro.cli(Arguments, description=__doc__)
+    check_limits(a)
     device = this_device()
     cuda = device.type == "cuda"
     name = a.model or ("moe-79m" if cuda else "moe-nano")
-    check_model(name, [size for size, config in SIZES.items() if config.experts])
-    check_positive(a, "repeats")
     c, dtype = SIZES[name], torch.bfloat16 if cuda else torch.float32
     torch.manual_seed(0)
     tokens = 16_384 if cuda else 1024

@@ -7,11 +7,10 @@
 A wrong result is never timed. Candidates take turns, so that a clock that drifts slows all of them alike.
 """
 
-import math
 import re
 import statistics
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,8 @@ from torch import Tensor
 
 from bench import machine
 from engine import files
-from engine.cli import BadInput
 from engine.speed import point, seconds_between
 from kernels.newton_schulz import coefficient_schedule
-from model import SIZES
 
 NS_STEPS, NS_COEFFICIENTS = 5, "polar_express"  # of every Newton-Schulz that is checked or timed
 NUMBER = re.compile(r"-?[\d.,]+[%x]?|-")
@@ -36,21 +33,6 @@ class JsonFlag:
 
     json: Path | None = None
     """Write the figures here too, with the machine, the command and the date."""
-
-
-def check_positive(arguments: object, *flags: str) -> None:
-    """BadInput for a flag that is zero, negative or not finite; a flag that is None was left out."""
-    for flag in flags:
-        value = getattr(arguments, flag)
-        if value is not None and not 0 < value < math.inf:
-            allowed = "at least 1" if isinstance(value, int) else "a positive number"
-            raise BadInput(f"--{flag.replace('_', '-')} {value}: must be {allowed}")
-
-
-def check_model(model: str, names: Collection[str] = SIZES) -> None:
-    """BadInput for a size that is not one of `names`."""
-    if model not in names:
-        raise BadInput(f"--model {model}: choose from {', '.join(names)}")
 
 
 def this_device() -> torch.device:

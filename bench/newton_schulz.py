@@ -13,7 +13,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -25,7 +25,6 @@ from bench.harness import (
     NS_COEFFICIENTS,
     NS_STEPS,
     JsonFlag,
-    check_positive,
     fault,
     interleaved,
     polynomials,
@@ -35,7 +34,7 @@ from bench.harness import (
     this_device,
     write_figures,
 )
-from engine.cli import exit_with_a_sentence
+from engine.cli import AT_LEAST_1, check_limits, exit_with_a_sentence
 from engine.speed import DEVICES
 from kernels import configs
 from kernels.muon import normalize_reference
@@ -283,7 +282,7 @@ class Arguments(JsonFlag):
 
     predict: bool = False
     """Print the counted roofline and stop."""
-    repeats: int = 100
+    repeats: Annotated[int, AT_LEAST_1] = 100
     """Timed rounds of each comparison (a CPU gets a tenth)."""
     small: bool = False
     """Only the nano model's shapes; the default on a CPU."""
@@ -297,7 +296,7 @@ def main() -> int:
     if a.predict:
         predict()
         return 0
-    check_positive(a, "repeats")
+    check_limits(a)
     device = this_device()
     small = a.small or device.type == "cpu"
     repeats = max(5, a.repeats if device.type == "cuda" else a.repeats // 10)

@@ -16,14 +16,15 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
 import tyro
 
-from bench.harness import JsonFlag, check_model, print_table, write_figures
+from bench.harness import JsonFlag, print_table, write_figures
 from engine import speed
-from engine.cli import BadInput, Count, exit_with_a_sentence
+from engine.cli import BadInput, Count, check_limits, exit_with_a_sentence, one_of
 from engine.ranks import Sharding, unit_cost
 from engine.step import TrainingStep
 from model import SIZES, Transformer
@@ -41,7 +42,7 @@ TIMED_STEPS, UNTIMED_STEPS = 8, 2
 class Arguments(JsonFlag):
     """Count or measure what many ranks cost."""
 
-    model: str = "88m"
+    model: Annotated[str, one_of(SIZES)] = "88m"
     """Named size."""
     vocab_size: int = 49_152
     """Vocabulary."""
@@ -142,7 +143,7 @@ def one_rank(a: Arguments, out: Path) -> None:
 @exit_with_a_sentence
 def main() -> int:
     a = tyro.cli(Arguments, description=__doc__)
-    check_model(a.model)
+    check_limits(a)
     if a.optimizer not in ("muon", "adamw"):
         raise BadInput(f"--optimizer {a.optimizer}: choose from muon, adamw")
     if not a.ranks or min(a.ranks) < 1:

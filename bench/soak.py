@@ -17,14 +17,14 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import tyro
 
-from bench.harness import JsonFlag, check_positive, write_figures
+from bench.harness import JsonFlag, write_figures
 from engine import files
-from engine.cli import BadInput, exit_with_a_sentence
+from engine.cli import AT_LEAST_1, POSITIVE, BadInput, check_limits, exit_with_a_sentence
 
 TRAIN = files.ROOT / "train.py"
 BATCH_TOKENS, PROBE_STEPS = 2048, 20
@@ -37,9 +37,9 @@ CUT_SHARE = 0.25  # of the kills after which the newest checkpoint is cut
 class Arguments(JsonFlag):
     """Kill a training at random until it is finished, and compare it with an undisturbed one."""
 
-    minutes: float = 30.0
+    minutes: Annotated[float, POSITIVE] = 30.0
     """About how long all of it takes."""
-    updates: int | None = None
+    updates: Annotated[int, AT_LEAST_1] | None = None
     """Steps of each run, instead of as many as fit the minutes."""
     data: Path | None = None
     """Folder of token shards (default: the embedded shards that make speedrun builds)."""
@@ -126,7 +126,7 @@ def _timeless(line: str) -> dict[str, Any]:
 @exit_with_a_sentence
 def main() -> int:
     a = tyro.cli(Arguments, description=__doc__)
-    check_positive(a, "minutes", "updates")
+    check_limits(a)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

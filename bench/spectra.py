@@ -11,14 +11,15 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
 from torch import Tensor
 
-from bench.harness import JsonFlag, check_model, check_positive, interleaved, write_figures
+from bench.harness import JsonFlag, interleaved, write_figures
 from engine import files
-from engine.cli import exit_with_a_sentence
+from engine.cli import AT_LEAST_1, check_limits, exit_with_a_sentence, one_of
 from engine.ranks import Sharding
 from kernels.newton_schulz import orthogonalize
 from metrics import SUBSPACE_RANK, SpectraRecorder, decompose_bank
@@ -33,9 +34,9 @@ SEPARATED = 1e-3  # of s_5: where s_5 - s_6 is less, the subspace is arbitrary a
 class Arguments(JsonFlag):
     """Time one spectra event on this machine's CPU."""
 
-    model: str = "88m"
+    model: Annotated[str, one_of(SIZES)] = "88m"
     """Named size."""
-    repeats: int = 3
+    repeats: Annotated[int, AT_LEAST_1] = 3
     """Events timed of each kind."""
 
 
@@ -67,8 +68,7 @@ def check(bank: Tensor) -> int:
 @exit_with_a_sentence
 def main() -> int:
     a = tyro.cli(Arguments, description=__doc__)
-    check_model(a.model)
-    check_positive(a, "repeats")
+    check_limits(a)
     torch.manual_seed(0)
     model = Transformer(SIZES[a.model], vocab_size=64)
     weights = [bank.parameter for bank in model.banks()]

@@ -11,15 +11,16 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
 
 import report
 from analysis.runs import load_run
-from bench.harness import JsonFlag, check_positive, write_figures
+from bench.harness import JsonFlag, write_figures
 from bench.record_pages import BUDGET, PLOTS, as_written, figures_of
-from engine.cli import BadInput, exit_with_a_sentence, make_folder
+from engine.cli import POSITIVE, BadInput, check_limits, exit_with_a_sentence, make_folder
 from engine.files import ROOT
 from settings import BATCH_TOKENS, NANO, NANO_BATCH_TOKENS, default_data
 from suites.catalog import OPTIMIZERS
@@ -36,11 +37,11 @@ class Arguments(JsonFlag):
 
     out: Path
     """Folder for the runs, with their checkpoints, and the report."""
-    seconds: float = 120.0
+    seconds: Annotated[float, POSITIVE] = 120.0
     """Limit for everything together."""
     model: str | None = None
     """Named size (default: 88m with CUDA, else nano)."""
-    tokens_per_second: float | None = None
+    tokens_per_second: Annotated[float, POSITIVE] | None = None
     """Training speed of this machine, if it is known."""
 
 
@@ -67,7 +68,7 @@ def shards_for(model: str, out: Path) -> Path:
 @exit_with_a_sentence
 def main() -> int:
     a = tyro.cli(Arguments, description=__doc__)
-    check_positive(a, "seconds", "tokens_per_second")
+    check_limits(a)
     end = time.monotonic() + a.seconds
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     model = a.model or ("88m" if kind == "cuda" else "nano")

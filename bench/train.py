@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -28,8 +28,6 @@ from torch import Tensor
 from bench import baseline, machine
 from bench.harness import (
     JsonFlag,
-    check_model,
-    check_positive,
     print_table,
     quartiles,
     require,
@@ -40,7 +38,7 @@ from corpus.build import build_shards
 from corpus.shards import open_shards
 from data import Loader, TokenStream
 from engine import files, speed
-from engine.cli import BadInput, Count, exit_with_a_sentence
+from engine.cli import AT_LEAST_1, BadInput, Count, check_limits, exit_with_a_sentence, one_of
 from engine.memory import GIB, MemoryCount, available_bytes, choose_micro_batch
 from engine.speed import Times, point, seconds_between
 from engine.step import TrainingStep, prepare_torch
@@ -63,19 +61,19 @@ GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 class Arguments(JsonFlag):
     """Time training steps of our model and of the baseline on random tokens."""
 
-    model: str = "88m"
+    model: Annotated[str, one_of(SIZES)] = "88m"
     """Named size."""
-    vocab_size: int | None = None
+    vocab_size: Annotated[int, AT_LEAST_1] | None = None
     """Vocabulary (default: 49,152; nano 4,096)."""
     seq_len: int | None = None
     """Tokens per sequence, instead of the size's."""
-    batch_tokens: Count | None = None
+    batch_tokens: Annotated[Count, AT_LEAST_1] | None = None
     """Tokens per step (default: 16,384; nano 8,192)."""
     micro_batch: Literal["auto"] | int = "auto"
     """Sequences per forward pass, the same for all; auto is the most that fits a GPU, 1k tokens on a CPU."""
-    steps: int | None = None
+    steps: Annotated[int, AT_LEAST_1] | None = None
     """Steps of each candidate in each round (default: 10; on a CPU 2)."""
-    rounds: int | None = None
+    rounds: Annotated[int, AT_LEAST_1] | None = None
     """Rounds (default: 5; on a CPU 3)."""
     kernels: bool = True
     """Time ours with each fused kernel too."""
@@ -107,7 +105,7 @@ class Workplace:
     """The device, the shape of the work, and how candidates are built for it."""
 
     def __init__(self, a: Arguments) -> None:
-        check_model(a.model)
+        check_limits(a)
         self.cuda = torch.cuda.is_available()
         self.steps = (10 if self.cuda else 2) if a.steps is None else a.steps
         self.rounds = (5 if self.cuda else 3) if a.rounds is None else a.rounds
@@ -117,7 +115,6 @@ class Workplace:
         seq_len = size.seq_len if a.seq_len is None else a.seq_len
         self.vocab_size = (NANO_VOCAB if nano else DEFAULT_VOCAB) if a.vocab_size is None else a.vocab_size
         self.batch_tokens = (NANO_BATCH_TOKENS if nano else BATCH_TOKENS) if a.batch_tokens is None else a.batch_tokens
-        check_positive(self, "steps", "rounds", "vocab_size", "batch_tokens")
         self.config = dataclasses.replace(size, seq_len=seq_len)
         self.sequences, rest = divmod(self.batch_tokens, seq_len)
         if rest or not self.sequences:
