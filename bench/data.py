@@ -26,7 +26,7 @@ from bench.harness import JsonFlag, interleaved, write_figures
 from corpus import shards
 from corpus.build import MixPart, batches, build_shards
 from corpus.documents import load_tokenizer
-from corpus.local import TextFiles
+from corpus.local_files import TextFiles
 from corpus.shards import open_shards
 from corpus.sources import embedded_documents
 from data import Loader, TokenStream

@@ -22,7 +22,7 @@ from pyarrow import parquet
 
 from corpus.build import MixPart, build_shards
 from corpus.documents import train_tokenizer
-from corpus.local import BYTE_ORDER_MARK, TextFiles, find_files
+from corpus.local_files import BYTE_ORDER_MARK, TextFiles, find_files
 from corpus.shards import SPLITS, open_shards
 from data import TokenStream
 
@@ -134,7 +134,7 @@ class Texts:
 
 
 def _independently(folder: Path) -> Iterator[str]:
-    """Every document by readers that share nothing with corpus/local.py: whole files at once, one per .txt."""
+    """Every document by readers that share nothing with corpus/local_files.py: whole files at once, one per .txt."""
     paths = [Path(root) / name for root, _, names in os.walk(folder, followlinks=True) for name in names]
     for path in sorted(path for path in paths if not path.name.startswith(".")):
         name = path.name.lower()

@@ -20,7 +20,7 @@ import tyro
 
 from corpus.build import MixPart, build_shards
 from corpus.inspection import verify
-from corpus.local import TextFiles, find_files
+from corpus.local_files import TextFiles, find_files
 from corpus.shards import MAX_VOCAB_SIZE, TRAIN_PATTERN, digest
 from corpus.sources import (
     Column,

@@ -1,4 +1,4 @@
-"""Where documents come from: this machine's Python files and Hugging Face datasets; local files are in local.py.
+"""Where documents come from: this machine's Python files and Hugging Face datasets; local files are in local_files.py.
 
     for document in hub_dataset("me/data", None, "train", TEXT).open(): ...    # text, or token ids of a column
 

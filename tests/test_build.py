@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from corpus import build, commands, local, shards
+from corpus import build, commands, local_files, shards
 from corpus.build import MixPart, build_shards
-from corpus.local import TextFiles
+from corpus.local_files import TextFiles
 from corpus.shards import open_shards
 from corpus.sources import Repeated
 from engine.cli import BadInput
@@ -325,7 +325,7 @@ def interrupted(tmp_path, monkeypatch, run_main):
 
 def test_an_interrupted_build_continues_from_what_it_kept(interrupted, tmp_path, run_main, monkeypatch):
     begun = []
-    monkeypatch.setattr(local.TextFiles, "open", spy(begun))
+    monkeypatch.setattr(local_files.TextFiles, "open", spy(begun))
     assert run_main(commands.main, *interrupted)[0] == 0
     assert begun[-1]["at"] is not None, "started again"
     assert sorted(documents_of(tmp_path / "s")) == sorted(random_documents(300))
@@ -348,7 +348,7 @@ def test_hashes_of_documents_that_were_not_kept_are_dropped(interrupted, tmp_pat
 
 
 def spy(begun):
-    real = local.TextFiles.open
+    real = local_files.TextFiles.open
 
     def opened(self, position=None):
         begun.append(position)

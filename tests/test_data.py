@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from corpus import commands, documents, local, sources
+from corpus import commands, documents, local_files, sources
 from corpus.build import build_shards
 from corpus.shards import open_shards
 from data import Loader, TokenStream, shuffle_index, validation_batches
@@ -32,7 +32,7 @@ def build(texts, out, **options):
 
 
 def text_documents(files, column):
-    return iter(local.TextFiles(files, sources.Column(column)).open())
+    return iter(local_files.TextFiles(files, sources.Column(column)).open())
 
 
 def decoded_documents(folder, split):
@@ -145,7 +145,7 @@ def test_a_long_txt_is_cut_at_newlines_and_loses_nothing(tmp_path):
     (tmp_path / "a.txt").write_bytes(text.encode())
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(text.encode()))
     (tmp_path / "c.txt.zst").write_bytes(zstandard.compress(text.encode()))
-    found = text_documents(local.find_files([tmp_path]).files, "text")
+    found = text_documents(local_files.find_files([tmp_path]).files, "text")
     pieces = list(text_documents([tmp_path / "a.txt"], "text"))
     assert list(found) == 3 * pieces
     assert "".join(pieces) == text

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from analysis import runs
 from bench import fuzz, soak
-from corpus import local
+from corpus import local_files
 from engine import files
 from engine.cli import BadInput
 
@@ -213,7 +213,7 @@ def test_damaged_files_are_refused_or_read_as_what_they_are(run_main):
 
 
 def test_the_fuzz_finds_a_reader_of_texts_that_takes_half_a_stream_for_a_whole_one(run_main, monkeypatch):
-    read = local._Zstandard.readinto
+    read = local_files._Zstandard.readinto
 
     def trusting(stream, buffer):
         try:
@@ -221,7 +221,7 @@ def test_the_fuzz_finds_a_reader_of_texts_that_takes_half_a_stream_for_a_whole_o
         except EOFError:
             return 0
 
-    monkeypatch.setattr(local._Zstandard, "readinto", trusting)
+    monkeypatch.setattr(local_files._Zstandard, "readinto", trusting)
     code, out, _ = run_main(fuzz.main, "--cases", "0", "--texts", "400")
     assert code == 1, out
 

@@ -12,7 +12,7 @@ import zstandard
 
 from corpus import commands
 from corpus.documents import training_sample
-from corpus.local import PIECE_BYTES, TextFiles, find_files
+from corpus.local_files import PIECE_BYTES, TextFiles, find_files
 from corpus.sources import Column
 from engine.cli import BadInput
 from engine.files import ROOT
@@ -237,7 +237,7 @@ def test_memory_does_not_grow_with_a_parquets_row_group(tmp_path):
     from pyarrow import parquet
 
     script = (
-        "import re, sys\nfrom pathlib import Path\nfrom corpus.local import TextFiles\n"
+        "import re, sys\nfrom pathlib import Path\nfrom corpus.local_files import TextFiles\n"
         "count = sum(len(text) for text in TextFiles([Path(sys.argv[1])]).open())\n"
         "peak = re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())\n"
         "print(count, int(peak[1]) // 1024)\n"
