@@ -19,9 +19,9 @@ import numpy as np
 import tyro
 
 from analysis import compare, plots
-from analysis.figures import curve_drawings, draw, watched
 from analysis.pages import Chapter, Code, Page, Picture, Section, Table, counted, number, write_pages
 from analysis.questions import answers
+from analysis.report_figures import curve_drawings, draw, watched
 from analysis.runs import Run, find_runs, group_seeds, load_runs, representative
 from analysis.stats import t_interval
 from analysis.verdict import comparable_sets, judge, memory, warnings

@@ -372,7 +372,7 @@ def failed(
 def draw_plots(folder: Path) -> None:
     """Draw the run's plots if Matplotlib is installed; a training box may do without."""
     try:
-        from analysis.figures import draw
+        from analysis.report_figures import draw
         from analysis.runs import load_run
     except ModuleNotFoundError as missing:
         print(f"no plots: {missing.name} is not installed; python report.py draws them elsewhere")

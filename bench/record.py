@@ -23,8 +23,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import report
-from analysis.figures import draw
 from analysis.pages import markdown_page
+from analysis.report_figures import draw
 from analysis.runs import Run, group_seeds, load_run
 from bench import machine
 from bench import record_pages as pages

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from analysis import figures, plots, plots_layer, plots_settings, plots_spectra
+from analysis import plots, plots_layer, plots_settings, plots_spectra, report_figures
 from analysis.runs import group_seeds, load_run
 from analysis.stats import chance_spread
 from bench.synthetic import write_run
@@ -81,7 +81,7 @@ def test_figures_of_a_run_with_only_its_initial_spectra_do_not_fail(name, tmp_pa
 
 def test_no_two_figures_of_a_report_share_a_file(runs, tmp_path):
     more = [load_run(write_run(tmp_path / f"{seed}", lr=0.04, seed=seed)) for seed in (0, 1)]  # a second Muon
-    drawings = [*figures.curve_drawings([*runs, *more]), *figures.spectra_drawings([*runs, *more])]
+    drawings = [*report_figures.curve_drawings([*runs, *more]), *report_figures.spectra_drawings([*runs, *more])]
     stems = [drawing.picture.stem for drawing in drawings]
     assert {"pair_grid_muon", "pair_grid_adamw", "rank_grid", "loss_curves", "ablation_bars"} <= set(stems)
     assert len(set(stems)) == len(stems)
