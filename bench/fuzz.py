@@ -199,7 +199,9 @@ class Checkpoints:
         contents = {
             "model": self.model.state_dict(),
             "optimizer": save_optimizers(optimizers, self.layout, self.sharding),
-            **{"step": 3, "tokens": 192, "loader": {"epoch": 0, "position": 12}},
+            "step": 3,
+            "tokens": 192,
+            "loader": {"epoch": 0, "position": 12},
             "rng": {"torch": torch.get_rng_state(), "cuda": None},
             "config": {"config_hash": "0" * 16, "model": "nano"},
             "progress": vars(Progress(3, 1.0, 2.0, 0.0, 5.0, 5.0, 0.1, 5.0)),

@@ -1,4 +1,4 @@
-"""What the compiler made of every kernel, for GPUs that need not be here: registers, shared memory, spills, occupancy.
+"""Reports registers, shared memory, spills and occupancy of every kernel, for GPUs that this machine need not have.
 
     python -m bench.static [--capability 89] [--json FILE]
 
@@ -21,13 +21,14 @@ from typing import Any
 import torch
 import tyro
 
+from bench.harness import print_table
 from kernels import configs, cross_entropy, grouped_matmul, matmul_add, muon, relu2_mlp, symmetric
 from kernels.configs import Tile
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one streaming multiprocessor has (CUDA C++ Programming Guide, table of compute capabilities)."""
+    """Resources of one streaming multiprocessor (CUDA C++ Programming Guide, table of compute capabilities)."""
 
     block_shared_bytes: int
     sm_shared_bytes: int
@@ -85,7 +86,7 @@ class Result:
     asynchronous_copies: int
 
     def faults(self) -> list[str]:
-        """What must not be, in words."""
+        """Everything wrong with this variant, in words."""
         is_matmul = self.kernel.split()[0] in MATMULS
         return [
             words
@@ -116,38 +117,11 @@ MATMULS = ("symmetric_matmul", "matmul_add", "relu2_mlp", "grouped_matmul", "gro
 
 def variants(capability: int) -> list[Variant]:
     """Every kernel with every tile that the table can choose for this architecture, without repetition."""
-    pair = divmod(capability, 10)
     found: dict[Variant, None] = {}
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        for size in (256, 512):
-            for overhang in (0, 16):
-                m = size + overhang
-                for name, unit, has_c, has_d in (
-                    ("gram", ("stride_ak", "stride_bk"), False, False),
-                    ("tall gram", ("stride_am", "stride_bm"), False, False),
-                    ("product", ("stride_ak", "stride_bm"), True, False),
-                    ("product, two addends", ("stride_ak", "stride_bm"), True, True),
-                ):
-                    if has_d and dtype != torch.float16:  # inside Newton-Schulz only
-                        continue
-                    tile, masked = configs.symmetric_tile(pair, dtype, m, m)
-                    constants = {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "HAS_C": has_c}
-                    constants |= {"HAS_D": has_d, "MASKED": masked, "WIDEN": False}
-                    found[_variant(f"symmetric_matmul {name}", capability, dtype, constants, unit, tile)] = None
-                tile, masked = configs.full_tile(pair, dtype, m, 4 * m, m)
-                for backward in (False, True):
-                    constants = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-                    constants |= {"BACKWARD": backward, "MASKED": masked, "WIDEN": False}
-                    unit = ("stride_ak", "stride_bk", "stride_hn")
-                    name = f"relu2_mlp {'backward' if backward else 'forward'}"
-                    found[_variant(name, capability, dtype, constants, unit, tile)] = None
-                if dtype != torch.float16:
-                    found |= dict.fromkeys(_grouped_variants(capability, dtype, m))
-                if dtype == torch.float16:
-                    constants = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-                    constants |= {"MASKED": masked, "WIDEN": False}
-                    unit = ("stride_ak", "stride_bn", "stride_cn")
-                    found[_variant("matmul_add", capability, dtype, constants, unit, tile)] = None
+        for m in (256, 272, 512, 528):  # aligned, and with an edge of 16
+            found |= dict.fromkeys(_symmetric_variants(capability, dtype, m))
+            found |= dict.fromkeys(_matmul_variants(capability, dtype, m))
     tile = Tile(16, 256, 0, 4, 1)
     block = {"BLOCK_R": tile.block_m, "BLOCK_C": tile.block_n}
     momentum = {"HAS_MOMENTUM": True, "NESTEROV": True}
@@ -163,17 +137,43 @@ def variants(capability: int) -> list[Variant]:
     return list(found)
 
 
-def _grouped_variants(capability: int, dtype: torch.dtype, m: int) -> list[Variant]:
-    made, pair = [], divmod(capability, 10)
-    full = configs.full_tile(pair, dtype, grouped_matmul.ANY_LENGTH, m, m)
-    for name, unit, (tile, masked) in (
-        ("grouped_matmul", ("stride_ak", "stride_wk"), full),  # by up.mT, and dx of down
-        ("grouped_matmul rows", ("stride_ak", "stride_wn"), full),
-        ("grouped_outer", ("stride_am", "stride_yn"), configs.tail_tile(pair, dtype, 4 * m, m)),
+def _symmetric_variants(capability: int, dtype: torch.dtype, m: int) -> list[Variant]:
+    tile, masked = configs.symmetric_tile(divmod(capability, 10), dtype, m, m)
+    made = []
+    for name, unit, has_c, has_d in (
+        ("gram", ("stride_ak", "stride_bk"), False, False),
+        ("tall gram", ("stride_am", "stride_bm"), False, False),
+        ("product", ("stride_ak", "stride_bm"), True, False),
+        ("product, two addends", ("stride_ak", "stride_bm"), True, True),
     ):
-        constants = {"GROUPS": 8} if name.startswith("grouped_matmul") else {}
-        constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-        constants |= {"MASKED": masked, "WIDEN": False}
+        if has_d and dtype != torch.float16:  # inside Newton-Schulz only
+            continue
+        constants = {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "HAS_C": has_c}
+        constants |= {"HAS_D": has_d, "MASKED": masked, "WIDEN": False}
+        made.append(_variant(f"symmetric_matmul {name}", capability, dtype, constants, unit, tile))
+    return made
+
+
+def _matmul_variants(capability: int, dtype: torch.dtype, m: int) -> list[Variant]:
+    """The kernels whose tiles are not square."""
+    pair = divmod(capability, 10)
+    full = configs.full_tile(pair, dtype, m, 4 * m, m)
+    unit = ("stride_ak", "stride_bk", "stride_hn")
+    calls = [(f"relu2_mlp {name}", {"BACKWARD": name == "backward"}, unit, full) for name in ("forward", "backward")]
+    if dtype == torch.float16:
+        calls.append(("matmul_add", {}, ("stride_ak", "stride_bn", "stride_cn"), full))
+    else:
+        rows = configs.full_tile(pair, dtype, grouped_matmul.ANY_LENGTH, m, m)
+        outer = configs.tail_tile(pair, dtype, 4 * m, m)
+        calls += [
+            ("grouped_matmul", {"GROUPS": 8}, ("stride_ak", "stride_wk"), rows),  # by up.mT, and dx of down
+            ("grouped_matmul rows", {"GROUPS": 8}, ("stride_ak", "stride_wn"), rows),
+            ("grouped_outer", {}, ("stride_am", "stride_yn"), outer),
+        ]
+    made = []
+    for name, constants, unit, (tile, masked) in calls:
+        blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+        constants = constants | blocks | {"MASKED": masked, "WIDEN": False}
         made.append(_variant(name, capability, dtype, constants, unit, tile))
     return made
 
@@ -253,7 +253,7 @@ def compile_all(capabilities: list[int]) -> list[Result]:
 
 @dataclass(frozen=True)
 class Arguments:
-    """Compile every kernel for GPUs that need not be here and print what became of it."""
+    """Compile every kernel for GPUs that this machine need not have, and print the resources it takes."""
 
     capability: tuple[int, ...] = tuple(LIMITS)
     """Architectures: 80, 86, 89, 90, 120."""
@@ -264,15 +264,19 @@ class Arguments:
 def main() -> int:
     arguments = tyro.cli(Arguments, description=__doc__)
     results = compile_all(list(arguments.capability))
-    print(f"{'sm':>4} {'kernel':34} {'config':32} {'registers':>9} {'shared B':>9} {'spill B':>8} {'CTAs/SM':>8}")
-    for r in results:
-        row = f"{r.capability:4} {r.kernel:34} {r.config:32} {r.registers:9} {r.shared_bytes:9,} {r.spill_bytes:8}"
-        print(f"{row} {r.ctas_per_sm:8}  {'; '.join(r.faults())}")
+    print_table([row_of(r) for r in results])
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n", encoding="utf-8")
     faulty = [r for r in results if r.faults()]
     print(f"{len(results)} variants, {len(faulty)} with faults")
     return int(bool(faulty))
+
+
+def row_of(r: Result) -> dict[str, str]:
+    """A line of the printed table."""
+    row = {"sm": str(r.capability), "kernel": r.kernel, "config": r.config, "registers": str(r.registers)}
+    row |= {"shared B": f"{r.shared_bytes:,}", "spill B": str(r.spill_bytes), "CTAs/SM": str(r.ctas_per_sm)}
+    return row | {"faults": "; ".join(r.faults())}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Run folders written by hand: every number in them is known, and no training is needed."""
+"""Writes run folders without training: every number in them is known."""
 
 import json
 import math
@@ -21,17 +21,14 @@ def spectral_line(step: int, layer: int, proj: str, s, alignment: float | None, 
     s = np.asarray(s, dtype=float)
     q = s**2 / (s**2).sum()
     entropy = -(q[q > 0] * np.log(q[q > 0])).sum()
-    return {
-        **{"step": step, "tokens": 64 * step, "layer": layer, "proj": proj, "singular_values": s.tolist()},
-        **{"spectral_norm": float(s[0]), "spectral_entropy": float(entropy / math.log(len(s)))},
-        **{"entropy": math.log(effective_rank(s)), "effective_rank": effective_rank(s)},
-        **{"stable_rank": float((s**2).sum() / s[0] ** 2), "weight_norm": float(np.linalg.norm(s))},
-        **{"left_alignment": alignment, "right_alignment": alignment},
-        **{"left_alignment_chance": 0.6, "right_alignment_chance": 0.6, "orthogonality_error": 0.5},
-        **{"grad_norm": None if step == 0 else 0.1, "update_norm": None if step == 0 else 0.2},
-        "update_effective_rank": None if step == 0 else 7.0,
-        **more,
-    }
+    line = {"step": step, "tokens": 64 * step, "layer": layer, "proj": proj, "singular_values": s.tolist()}
+    line |= {"spectral_norm": float(s[0]), "spectral_entropy": float(entropy / math.log(len(s)))}
+    line |= {"entropy": math.log(effective_rank(s)), "effective_rank": effective_rank(s)}
+    line |= {"stable_rank": float((s**2).sum() / s[0] ** 2), "weight_norm": float(np.linalg.norm(s))}
+    line |= {"left_alignment": alignment, "right_alignment": alignment}
+    line |= {"left_alignment_chance": 0.6, "right_alignment_chance": 0.6, "orthogonality_error": 0.5}
+    of_step = {"grad_norm": 0.1, "update_norm": 0.2, "update_effective_rank": 7.0}
+    return line | (of_step if step else dict.fromkeys(of_step)) | more
 
 
 def write_run(
