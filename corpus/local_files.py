@@ -10,7 +10,6 @@ import gzip
 import io
 import json
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +118,7 @@ class TextFiles:
                 raise BadInput(f"{path}: not UTF-8 text ({error.reason})") from None
             except BadInput:
                 raise
-            except (OSError, EOFError, ValueError, zlib.error) as error:  # each decompressor raises its own kinds
+            except Exception as error:  # each decompressor and pyarrow raise their own kinds
                 raise BadInput(f"{path}: cannot be read ({first_line(error)})") from None
             self.file, self.at = self.file + 1, None
 
@@ -154,7 +153,7 @@ def _jsonl_rows(path: Path, column: Column, at: list[int] | None) -> Iterator[tu
             if not line.strip():
                 continue
             try:
-                value = json.loads(line.removeprefix(BYTE_ORDER_MARK) if row == 1 else line)
+                value = json.loads((line.removeprefix(BYTE_ORDER_MARK) if row == 1 else line).decode("utf-8"))
             except UnicodeDecodeError:
                 raise
             except (ValueError, RecursionError) as error:
@@ -197,7 +196,7 @@ def _parquet(path: Path) -> Any:
 
     try:
         return parquet.ParquetFile(os.fspath(path), pre_buffer=False, buffer_size=2**20)
-    except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+    except Exception as error:  # pyarrow raises many kinds on a damaged file
         raise BadInput(f"{path}: cannot be read ({first_line(error)})") from None
 
 

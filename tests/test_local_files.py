@@ -1,5 +1,6 @@
 """Local files: exactly the documents that are in them, or one sentence that names the file."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -73,11 +74,12 @@ def test_other_columns_may_be_and_become_anything(tmp_path):
         ('["text"]', r"x.jsonl: row 3 holds a JSON list, not an object"),
         ('{"text": "a"', r"x.jsonl: row 3 is not JSON"),
         ("[" * 100_000, r"x.jsonl: row 3 is not JSON"),
+        ("\ufeff{}", r"x.jsonl: row 3 is not JSON"),  # a byte order mark inside a file
     ],
 )
 def test_a_bad_row_is_named(tmp_path, line, words):
     path = tmp_path / "x.jsonl"
-    path.write_text('{"text": "good"}\n\n' + line + "\n")
+    path.write_text('{"text": "good"}\n\n' + line + "\n", encoding="utf-8")
     with pytest.raises(BadInput, match=words):
         documents(path)
 
@@ -254,3 +256,17 @@ def test_memory_does_not_grow_with_a_parquets_row_group(tmp_path):
         assert count == sum(len(f"{i} {text}") for i in range(rows))
         peaks.append(peak)
     assert peaks[1] - peaks[0] < 60
+
+
+def test_no_byte_of_a_parquet_can_end_a_build_with_a_traceback(tmp_path):
+    """Every byte of the footer, which holds the schema, turned over: read, or refused."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = tmp_path / "x.parquet"
+    parquet.write_table(pa.table({"text": ["one", "two"], "id": [1, 2]}), path)
+    whole = path.read_bytes()
+    for place in range(len(whole) - 1, len(whole) - 900, -1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        with contextlib.suppress(BadInput):
+            documents(path)
