@@ -19,8 +19,10 @@ MAX_TOKENIZER_BYTES = 2**27  # the largest published tokenizers have 30 MB
 EOT = "<|endoftext|>"
 EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>")
 TRAIN_CHARS = 200_000_000  # the most text that a new tokenizer is trained on
-# The tokenizer's training is quadratic in the longest run of letters, digits or signs: it is cut there.
-LONG_WORD = re.compile(r"[^\W\d_]{256}|\d{256}|[^\w\s]{256}|_{256}")
+# A tokenizer's training takes time with the length of a word, and 80 bytes for each character of a new word. A block of
+# characters of one class is inside a word that long: it is cut off, and after MOST_BLOCKS left out.
+BLOCK, MOST_BLOCKS = 256, 15_000
+ONE_CLASS = re.compile(rf"[^\W_]{{{BLOCK}}}|(?:[^\w\s]|[_\x1c-\x1f]){{{BLOCK}}}|[^\S\x1c-\x1f]{{{BLOCK}}}")
 
 
 class SeenHashes:
@@ -99,11 +101,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int):
 
 
 def training_sample(documents: Iterator[str], val_fraction: float, most_chars: int = TRAIN_CHARS) -> Iterator[str]:
-    """Training documents up to `most_chars` characters: the tokenizer does not see the validation text."""
-    chars = 0
+    """Training documents up to `most_chars` characters: the tokenizer does not see the validation text.
+
+    A document is given whole, or if it has words of over two blocks in pieces without them.
+    """
+    chars, blocks = 0, 0
     for text in documents:
         if not is_validation(content_hash(text), val_fraction):
-            yield LONG_WORD.sub(r"\g<0> ", text)
+            begin = 0
+            for at in range(0, len(text) - BLOCK + 1, BLOCK):
+                if ONE_CLASS.match(text, at):
+                    yield text[begin:at]
+                    if blocks < MOST_BLOCKS:
+                        yield text[at : at + BLOCK]
+                    begin, blocks = at + BLOCK, blocks + 1
+            yield text[begin:]
             chars += len(text)
             if chars > most_chars:
                 return
