@@ -7,7 +7,9 @@ nor loses a document. Only the current piece is in memory; reading continues whe
 """
 
 import contextlib
+import errno
 import itertools
+import re
 import sys
 import sysconfig
 import time
@@ -31,6 +33,8 @@ TRANSPORTS = {"httpx2", "httpx", "httpcore2", "httpcore", "requests", "urllib3",
 class Source(Protocol):
     """A fixed sequence of documents that can be read from any position."""
 
+    without_text: int  # rows read that had no document
+
     def open(self, position: Any = None) -> Self:
         """The documents from a position on (default: all of them)."""
 
@@ -46,6 +50,7 @@ class Repeated:
 
     make: Callable[[], Iterable[Document]]
     read: int = 0
+    without_text: int = 0
 
     def open(self, position: int | None = None) -> "Repeated":
         return Repeated(self.make, position or 0)
@@ -133,6 +138,8 @@ def hub_dataset(name: str, config: str | None, split: str, column: Column) -> "R
     kinds = sorted({kind(path) for path in Path(name).rglob("*")} - {None}) if Path(name).is_dir() else []
     if len(kinds) > 1:
         raise BadInput(f"{name}: holds {', '.join(kinds)} files and `datasets` reads one kind; use python data.py text")
+    if kinds and re.search(r"[*?[]|::", name):
+        raise BadInput(f"{name}: `datasets` takes *, ?, [ and :: for a pattern; use python data.py text")
 
     def open_rows() -> Any:
         from datasets import load_dataset
@@ -194,7 +201,10 @@ class Rows:
     def _wait_or_give_up(self, error: Exception) -> None:
         reason = first_line(error)
         if not is_network_error(error):
-            raise BadInput(f"{self.where}: cannot be read ({reason})") from None
+            advice = ""
+            if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
+                advice = "; `datasets` needs a cache: set HF_HOME to a folder that can be written"
+            raise BadInput(f"{self.where}: cannot be read ({reason}){advice}") from None
         if not self.was_connected:  # the libraries below have retried already
             raise BadInput(f"{self.where}: cannot be reached ({reason}); is there a network?") from None
         if self.failures == RETRIES:
