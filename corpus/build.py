@@ -37,6 +37,8 @@ from engine.cli import BadInput, make_folder
 from engine.files import load_json, lock, write_json, write_whole, writing
 
 RECORD, HASHES = "build.json", "hashes.bin"  # of an unfinished build: its state, and the hashes of its documents
+FEED_STATE = ("begin", "used", "tokens", "documents", "skipped")
+POSITIONS = 2  # version of `begin`, the sources' positions
 BATCH_DOCUMENTS, BATCH_CHARS = 16_384, 2_000_000  # per call of the tokenizer: enough for every core
 BATCHES_AHEAD, ENCODERS = 2, 2  # one encoder turns ids into arrays while the other uses the cores
 SAVE_SECONDS = 5.0  # the most work that an interruption loses
@@ -83,7 +85,7 @@ def build_shards(
             if record is None:
                 encoder = _new_tokenizer(parts, tokenizer, vocab_size, val_fraction)
                 write_whole(partial / TOKENIZER, lambda file: file.write(encoder.to_str(pretty=True)), mode="w")
-                record = {"asked": request, "saved": None}
+                record = {"asked": request, "positions": POSITIONS, "saved": None}
                 write_json(partial / RECORD, record)
             build = _Build(partial, parts, record)
             build.write(f"building {out}")
@@ -127,6 +129,8 @@ def _unfinished(partial: Path, request: dict[str, Any]) -> dict[str, Any] | None
     old = record.get("asked")
     if not isinstance(old, dict) or "saved" not in record:
         raise BadInput(f"{partial / RECORD}: not the record of an unfinished build; delete {partial}")
+    if record.get("positions") != POSITIONS:
+        raise BadInput(f"{partial}: an unfinished build of another version; delete it or choose another --out")
     changed = ", ".join(
         f"{key} was {old.get(key)}, is {request[key]}" for key in request if old.get(key) != request[key]
     )
@@ -195,7 +199,7 @@ class _Feed:
     def __init__(self, part: MixPart, encode: _Encode, pool: ThreadPoolExecutor, state: dict[str, Any]) -> None:
         self.part, self.encode, self.pool = part, encode, pool
         self.begin, self.used = state["begin"], state["used"]  # current batch: its position, how many are written
-        self.without_text = state.get("without_text", 0)  # rows before it that had no text
+        self.skipped = self.without_text = state["skipped"]  # rows without text: before the batch, to its end
         self.tokens, self.documents = state["tokens"], state["documents"]
         self.hashes: np.ndarray = np.empty(0, np.uint64)
         self.known, self.encoded = np.empty(0, bool), []
@@ -206,7 +210,7 @@ class _Feed:
         self._thread.start()
 
     def state(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in ("begin", "used", "tokens", "documents", "without_text")}
+        return {key: getattr(self, key) for key in FEED_STATE}
 
     def fetch(self) -> bool:
         """Take the next batch; False if there is none."""
@@ -218,22 +222,22 @@ class _Feed:
             return False
         self.used = 0 if self.fetched else self.used  # a resumed build has written some of its first batch
         self.fetched = True
-        self.begin, self.without_text, self.hashes, future = item
+        self.begin, self.hashes, future, without_text = item
+        self.skipped, self.without_text = self.without_text, without_text
         self.encoded = future.result()
         return True
 
     def _read(self) -> None:
         try:
             reader = self.part.source.open(self.begin)
-            begin, before = self.begin, self.without_text
-            without_text = before
+            begin, before = self.begin, self.skipped
             for batch in batches(iter(reader)):
                 hashes = np.array([content_hash(document) for document in batch], dtype=np.uint64)
                 future: Future = self.pool.submit(self.encode, batch)
-                if not self._put((begin, without_text, hashes, future)):
+                if not self._put((begin, hashes, future, before + reader.without_text)):
                     return
-                begin, without_text = reader.position(), before + getattr(reader, "without_text", 0)
-            self._put(before + getattr(reader, "without_text", 0))
+                begin = reader.position()
+            self._put(before + reader.without_text)
         except BaseException as error:  # raised by `fetch`
             self._put(error)
 
@@ -274,7 +278,7 @@ class _Build:
         self.counts = {"train": 0, "val": 0, "duplicates": 0}
         self.seen, self.recent = SeenHashes(), set()  # hashes of earlier batches; of the documents since
         self.unsaved, self.saved_hashes, self.saved_tokens = [], 0, 0
-        feeds = [{"begin": None, "used": 0, "tokens": 0, "documents": 0} for _ in parts]
+        feeds = [{"begin": None, "used": 0, "tokens": 0, "documents": 0, "skipped": 0} for _ in parts]
         if record["saved"] is not None:
             try:
                 feeds = self._resume(record["saved"])
@@ -298,7 +302,7 @@ class _Build:
         with writing(path), path.open("ab") as file:
             file.truncate(8 * count)
         self.saved_tokens = self.tokens
-        return saved["parts"]
+        return [{key: part[key] for key in FEED_STATE} for part in saved["parts"]]
 
     @property
     def tokens(self) -> int:
@@ -374,15 +378,18 @@ class _Build:
         self.unsaved = []
         saved = {"writers": writers, "counts": self.counts, "hashes": self.saved_hashes}
         saved["parts"] = [feed.state() for feed in self.feeds]
-        write_json(self.folder / RECORD, {"asked": self.request, "saved": saved})
+        write_json(self.folder / RECORD, {"asked": self.request, "positions": POSITIONS, "saved": saved})
         self.saved_tokens = self.tokens
 
     def finish(self) -> dict[str, Any]:
         """Close the shards and write meta.json."""
+        without_text = sum(feed.without_text for feed in self.feeds)
         for split, writer in self.writers.items():
             writer.close()
             if not writer.tokens:
                 advice = "give more text or another --val-fraction"
+                if without_text:
+                    advice = f"{without_text:,} rows had no text; {advice}"
                 raise BadInput(f"{self.request['source']}: no document fell into {split}; {advice}")
         sha256 = self.writers["train"].sha256 | self.writers["val"].sha256
         meta = {
@@ -396,7 +403,7 @@ class _Build:
             "split": {"val_fraction": self.request["val_fraction"], "rule": "blake2b-64 of the document's text"},
             "sha256": sha256,
         }
-        if without_text := sum(feed.without_text for feed in self.feeds):
+        if without_text:
             meta["rows_without_text"] = without_text
         if len(self.feeds) > 1:
             meta["parts"] = {f.part.name: {"tokens": f.tokens, "documents": f.documents} for f in self.feeds}
