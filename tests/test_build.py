@@ -1,5 +1,7 @@
 """Builds from mixes of sources, interrupted anywhere: every document comes out once, with the same bytes."""
 
+import errno
+import fcntl
 import gzip
 import itertools
 import json
@@ -253,6 +255,17 @@ def test_a_second_build_of_a_folder_is_refused(tmp_path):
     build_shards(meanwhile, tmp_path / "s", source="test", vocab_size=300, val_fraction=0.2)
 
 
+def test_a_build_continues_where_the_file_system_cannot_lock(tmp_path, run_main, monkeypatch):
+    def flock(descriptor, how):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in random_documents(100)))
+    code, out, err = run_main(commands.main, "text", tmp_path / "a.jsonl", "--out", tmp_path / "s", "--vocab-size", 300)
+    assert code == 0, err
+    assert f"{tmp_path / 's.partial'}: cannot be locked (Function not implemented)" in out
+
+
 def test_memory_of_a_build_does_not_grow_with_the_text(tmp_path):
     """Three times the text, 44 MB more, has the same peak, in batches so small that both builds fill every queue."""
     script = "import sys; from corpus import build, commands; build.BATCH_CHARS = 100_000; sys.exit(commands.main())"
@@ -358,7 +371,14 @@ def spy(begun):
 
 
 @pytest.mark.parametrize(
-    ("how", "words"), [("text", "something else"), ("shard", "shorter than"), ("record", "build.json")]
+    ("how", "words"),
+    [
+        ("text", "something else"),
+        ("shard", "shorter than"),
+        ("record", "build.json"),
+        ("version", "another version"),
+        ("feed", "damaged"),
+    ],
 )
 def test_an_interrupted_build_that_was_changed_is_refused_and_kept(interrupted, tmp_path, run_main, how, words):
     partial = tmp_path / "s.partial"
@@ -366,6 +386,14 @@ def test_an_interrupted_build_that_was_changed_is_refused_and_kept(interrupted, 
         (tmp_path / "a.jsonl").write_text(json.dumps({"text": "another"}) + "\n")
     elif how == "shard":
         os.truncate(partial / "train_000000.bin", 1100)
+    elif how in ("version", "feed"):  # "version": as written when `datasets` read local files
+        record = json.loads((partial / "build.json").read_text())
+        (feed,) = record["saved"]["parts"]
+        if how == "version":
+            del record["positions"]
+            feed["begin"] = {"file": 0, "at": {"examples_iterable": {"shard_idx": 0}, "epoch": 0}}
+        del feed["skipped"]
+        (partial / "build.json").write_text(json.dumps(record))
     else:
         (partial / "build.json").write_text('{"asked"')
     before = {path.name for path in partial.iterdir()}

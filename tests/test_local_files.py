@@ -6,6 +6,8 @@ import os
 import random
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import zstandard
@@ -166,12 +168,6 @@ def test_a_text_without_newlines_is_cut_between_characters(tmp_path, letter, end
     assert max(len(piece.encode()) for piece in pieces) < 2 * PIECE_BYTES + 4
 
 
-def test_the_tokenizers_training_sees_no_word_over_its_limit():
-    long = ["A" * 5000, "7" * 5000, "=" * 5000, "_" * 5000, "é" * 5000]
-    for text in training_sample(iter(long), 0.0):
-        assert max(map(len, text.split())) <= 256
-
-
 @pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.txt.gz"])
 def test_a_byte_order_mark_is_dropped(tmp_path, name):
     data = b"\xef\xbb\xbf" + (b'{"text": "one"}\n' if "jsonl" in name else b"one")
@@ -232,29 +228,120 @@ def test_an_ascii_locale_builds_and_reads_a_folder_with_an_umlaut(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+READ_AND_MEASURE = """
+import re, sys
+from pathlib import Path
+from corpus.local_files import TextFiles
+count = sum(len(text) for text in TextFiles([Path(sys.argv[1])]).open())
+peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
+print(count, int(peak[1]) // 1024)
+"""
+
+
+def peak_mib_of_reading(path, characters):
+    words = (sys.executable, "-c", READ_AND_MEASURE, path)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    count, peak = map(int, done.stdout.split())
+    assert count == characters
+    return peak
+
+
 def test_memory_does_not_grow_with_a_parquets_row_group(tmp_path):
     """One row group of 20 and of 160 MB: without bounded batches the peaks are as far apart as the files."""
     import pyarrow as pa
     from pyarrow import parquet
 
-    script = (
-        "import re, sys\nfrom pathlib import Path\nfrom corpus.local_files import TextFiles\n"
-        "count = sum(len(text) for text in TextFiles([Path(sys.argv[1])]).open())\n"
-        "peak = re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())\n"
-        "print(count, int(peak[1]) // 1024)\n"
-    )
     peaks, text = [], random.Random(0).randbytes(500).hex()
     for rows in (20_000, 160_000):
         path = tmp_path / f"{rows}.parquet"
         table = pa.table({"text": [f"{i} {text}" for i in range(rows)], "id": list(range(rows))})
         parquet.write_table(table, path, row_group_size=rows, compression="NONE", use_dictionary=False)
-        done = subprocess.run(
-            (sys.executable, "-c", script, path), cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        count, peak = map(int, done.stdout.split())
-        assert count == sum(len(f"{i} {text}") for i in range(rows))
-        peaks.append(peak)
+        peaks.append(peak_mib_of_reading(path, sum(len(f"{i} {text}") for i in range(rows))))
     assert peaks[1] - peaks[0] < 60
+
+
+def test_memory_does_not_grow_with_a_value_that_a_parquet_repeats(tmp_path):
+    """500 MB in a file of some KB: its dictionary holds the text once."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    text = pa.array(["z" * 100_000]).dictionary_encode()
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 5000, pa.int32()), text.dictionary)
+    parquet.write_table(pa.table({"text": column}), tmp_path / "x.parquet")
+    assert peak_mib_of_reading(tmp_path / "x.parquet", 500_000_000) < 400
+
+
+@pytest.mark.parametrize("name", ["x.txt.gz", "x.jsonl.zst", "x.parquet"])
+def test_a_stream_or_a_parquet_cut_to_nothing_is_refused(tmp_path, name):
+    (tmp_path / "a.txt").write_text("good")
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(BadInput, match=f"{name}: cannot be read"):
+        documents(tmp_path)
+
+
+@pytest.mark.parametrize("data", [b"\x80" * 20_000_000, b"x" * 200_000_000, b"a line\n" * 10_000_000])
+def test_time_is_linear_whatever_the_bytes(tmp_path, data):
+    """Bytes that all continue a character, and streams of which a kilobyte holds a megabyte; quadratic: minutes."""
+    path = tmp_path / ("x.txt.zst" if data[0] < 128 else "x.txt")
+    path.write_bytes(compressed(data, ".zst") if data[0] < 128 else data)
+    began = time.perf_counter()
+    if data[0] < 128:
+        assert sum(map(len, TextFiles([path]).open())) == len(data)
+    else:
+        with pytest.raises(BadInput, match=r"x.txt: not UTF-8 text"):
+            documents(path)
+    assert time.perf_counter() - began < 10
+
+
+def test_what_is_not_a_file_is_named_and_nothing_waits_for_it(tmp_path):
+    (tmp_path / "a.txt").write_text("good")
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "lost.jsonl").symlink_to("gone")
+    (tmp_path / "self.jsonl").symlink_to("self.jsonl")
+    (tmp_path / "two\nlines.json").touch()
+    assert documents(tmp_path) == ["good"]
+    names = "lost.jsonl, pipe.txt, self.jsonl, 'two\\nlines.json'"
+    assert find_files([tmp_path]).left_out == f"left out 4 files: {names}"
+    with pytest.raises(BadInput, match=r"pipe.txt: not a file or folder"):
+        documents(tmp_path / "pipe.txt")
+    with pytest.raises(BadInput, match="cannot be read"):
+        documents(tmp_path / ("x" * 300 + ".txt"))
+
+
+def test_folders_may_be_as_deep_as_the_system_allows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(1200):
+        os.mkdir("d")
+        os.chdir("d")
+    Path("a.txt").write_text("deep")
+    os.chdir(tmp_path)
+    try:
+        assert documents(tmp_path) == ["deep"]
+    finally:
+        subprocess.run(("rm", "-r", tmp_path / "d"), check=True)  # Python's rmtree recurses
+
+
+def test_a_number_of_any_length_in_another_column(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "one", "n": ' + "1" * 5000 + "}\n")
+    assert documents(tmp_path) == ["one"]
+
+
+def test_half_a_surrogate_pair_is_named_with_its_row(tmp_path):
+    rows = '{"text": "\\ud83d\\ude00", "other": "\\ud83d"}\n{"text": "\\uD83D"}\n'
+    (tmp_path / "x.jsonl").write_text(rows)
+    with pytest.raises(BadInput, match=r"x.jsonl: row 2: column 'text' holds half of a surrogate pair"):
+        documents(tmp_path)
+    (tmp_path / "x.jsonl").write_text(rows.splitlines()[0])
+    assert documents(tmp_path) == ["😀"]
+
+
+def test_a_large_file_without_the_column_is_refused_at_once(tmp_path):
+    rows = [{"body": "a"}] * 9000
+    (tmp_path / "x.jsonl").write_bytes(jsonl([*rows, {"text": "late"}]))
+    assert documents(tmp_path) == ["late"]
+    (tmp_path / "x.jsonl").write_bytes(jsonl([*rows, *rows]) + b"never read")
+    with pytest.raises(BadInput, match=r"first 10,000 rows: no column 'text'; it has body"):
+        documents(tmp_path)
 
 
 def test_whatever_pyarrow_raises_on_a_damaged_parquet_is_a_sentence(tmp_path, monkeypatch):
@@ -270,3 +357,110 @@ def test_whatever_pyarrow_raises_on_a_damaged_parquet_is_a_sentence(tmp_path, mo
     monkeypatch.setattr(parquet, "ParquetFile", damaged)
     with pytest.raises(BadInput, match=r"x\.parquet: cannot be read \(Integers with more"):
         documents(tmp_path)
+
+
+READ_DAMAGED = """
+import sys
+from pathlib import Path
+from corpus.local_files import TextFiles
+from engine.cli import BadInput
+path, counts = Path(sys.argv[1]), [0, 0]
+whole = path.read_bytes()
+for place in range(len(whole) - 2000, len(whole)):
+    damaged = bytearray(whole)
+    damaged[place] ^= 2
+    path.write_bytes(damaged)
+    try:
+        list(TextFiles([path]).open())
+        counts[0] += 1
+    except BadInput:
+        counts[1] += 1
+print(*counts)
+"""
+
+
+def test_a_damaged_footer_of_a_parquet_neither_kills_the_process_nor_raises(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    table = pa.table({"text": [f"{i} words" for i in range(200)], "list": [[1]] * 200, "id": list(range(200))})
+    parquet.write_table(table, tmp_path / "x.parquet", row_group_size=60)
+    words = (sys.executable, "-c", READ_DAMAGED, tmp_path / "x.parquet")
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
+    read, refused = map(int, done.stdout.split())
+    assert read > 100
+    assert refused > 100
+
+
+def test_a_footer_that_promises_other_rows_than_the_file_has_is_refused(tmp_path, monkeypatch):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(pa.table({"text": ["one", "two", "three"]}), tmp_path / "x.parquet")
+    iter_batches = parquet.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        parquet.ParquetFile, "iter_batches", lambda *words, **more: list(iter_batches(*words, **more))[:0]
+    )
+    with pytest.raises(BadInput, match=r"x.parquet: row group 0 has 3 rows by its footer"):
+        documents(tmp_path)
+
+
+def test_a_damaged_page_with_a_checksum_is_refused(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = tmp_path / "x.parquet"
+    table = pa.table({"text": ["some words", "other words"]})
+    parquet.write_table(
+        table, path, compression="NONE", use_dictionary=False, write_page_checksum=True, write_statistics=False
+    )
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"other words", b"OTHER words", 1))
+    with pytest.raises(BadInput, match=r"x.parquet: cannot be read"):
+        documents(tmp_path)
+
+
+def test_an_ascii_locale_reads_a_parquet_and_a_zst_with_an_umlaut(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(pa.table({"text": random_documents(60)}), tmp_path / "ü.parquet")
+    (tmp_path / "ü.txt.zst").write_bytes(compressed("größe\n".encode() * 9, ".zst"))
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    done = build(tmp_path, tmp_path / "ü.parquet", tmp_path / "ü.txt.zst", "--out", tmp_path / "s", **ascii_only)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("run", ["A", "7", "a1", "=", "_=", "\u0301", " ", "\n", "\x1c!", "漢"])
+def test_no_word_of_the_training_text_is_long(run):
+    """Words as the tokenizer itself cuts them; ordinary text stays as it is."""
+    from tokenizers import pre_tokenizers
+
+    cut = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    text = "some words " * 50 + run * 10_000 + " and more"
+    pieces = list(training_sample(iter([text]), 0.0))
+    assert "".join(pieces) == text
+    lengths = [end - begin for piece in pieces for _, (begin, end) in cut.pre_tokenize_str(piece)]
+    assert max(lengths) <= 513  # two blocks, and the space in front of a word
+    ordinary = random_documents(20)
+    assert list(training_sample(iter(ordinary), 0.0)) == ordinary
+
+
+def test_the_training_text_holds_a_limited_amount_of_long_words():
+    genome = "".join(random.Random(0).choices("ACGT", k=100_000))
+    kept = sum(map(len, training_sample((genome[i:] + str(i) for i in range(100)), 0.0)))
+    assert 3_000_000 < kept < 4_100_000
+
+
+def test_rows_without_text_are_counted_up_to_the_last_token(tmp_path, run_main):
+    rows = [{"text": text} if i % 2 else {"text": None} for i, text in enumerate(random_documents(300))]
+    (tmp_path / "x.jsonl").write_bytes(jsonl(rows))
+    words = ("text", tmp_path / "x.jsonl", "--out", tmp_path / "s", "--vocab-size", 300)
+    code, out, err = run_main(commands.main, *words, "--max-tokens", 30_000, "--val-fraction", 0.2)
+    assert code == 0, err
+    assert "150 rows had no text" in out
+    (tmp_path / "x.jsonl").write_bytes(jsonl([{"text": None}] * 9))
+    code, _, err = run_main(commands.main, *words[:3], tmp_path / "none", *words[4:])
+    assert code == 2
+    assert "no document fell into train; 9 rows had no text" in err

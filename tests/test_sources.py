@@ -120,3 +120,21 @@ def test_datasets_are_opened_one_at_a_time():
     readers = [sources.Rows(load, TEXT, "slow").open() for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(list, readers)) == [["a"]] * 4
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a*", "a?", "a::b"])
+def test_a_folder_whose_name_datasets_takes_for_a_pattern_is_refused(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "x.jsonl").write_text('{"text": "mine"}\n')
+    with pytest.raises(BadInput, match=r"for a pattern; use python data\.py text"):
+        sources.hub_dataset(str(tmp_path / name), None, "train", TEXT)
+
+
+def test_a_cache_that_cannot_be_written_is_blamed(hub, tmp_path):
+    (tmp_path / "home").touch()  # where HF_HOME is to be
+    _, command = hub
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "x.jsonl").write_text('{"text": "mine"}\n')
+    done = command("http://127.0.0.1:9", "hf", tmp_path / "data", "--out", tmp_path / "s", "--vocab-size", 300)
+    assert done.returncode == 2
+    assert "set HF_HOME to a folder that can be written" in done.stderr.splitlines()[-1]
