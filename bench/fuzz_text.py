@@ -7,6 +7,7 @@ Every case must end in exactly the documents that an independent reader finds, i
 
 import gzip
 import io
+import itertools
 import json
 import os
 import random
@@ -54,6 +55,25 @@ ODD_ROWS = (
     b"null",
     b'{"text": "no end',
     b"\xff\xfe",
+    b'{"text": "number", "n": ' + b"7" * 5000 + b"}",
+    b'{"text": "deep", "n": ' + b"[" * 500 + b"]" * 500 + b"}",
+    b'{"text": "twice", "text": "again", "\\ud83d": 1}\r',
+    b'{"text": "\x00"}',
+    b'{"text": "two"} {"text": "rows"}',
+    b'{"text": "' + b"long" * 100_000 + b'"}',
+)
+ODD_PIECES = (b"\x80" * 300_000, b"ACGT" * 100_000, "é€".encode() * 50_000, b"\n" * 200_000, b"\x00" * 200_000, b"\xc3")
+ODD_COLUMNS = (
+    pa.array([None] * 40, pa.string()),
+    pa.array([None] * 40, pa.null()),
+    pa.array(range(40)),
+    pa.array([b"\xff"] * 40),
+    pa.array([f"large {i}" for i in range(40)], pa.large_string()),
+    pa.array([f"{i % 3} of three" if i % 4 else None for i in range(40)]).dictionary_encode(),
+    pa.array([f"2026-01-{i % 28 + 1:02}" for i in range(40)]),
+    pa.array(range(40), pa.timestamp("s")),
+    pa.array([{"text": "inside"}] * 40),
+    pa.array([["a", "list"]] * 40),
 )
 SHARDS_EVERY = 50  # cases: their documents are also built into shards and read back
 
@@ -85,34 +105,50 @@ class Texts:
     def damage(self, folder: Path, rng: random.Random, damage_bytes: Any) -> None:
         files = [path for path in sorted(folder.iterdir()) if path.is_file()]
         path = rng.choice(files)
-        kind = rng.choice(("bytes", "bytes", "rows", "name", "mark", "ending"))
+        kinds = ("bytes", "bytes", "name", "ending", "link", "loop")
+        kind = rng.choice((*kinds, "table", "table") if path.suffix == ".parquet" else (*kinds, "text", "mark"))
         if kind == "bytes":
             damage_bytes(path, rng)
-        elif kind in ("rows", "mark") and path.suffix != ".parquet":
+        elif kind == "table":
+            _rewrite(path, rng)
+        elif kind in ("text", "mark"):
             try:
                 data = _decompressed(path)
             except (OSError, EOFError, zlib.error):  # damaged already
                 return
             lines = data.split(b"\n")
-            if kind == "rows" and ".jsonl" in path.name:
-                lines.insert(rng.randrange(len(lines)), rng.choice(ODD_ROWS))
+            if kind == "text":
+                lines.insert(rng.randrange(len(lines)), rng.choice(ODD_ROWS if ".jsonl" in path.name else ODD_PIECES))
             data = (BYTE_ORDER_MARK if kind == "mark" else b"") + b"\n".join(lines)
             path.write_bytes(_compressed(data, path.suffix))
         elif kind == "name":
             path.rename(folder / (rng.choice(ODD_NAMES) + "".join(path.suffixes)))
         elif kind == "ending":
             path.rename(path.with_name(path.name.upper() if rng.random() < 0.5 else path.name + ".bak"))
+        elif kind == "link":
+            (folder / ".store").mkdir(exist_ok=True)
+            path.symlink_to(path.rename(folder / ".store" / path.name))
+        elif not (folder / "loop").exists():
+            (folder / "loop").symlink_to(folder)
 
     def read(self, folder: Path, whole: Path) -> None:
         self.cases += 1
         found = find_files([folder]).files
-        ours = list(TextFiles(found).open())
-        expected = list(_independently(folder))
-        # A .txt is cut into pieces, whose ends are ours to choose.
-        if "".join(ours) != "".join(expected) or len(ours) < len(expected):
-            raise self.wrong(f"{len(ours)} documents where another reader finds {len(expected)}")
+        ours = {path: list(TextFiles([path]).open()) for path in found}
+        expected = dict(_independently(folder))
+        for path in ours.keys() | expected.keys():
+            mine, theirs = ours.get(path, []), expected.get(path, [])
+            if ".txt" in path.name.lower():  # cut into pieces, whose ends are ours to choose
+                mine, theirs = ["".join(mine)], ["".join(theirs)]
+            if mine != theirs:
+                raise self.wrong(f"{path.name}: {len(mine)} documents, not the {len(theirs)} that another reader finds")
+        documents = [document for path in found for document in ours[path]]
+        reader = TextFiles(found).open()
+        first = list(itertools.islice(reader, self.rng.randrange(len(documents) + 1)))
+        if first + list(reader.open(json.loads(json.dumps(reader.position())))) != documents:
+            raise self.wrong(f"other documents when reading continues after {len(first)}")
         if self.cases % SHARDS_EVERY == 0:
-            self.read_back(folder.with_name("built"), found, ours)
+            self.read_back(folder.with_name("built"), found, documents)
 
     def read_back(self, out: Path, files: list[Path], documents: list[str]) -> None:
         """The same documents again, each once, from shards."""
@@ -133,25 +169,51 @@ class Texts:
             raise self.wrong(f"{len(built)} documents in shards, {len(set(documents))} different ones in the files")
 
 
-def _independently(folder: Path) -> Iterator[str]:
-    """Every document by readers that share nothing with corpus/local_files.py: whole files at once, one per .txt."""
-    paths = [Path(root) / name for root, _, names in os.walk(folder, followlinks=True) for name in names]
-    for path in sorted(path for path in paths if not path.name.startswith(".")):
+def _rewrite(path: Path, rng: random.Random) -> None:
+    """Write a .parquet in another way, with other columns."""
+    try:
+        table = parquet.read_table(path)
+        columns = dict(zip(table.column_names, table.columns, strict=True))
+    except (OSError, pa.ArrowException):  # damaged already
+        return
+    if rng.random() < 0.6 and len(table) == 40:
+        columns[rng.choice(("text", "id", "body"))] = rng.choice(ODD_COLUMNS)
+    if rng.random() < 0.2:
+        columns.pop(rng.choice(tuple(columns)))
+    parquet.write_table(
+        pa.table(columns).slice(0, rng.choice((0, 1, 40, 40, 40))),
+        path,
+        row_group_size=rng.choice((1, 7, 1000)),
+        compression=rng.choice(("NONE", "snappy", "gzip", "zstd", "lz4", "brotli")),
+        use_dictionary=rng.random() < 0.5,
+        data_page_size=rng.choice((10, 1000, 2**20)),
+        data_page_version=rng.choice(("1.0", "2.0")),
+        write_page_checksum=rng.random() < 0.5,
+        store_schema=rng.random() < 0.5,
+    )
+
+
+def _independently(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """The documents of each file by readers that share nothing with corpus/local_files.py: whole files, a text each."""
+    paths = [Path(root) / name for root, _, names in os.walk(folder) for name in names]
+    for path in paths:
         name = path.name.lower()
-        if name.endswith(".parquet"):
-            if path.stat().st_size:
-                column = parquet.read_table(path, columns=["text"])["text"]
-                yield from (value for value in column.to_pylist() if value is not None)
-            continue
         stem = name.removesuffix(".gz").removesuffix(".zst")
-        if not stem.endswith((".txt", ".jsonl")) or not path.stat().st_size:
+        if any(part.startswith(".") for part in path.relative_to(folder).parts) or not path.is_file():
             continue
-        text = _decompressed(path).decode("utf-8-sig")
-        if stem.endswith(".txt"):
-            yield text
-            continue
-        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-        yield from (row["text"] for row in rows if row.get("text") is not None)
+        if name.endswith(".parquet"):
+            table = parquet.ParquetFile(path).read(["text"])
+            values = table["text"].to_pylist() if "text" in table.column_names else []
+            yield path, [value for value in values if value is not None]
+        elif stem.endswith(".txt"):
+            yield path, [_decompressed(path).decode("utf-8-sig")]
+        elif stem.endswith(".jsonl"):
+            rows = [
+                json.loads(line, parse_int=float)
+                for line in _decompressed(path).decode("utf-8-sig").split("\n")
+                if line.strip()
+            ]
+            yield path, [row["text"] for row in rows if row.get("text") is not None]
 
 
 def _decompressed(path: Path) -> bytes:
