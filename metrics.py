@@ -40,6 +40,7 @@ UPDATE_KEYS = (
 # Eigenvalues of a Gram matrix below this times its larger side, as a share of the largest, are rounding: singular
 # values below 7e-7 of the largest read as 0 at 2048 x 512. Weights in fp32 have no more digits.
 ROUNDING = torch.finfo(torch.float64).eps
+LEAST_PRIORITY = 19  # of a thread on Linux: on a CPU spectra take the time that training leaves
 QUEUE_EVENTS = 2  # of the 88M model one holds 0.5 GB
 DECOMPOSED_BYTES = 2**28  # of float64 matrices at once in the worker
 
@@ -265,6 +266,8 @@ class SpectraRecorder:
     def _work(self) -> None:
         # A second pool of OpenMP threads during a training on the CPU cost every step 25 % (bench/LOG.md).
         torch.set_num_threads(1 if self.stream is None else max(1, (os.cpu_count() or 2) - 1))
+        if self.stream is None:  # the training's core is this one too
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LEAST_PRIORITY)
         ended = False
         while not ended:
             event = self.events.get()

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
 
+from kernels.attention import MAX_T, causal_attention
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.grouped_matmul import Routing, grouped_matmul
 from kernels.relu2_mlp import relu2_mlp
@@ -27,6 +28,7 @@ ROPE_BASE = 10_000.0
 EXPERT_PROJECTIONS = ("gate", "up", "down")  # each expert has its own
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # gate: swiglu only
 KERNELS = frozenset(("cross_entropy", "relu2_mlp"))  # fused kernels that a training loss can use
+CPU_KERNELS = KERNELS | {"attention"}  # on a CPU: batched products for short sequences
 FLEX_MIN_HEAD_WIDTH = 16  # the least that Triton's dot takes; FlexAttention pads other widths, as 48, to a power of two
 # Stored (d_ff, d) like `up`, so that both are one batch for Muon; the map is the transpose.
 STORED_TRANSPOSED = ("down",)
@@ -319,6 +321,8 @@ class Transformer(nn.Module):
             q, k = rms_norm(q, self.q_gain[layer]), rms_norm(k, self.k_gain[layer])
         # RoPE: after it q · k depends on the distance in time alone.
         q, k = rotate(q, self.cos_TE[:T], self.sin_TE[:T]), rotate(k, self.cos_TE[:T], self.sin_TE[:T])
+        if mask is None and "attention" in self.kernels and self.training and T <= MAX_T:
+            return F.linear(causal_attention(q, k, v).flatten(2), w["o"])
         # Grouped queries: H / K query heads share one key/value head.
         sharing = q.shape[2] // k.shape[2]
         dense_mask = isinstance(mask, Tensor)

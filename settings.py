@@ -7,6 +7,7 @@
 
 import dataclasses
 import math
+import sys
 import time
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,12 +19,14 @@ import torch
 from corpus.shards import TRAIN_PATTERN, Shards, open_shards
 from data import Packing
 from engine.cli import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, BadInput, Count, Limit, check_limits, one_of
-from engine.files import is_safe_name, shown
+from engine.compiling import cache_key, pays, why_no_compiler
+from engine.cpu import free_cores
+from engine.files import CONFIG, is_safe_name, load_json, shown
 from engine.identity import config_hash, provenance
 from engine.ranks import Rank
 from kernels.newton_schulz import COEFFICIENTS, METHODS
 from kernels.optimizer import LR_SCALES
-from model import FLEX_MIN_HEAD_WIDTH, KERNELS, SIZES, ModelConfig, Transformer
+from model import CPU_KERNELS, FLEX_MIN_HEAD_WIDTH, KERNELS, SIZES, ModelConfig, Transformer
 from optim import SCHEDULES
 
 RUN_NAME = Limit("must be letters, digits, '.', '_' and '-', not starting with a dot", is_safe_name)
@@ -34,6 +37,7 @@ NANO = ("nano", "moe-nano")  # for a first look on a CPU
 NANO_LR = {"muon": (0.04, 0.02), "adamw": (0.005, 0.02)}
 DEFAULT_LR = {"muon": (0.024, 0.006), "adamw": (0.002, 0.006)}
 KERNELS_THAT_PAY: frozenset[str] = frozenset()  # of model.KERNELS: those with an end-to-end win in runs/records
+CPU_KERNELS_THAT_PAY = frozenset(("cross_entropy", "attention"))  # bench/LOG.md
 BATCH_TOKENS, EVAL_TOKENS = 16_384, 131_072
 NANO_BATCH_TOKENS, NANO_EVAL_TOKENS = 8192, 16_384
 EVENTS_PER_RUN = 20  # validation and spectra, unless their flags say otherwise
@@ -135,9 +139,11 @@ class Settings:
     resume: bool = False
     """Continue the run of this --name from its last checkpoint."""
     kernels: Literal["auto", "on", "off"] = "auto"
-    """Fused kernels of the training loss; auto = those that a record in runs/records shows to pay: none yet."""
+    """Fused kernels of the training loss; auto = those measured to pay: two on a CPU, on a GPU none yet."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile the model; auto = on CUDA only."""
+    """torch.compile the model; auto = on CUDA, and on a CPU where the run then ends sooner."""
+    workers: Literal["auto"] | int = "auto"
+    """Processes of one thread each that train on a CPU; auto = one per core, or as many as a resumed run had."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to train; auto = CUDA if there is one."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -170,11 +176,11 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
         raise BadInput("--device cuda: this PyTorch sees no CUDA device")
     bf16 = cuda and torch.cuda.get_device_capability()[0] >= 8
     size, utc_time = SIZES[given.model], time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    before = config_before(given)
     filled: dict[str, Any] = {
         "lr": lr if given.lr is None else given.lr,
         "adamw_lr": adamw_lr if given.adamw_lr is None else given.adamw_lr,
         "device": "cuda" if cuda else "cpu",
-        "compile": given.compile if given.compile != "auto" else ("on" if cuda else "off"),
         "precision": given.precision if given.precision != "auto" else ("bf16" if bf16 else "fp32"),
         "data": given.data or default_data(given.model),
         "name": given.name or f"{given.model}-{given.optimizer}-{given.seed}-{utc_time}",
@@ -194,8 +200,10 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
     except ValueError as wrong:
         raise BadInput(str(wrong)) from None
 
-    sequences, remainder = divmod(s.batch_tokens, s.seq_len * rank.count)
-    unit = f"--seq-len {s.seq_len} x {rank.count} rank{'s' * (rank.count > 1)}"
+    s = dataclasses.replace(s, workers=chosen_workers(s, rank, before))
+    ranks, what = rank.count * s.workers, "rank" if s.workers == 1 else "worker"
+    sequences, remainder = divmod(s.batch_tokens, s.seq_len * ranks)
+    unit = f"--seq-len {s.seq_len} x {ranks} {what}{'s' * (ranks > 1)}"
     if remainder or not sequences:
         raise BadInput(f"--batch-tokens {s.batch_tokens}: not divisible by {unit}")
     cadence = max(1, s.steps // EVENTS_PER_RUN)
@@ -212,10 +220,63 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
         raise BadInput(f"{s.data}: {shards.tokens('val'):,} validation tokens are too few for --seq-len {s.seq_len}")
     if s.doc_mask and shards.eot_id is None:
         raise BadInput(f"--doc-mask: neither {s.data} nor its shards say which token documents start with (eot_id)")
+    s = dataclasses.replace(s, compile=chosen_compile(s, config, shards, before))
     if s.doc_mask and s.compile == "on" and cuda and config.head_width < FLEX_MIN_HEAD_WIDTH:
         least = f"heads at least {FLEX_MIN_HEAD_WIDTH} wide, not {config.head_width}"
         raise BadInput(f"--doc-mask: compiled on a GPU it needs {least}; choose fewer --heads or --compile off")
     return s, config, shards
+
+
+def config_before(given: Settings) -> dict[str, Any]:
+    """config.json of the run to resume, where it trained on a CPU: what this machine would choose anew stays, so that
+    the run does to the bit. Empty where there is none; a damaged one is named later."""
+    if not given.resume:
+        return {}
+    try:
+        config = load_json(given.runs_dir / given.name / CONFIG)
+    except (OSError, BadInput):
+        return {}
+    return config if isinstance(config, dict) and config.get("device") == "cpu" else {}
+
+
+def chosen_workers(s: Settings, rank: Rank, before: dict[str, Any]) -> int:
+    """How many processes train: those asked for, those of the resumed run, or as many as there are cores, as far as
+    they share the batch evenly. Ranks that torchrun started fork no more, nor does a process with a GPU."""
+    if s.workers != "auto":
+        if s.workers < 1:
+            raise BadInput(f"--workers {s.workers}: must be at least 1")
+        if s.workers > 1 and (rank.count > 1 or s.device == "cuda"):
+            raise BadInput(f"--workers {s.workers}: torchrun starts the ranks; workers are for a CPU without it")
+        return s.workers
+    if rank.count > 1 or s.device == "cuda":
+        return 1
+    if before:
+        return int(before.get("world_size", 1))
+    return next((n for n in range(free_cores(), 0, -1) if s.batch_tokens % (s.seq_len * n) == 0), 1)
+
+
+def chosen_compile(s: Settings, config: ModelConfig, shards: Shards, before: dict[str, Any]) -> str:
+    """--compile as on or off; BadInput where it is asked for and cannot be had."""
+    if s.device == "cuda" or s.compile == "off":
+        return "on" if s.compile == "auto" else s.compile
+    missing = why_no_compiler()
+    if s.compile == "on" and missing:
+        raise BadInput(f"--compile on: {missing}")
+    if s.compile == "on" or before:
+        return before.get("compile", s.compile) if s.compile == "auto" else "on"
+    with torch.device("meta"):
+        flops = s.tokens * Transformer(config, shards.vocab_size).flops_per_token(s.seq_len)
+    wanted = pays(flops, config.layers, s.workers, compiled_code(s, config, shards))
+    if wanted and missing:
+        print(f"not compiled, though it would save time: {missing}", file=sys.stderr)
+    return "on" if wanted and not missing else "off"
+
+
+def compiled_code(s: Settings, config: ModelConfig, shards: Shards) -> str:
+    """The key of what torch.compile makes for this run."""
+    batch = s.batch_tokens // s.workers
+    shape = {"config": config, "vocab": shards.vocab_size, "batch": batch, "micro_batch": s.micro_batch}
+    return cache_key(**shape, kernels=s.kernels, doc_mask=s.doc_mask, precision=s.precision)
 
 
 def identity(s: Settings, shards: Shards) -> dict[str, Any]:
@@ -250,11 +311,15 @@ def optimizer_options(s: Settings) -> dict[str, Any]:
 
 
 def chosen_kernels(flag: str, capability: tuple[int, int]) -> frozenset[str]:
-    """The fused kernels that --kernels selects on a GPU of this compute capability, (0, 0) without one; below 8.0,
+    """The fused kernels that --kernels selects on a GPU of this compute capability, (0, 0) for a CPU; below 8.0,
     where Triton's tensor-core code is not tried (a T4 is 7.5), auto is none."""
+    if flag == "off":
+        return frozenset()
+    if capability == (0, 0):
+        return CPU_KERNELS_THAT_PAY if flag == "auto" else CPU_KERNELS
     if flag == "auto":
         return KERNELS_THAT_PAY if capability >= (8, 0) else frozenset()
-    return KERNELS if flag == "on" else frozenset()
+    return KERNELS
 
 
 def default_data(model: str) -> Path:

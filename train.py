@@ -31,17 +31,19 @@ from data import Loader, TokenStream, validation_batches
 from engine import files
 from engine.checkpoint import Layout, Progress, restore, state_of
 from engine.cli import BadInput, CannotWrite, TrainingFailed, exit_with_a_sentence
+from engine.compiling import mark_warm
 from engine.files import finite
 from engine.memory import MemoryCount, available_bytes, choose_micro_batch
 from engine.ranks import Rank, Sharding, join_ranks
-from engine.run_folder import RunFolder, reason_of
+from engine.run_folder import RunFolder, is_lost_rank, reason_of
 from engine.speed import Point, Speed, Stopwatch, Times, device_name, point, seconds_between
 from engine.step import PendingStats, TrainingStep, evaluate, prepare_torch
+from engine.workers import workers
 from kernels.configs import capability
 from metrics import SpectraRecorder, WorkerFailed
 from model import ModelConfig, Transformer
 from optim import build_optimizers, lr_multiplier, parameter_layout, set_lr, step_cost
-from settings import Settings, chosen_kernels, describe, optimizer_options, resolve
+from settings import Settings, chosen_kernels, compiled_code, describe, optimizer_options, resolve
 
 VALIDATION_TOKENS = {"cuda": 8192, "cpu": 1024}  # per forward pass, whose fp32 logits are held whole
 
@@ -63,7 +65,9 @@ def main() -> int:
     given = tyro.cli(Settings, description=__doc__)
     rank = join_ranks(given.device)
     try:
-        return run(*resolve(given, rank), rank)
+        s, config, shards = resolve(given, rank)
+        with workers(s.workers, rank) as rank:
+            return run(s, config, shards, rank)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -141,6 +145,8 @@ def run(s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> int:
             set_lr(optimizers, 1e-3)
             rows = min(2, sequences // s.micro_batch) * s.micro_batch  # two micro-batches accumulate as any number does
             work.warm_up(torch.randint(shards.vocab_size, (rows, s.seq_len + 1)))
+            if compiled and rank.index == 0:
+                mark_warm(compiled_code(s, config, shards))
             if loaded is not None:
                 restore(folder, loaded, work, layout, loader)
                 loaded = None  # its memory is wanted
@@ -168,10 +174,11 @@ def run(s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> int:
         folder.summarize(
             status, None if status == "finished" else f"signal after step {progress.step}", progress, speed
         )
-    except BaseException as error:
+    except BaseException as raised:
+        error = rank.crew.cause(raised) if rank.crew and is_lost_rank(raised) else raised
         read_clocks(progress, clock, spectra)
         if not failed(error, s, folder, memory, speed, progress):
-            raise
+            raise error from None if error is raised else raised
         return 1
     else:
         if status == "finished" and s.plots and rank.index == 0:

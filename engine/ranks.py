@@ -14,13 +14,16 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine.cli import BadInput
+
+if TYPE_CHECKING:
+    from engine.workers import Crew
 
 RANK_TIMEOUT = timedelta(minutes=10)  # how long a rank waits for another; compilation must fit
 KEPT_WHOLE = 2**14  # elements: smaller parameters cost less to update on every rank than to send in parts
@@ -35,6 +38,8 @@ class Rank:
     count: int = 1
     local: int = 0
     """Its number on this machine, which is also its GPU's."""
+    crew: "Crew | None" = None
+    """The workers that this process has forked."""
 
     def least(self, value: int, device: torch.device) -> int:
         """The least of all ranks' values."""

@@ -231,8 +231,13 @@ def reason_of(error: BaseException, step: int, ranks: int, misfit: Callable[[], 
         return misfit()
     if isinstance(error, RunFailed | BadInput):
         return str(error)
-    lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-    return f"another rank was lost after step {step}: {first_line(error)}" if lost and ranks > 1 else None
+    lost = is_lost_rank(error) and ranks > 1
+    return f"another rank was lost after step {step}: {first_line(error)}" if lost else None
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 class TensorBoard:

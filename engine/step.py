@@ -8,7 +8,6 @@ a step later. train.py runs this class and `evaluate`, bench/train.py times it.
 """
 
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -18,18 +17,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.files import ROOT
+from engine.compiling import prepare_compiling
+from engine.cpu import prepare_cpu
 from engine.ranks import Sharding
 from engine.speed import Times
 
 WARMUP_STEPS = 4  # the first makes optimizer state, the third captures Muon's step
-COMPILE_CACHE = ROOT / ".cache" / "inductor"
 
 
 def prepare_torch() -> None:
-    """Settings of the whole process: TF32 for what is left in fp32, and a compile cache that outlives the run."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(COMPILE_CACHE))
+    """Settings of the whole process: TF32 on a GPU for what is left in fp32, a fast CPU, a compile cache."""
     torch.set_float32_matmul_precision("high")
+    prepare_cpu()
+    prepare_compiling()
 
 
 class StepStats(NamedTuple):

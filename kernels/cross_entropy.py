@@ -22,18 +22,20 @@ SOFTMAX_WARPS = 16  # 3 rows of 98 KB per SM: 37 MB on a 4090, so that the secon
 # Logits are made for at most this many bytes of rows at once, so that a large micro-batch does not decide the memory;
 # never for fewer than 4,096 rows, because every chunk reads and writes dW.
 LOGIT_BYTES, MIN_CHUNK_ROWS = 2**31, 4096
+CPU_CHUNK_ROWS = 128  # their logits stay in a core's caches at V = 4,096; fewer rows read and write dW more often
 NO_TARGET_IS_IGNORED = -(2**62)
 
 
 def softmax_gradient_reference(logits: Tensor, targets: Tensor) -> Tensor:
     """-log softmax(logits)[target] of each row in fp32, and logits <- softmax(logits) - onehot(target), in place."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    log_p = wide.log_softmax(dim=-1)
-    losses = -log_p.gather(1, targets[:, None]).squeeze(1)
-    gradient = log_p.exp_()
-    gradient.scatter_add_(1, targets[:, None], -torch.ones_like(losses)[:, None])
-    logits.copy_(gradient)
-    return losses
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # fp32 logits themselves
+    at_target, largest = wide.gather(1, targets[:, None]), wide.amax(1, keepdim=True)
+    p = torch.softmax(wide, 1, out=wide)
+    # -log p[target], which may underflow, from the largest p, which is at least 1 / V.
+    losses = largest - p.amax(1, keepdim=True).log() - at_target
+    p.scatter_add_(1, targets[:, None], -torch.ones_like(losses))
+    logits.copy_(p)
+    return losses.squeeze(1)
 
 
 @triton.jit
@@ -74,7 +76,7 @@ def launch_softmax_gradient(logits: Tensor, targets: Tensor) -> Tensor:
 @torch.library.custom_op(f"{OPS}::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy_op(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows, V = x.shape[0], weight.shape[0]
-    chunk = max(MIN_CHUNK_ROWS, LOGIT_BYTES // (V * x.element_size()))
+    chunk = max(MIN_CHUNK_ROWS, LOGIT_BYTES // (V * x.element_size())) if x.is_cuda else CPU_CHUNK_ROWS
     losses, dx, dweight, wide = [], torch.empty_like(x), None, torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, rows, chunk):
@@ -83,8 +85,12 @@ def _linear_cross_entropy_op(x: Tensor, weight: Tensor, targets: Tensor) -> tupl
             run = launch_softmax_gradient if configs.runs_triton(x) else softmax_gradient_reference
             losses.append(run(logits, piece_targets))
             dx[start : start + chunk] = logits @ weight
-            part = logits.mT @ piece
-            dweight = part if dweight is None else dweight.to(wide) + part
+            if dweight is None:
+                dweight = logits.mT @ piece
+            elif x.dtype == wide:
+                dweight.addmm_(logits.mT, piece)
+            else:
+                dweight = dweight.to(wide) + logits.mT @ piece
             del logits  # before the next chunk makes its own
     loss = torch.cat(losses).mean()
     return loss, dx, dweight.to(weight.dtype)
