@@ -143,7 +143,9 @@ class Settings:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile the model; auto = on CUDA, and on a CPU where the run then ends sooner."""
     workers: Literal["auto"] | int = "auto"
-    """Processes of one thread each that train on a CPU; auto = one per core, or as many as a resumed run had."""
+    """Processes that train on a CPU; auto = one per core that is free, or as many as a resumed run had."""
+    threads: Literal["auto"] | int = "auto"
+    """Threads of each of them; auto = one where there is a worker per free core."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to train; auto = CUDA if there is one."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -200,7 +202,8 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
     except ValueError as wrong:
         raise BadInput(str(wrong)) from None
 
-    s = dataclasses.replace(s, workers=chosen_workers(s, rank, before))
+    workers, threads = chosen_workers(s, rank, before)
+    s = dataclasses.replace(s, workers=workers, threads=threads)
     ranks, what = rank.count * s.workers, "rank" if s.workers == 1 else "worker"
     sequences, remainder = divmod(s.batch_tokens, s.seq_len * ranks)
     unit = f"--seq-len {s.seq_len} x {ranks} {what}{'s' * (ranks > 1)}"
@@ -239,20 +242,26 @@ def config_before(given: Settings) -> dict[str, Any]:
     return config if isinstance(config, dict) and config.get("device") == "cpu" else {}
 
 
-def chosen_workers(s: Settings, rank: Rank, before: dict[str, Any]) -> int:
-    """How many processes train: those asked for, those of the resumed run, or as many as there are cores, as far as
-    they share the batch evenly. Ranks that torchrun started fork no more, nor does a process with a GPU."""
-    if s.workers != "auto":
-        if s.workers < 1:
-            raise BadInput(f"--workers {s.workers}: must be at least 1")
-        if s.workers > 1 and (rank.count > 1 or s.device == "cuda"):
-            raise BadInput(f"--workers {s.workers}: torchrun starts the ranks; workers are for a CPU without it")
-        return s.workers
-    if rank.count > 1 or s.device == "cuda":
-        return 1
-    if before:
-        return int(before.get("world_size", 1))
-    return next((n for n in range(free_cores(), 0, -1) if s.batch_tokens % (s.seq_len * n) == 0), 1)
+def chosen_workers(s: Settings, rank: Rank, before: dict[str, Any]) -> tuple[int, int]:
+    """How many processes train and the threads of each (0 = as many as PyTorch likes): those asked for, those of the
+    resumed run, or one worker per free core, as far as they share the batch evenly, and the threads that are left.
+    Ranks that torchrun started fork no more, nor does a process with a GPU."""
+    for flag in ("workers", "threads"):
+        if getattr(s, flag) != "auto" and getattr(s, flag) < 1:
+            raise BadInput(f"--{flag} {getattr(s, flag)}: must be at least 1")
+    alone = rank.count > 1 or s.device == "cuda"
+    if alone and s.workers not in ("auto", 1):
+        raise BadInput(f"--workers {s.workers}: for a CPU and without torchrun, which starts the ranks itself")
+    workers, threads = s.workers, s.threads
+    if alone:
+        workers, threads = 1, 0 if threads == "auto" else threads
+    elif before:
+        workers = before.get("world_size", 1) if workers == "auto" else workers
+        threads = before.get("threads", 0) if threads == "auto" else threads
+    free = free_cores() if "auto" in (workers, threads) else 1
+    if workers == "auto":
+        workers = next((n for n in range(free, 0, -1) if s.batch_tokens % (s.seq_len * n) == 0), 1)
+    return workers, max(1, free // workers) if threads == "auto" else threads
 
 
 def chosen_compile(s: Settings, config: ModelConfig, shards: Shards, before: dict[str, Any]) -> str:

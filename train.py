@@ -66,7 +66,7 @@ def main() -> int:
     rank = join_ranks(given.device)
     try:
         s, config, shards = resolve(given, rank)
-        with workers(s.workers, rank) as rank:
+        with workers(s.workers, s.threads, rank) as rank:
             return run(s, config, shards, rank)
     finally:
         if dist.is_initialized():

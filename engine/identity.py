@@ -19,7 +19,7 @@ from engine.cli import BadInput
 from engine.files import ROOT
 
 PLACE = ("data", "data_pattern", "runs_dir", "name", "resume", "log", "log_every", "checkpoint_every", "plots")
-SPEED = ("micro_batch", "workers", "compile", "kernels", "device", "deterministic")
+SPEED = ("micro_batch", "workers", "threads", "compile", "kernels", "device", "deterministic")
 MEASUREMENT = ("eval_every", "eval_tokens", "spectra_every")
 # Settings that do not change what is learned: runs that differ only here have the same config_hash.
 NOT_LEARNED = frozenset((*PLACE, *SPEED, *MEASUREMENT))

@@ -1,6 +1,6 @@
 """One worker per core: a training on a CPU as ranks of one thread each, forked from the process that was started.
 
-    with workers(2, Rank()) as rank: ...        # from here on in both processes; the one that was started is rank 0
+    with workers(2, 1, Rank()) as rank: ...        # from here on in both processes; the one that was started is rank 0
 
 Threads of one process meet at a barrier after every small operation, ranks once a step: they are faster, and lose less
 next to other work. A fork costs nothing, since what was imported is there. A worker dies with its parent.
@@ -30,15 +30,17 @@ SECONDS_TO_DIE = 2  # in which a lost worker is seen to have ended
 
 
 @contextlib.contextmanager
-def workers(count: int, alone: Rank) -> Iterator[Rank]:
-    """Fork into `count` ranks of one thread each, joined over gloo; with a count of 1 this process stays what it is.
+def workers(count: int, threads: int, alone: Rank) -> Iterator[Rank]:
+    """Fork into `count` ranks of `threads` threads each, joined over gloo; a count of 1 forks nothing, and 0 threads
+    are as many as PyTorch likes.
 
     Call it before the first operation of PyTorch that uses threads. The body runs in every process.
     """
+    if threads:
+        torch.set_num_threads(threads)
     if count == 1:
         yield alone
         return
-    torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     crew = Crew(count)
     index = crew.fork()
