@@ -34,8 +34,9 @@ from engine.cli import BadInput, CannotWrite, TrainingFailed, exit_with_a_senten
 from engine.compiling import mark_warm
 from engine.files import finite
 from engine.memory import MemoryCount, available_bytes, choose_micro_batch
-from engine.ranks import Rank, Sharding, join_ranks
+from engine.ranks import Rank, join_ranks
 from engine.run_folder import RunFolder, is_lost_rank, reason_of
+from engine.shared_memory import sharding_of
 from engine.speed import Point, Speed, Stopwatch, Times, device_name, point, seconds_between
 from engine.step import PendingStats, TrainingStep, evaluate, prepare_torch
 from engine.workers import workers
@@ -92,7 +93,7 @@ def run(s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> int:
     s = dataclasses.replace(s, micro_batch=rank.least(choose_micro_batch(memory, s.micro_batch, device), device))
 
     # Optimizers. Each rank owns a share of every parameter and optimizes that alone.
-    sharding = Sharding(model, rank.index, rank.count)
+    sharding = sharding_of(model, rank)
     optimizers = build_optimizers(model, s.optimizer, sharding=sharding, **optimizer_options(s))
     work = TrainingStep(
         model, optimizers, micro_batch=s.micro_batch, grad_clip=s.grad_clip, compiled=compiled, sharding=sharding
@@ -235,6 +236,7 @@ def train(
             norms = work.sharding.bank_norms()  # every rank takes part
             if spectra is not None:
                 spectra.before_update(norms)
+            work.sharding.settle()
         times = work.apply()
         step += 1
         now = point(device)

@@ -25,7 +25,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from bench import baseline, machine
+from bench import baseline, machine, train_cpu
 from bench.harness import (
     JsonFlag,
     print_table,
@@ -38,7 +38,7 @@ from corpus.build import build_shards
 from corpus.shards import open_shards
 from data import Loader, TokenStream
 from engine import files, speed
-from engine.cli import AT_LEAST_1, BadInput, Count, check_limits, exit_with_a_sentence, one_of
+from engine.cli import AT_LEAST_1, NOT_NEGATIVE, BadInput, Count, check_limits, exit_with_a_sentence, one_of
 from engine.memory import GIB, MemoryCount, available_bytes, choose_micro_batch
 from engine.speed import Times, point, seconds_between
 from engine.step import TrainingStep, prepare_torch
@@ -81,6 +81,10 @@ class Arguments(JsonFlag):
     """Start no further round so long after the first one."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile for all of them; auto = on CUDA only."""
+    nanogpt: Path | None = None
+    """A checkout of nanoGPT: on a CPU its model.py is timed too."""
+    beside: Annotated[int, NOT_NEGATIVE] = 0
+    """Processes that never sleep next to every candidate, on a CPU."""
     predict: bool = False
     """Print the speed of light on every GPU of engine/speed.py and stop."""
 
@@ -390,6 +394,22 @@ def predict(place: Workplace) -> None:
             print(f"  {name:26} {1e3 * seconds:7.1f} ms {place.batch_tokens / seconds:11,.0f} tokens/s at most")
 
 
+def time_processes(a: Arguments, place: Workplace) -> dict[str, Any]:
+    """On a CPU: check ours here, then time every candidate as a process of its own."""
+    check(place.candidates(), place)
+    nanogpt = None if a.nanogpt is None else str(a.nanogpt.resolve())
+    shape = (a.model, place.vocab_size, place.config.seq_len, place.batch_tokens)
+    tasks = [train_cpu.Task(name, *shape, nanogpt) for name in train_cpu.names(a.nanogpt)]
+    if a.compile == "off":
+        tasks = [task for task in tasks if not task.name.endswith("compiled")]
+    with train_cpu.servers(tasks, a.beside) as running:
+        train_cpu.time_all(running, place.steps, place.rounds, place.seconds)
+        found = train_cpu.figures(running, place.transformer().flops_per_token(place.config.seq_len, causal=True))
+    train_cpu.show(found)
+    facts = {"model": a.model, "batch_tokens": place.batch_tokens, "seq_len": place.config.seq_len}
+    return facts | {"beside": a.beside, "vocab_size": place.vocab_size} | found
+
+
 @exit_with_a_sentence
 def main() -> int:
     prepare_torch()
@@ -402,6 +422,10 @@ def main() -> int:
         f"{machine.device_name()}, torch {torch.__version__}; {a.model}, vocabulary {place.vocab_size:,}, "
         f"{place.batch_tokens:,} tokens per step in micro-batches of {place.micro_batch} x {place.config.seq_len}"
     )
+    if not place.cuda:
+        found = time_processes(a, place)
+        write_figures(a.json, found)
+        return 0
     candidates = place.candidates()
     check(candidates, place)
     time_all(candidates, place)

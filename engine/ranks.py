@@ -40,6 +40,8 @@ class Rank:
     """Its number on this machine, which is also its GPU's."""
     crew: "Crew | None" = None
     """The workers that this process has forked."""
+    memory: int | None = None
+    """A descriptor of memory that all workers share."""
 
     def least(self, value: int, device: torch.device) -> int:
         """The least of all ranks' values."""
@@ -240,6 +242,9 @@ class Sharding:
             everybody = units.new_empty(self.world_size * share.chunk, *units.shape[1:])
             self.in_flight.append((share, everybody, dist.all_gather_into_tensor(everybody, mine, async_op=True)))
             self._count(everybody)
+
+    def settle(self) -> None:
+        """Wait until every rank has read what others are about to change; needed where weights are shared in memory."""
 
     def gather(self) -> None:
         """Give every rank all weights as their owners updated them."""

@@ -43,8 +43,9 @@ def workers(count: int, threads: int, alone: Rank) -> Iterator[Rank]:
         return
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     crew = Crew(count)
+    memory = os.memfd_create("weights and gradients")
     index = crew.fork()
-    rank = replace(alone, index=index, count=count, local=index, crew=None if index else crew)
+    rank = replace(alone, index=index, count=count, local=index, crew=None if index else crew, memory=memory)
     try:
         store = dist.FileStore(str(crew.folder / "store"), count)
         dist.init_process_group("gloo", store=store, rank=index, world_size=count, timeout=RANK_TIMEOUT)

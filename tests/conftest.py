@@ -10,6 +10,7 @@ from hypothesis import settings
 
 import train
 from corpus import build
+from engine.workers import Crew
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)  # the same examples on every machine
 settings.load_profile("repeatable")
@@ -17,6 +18,7 @@ settings.load_profile("repeatable")
 SMALL_MODEL = (
     *("--model", "nano", "--layers", "2", "--d-model", "32", "--heads", "2", "--kv-heads", "1", "--d-ff", "64"),
     *("--seq-len", "32", "--batch-tokens", "256", "--micro-batch", "4", "--eval-tokens", "512", "--device", "cpu"),
+    *("--workers", "1", "--threads", "1"),
 )
 
 
@@ -25,6 +27,12 @@ def random_documents(count: int, seed: int = 0) -> list[str]:
     rng = random.Random(seed)
     words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(200)]
     return [f"{i} " + " ".join(rng.choices(words, k=rng.randint(20, 200))) for i in range(count)]
+
+
+@pytest.fixture(autouse=True)
+def no_fork(monkeypatch):
+    """A training inside the test process must not fork it: workers are tested in processes of their own."""
+    monkeypatch.setattr(Crew, "fork", lambda crew: pytest.fail("a test forked the process of the tests"))
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ def test_a_checkpoint_of_before_resumes_to_the_losses_that_were_logged_then(run_
     folder = tmp_path / "run"
     shutil.copytree(BEFORE / "run", folder)
     (folder / "summary.json").unlink()
-    code, out, _ = run_main(train.main, *SETTINGS, "--runs-dir", tmp_path, "--name", "run", "--resume")
+    code, out, _ = run_main(train.main, *SETTINGS, "--runs-dir", tmp_path, "--name", "run", "--resume", "--workers", 1)
     assert code == 0
     assert "resuming at step 5 of 10" in out
     for name in ("metrics.jsonl", "manifold_stats.jsonl"):
