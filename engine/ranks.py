@@ -124,6 +124,10 @@ class Share:
     def __post_init__(self) -> None:
         self.start = sum(self.counts[: self.rank]) if self.counts else 0
         self.stop = self.start + self.counts[self.rank] if self.counts else len(unit_view(self.parameter))
+        self.cut()
+
+    def cut(self) -> None:
+        """Set `own`, again where the parameter got other memory."""
         if self.counts is None:
             self.own: Tensor | None = self.parameter
         else:

@@ -27,21 +27,23 @@ class SharedSharding(Sharding):
     """`Sharding` whose parameters lie in memory that all ranks see, next to a board of gradients for each rank."""
 
     def __init__(self, model: nn.Module, rank: Rank) -> None:
-        parameters = [p for _, p in model.named_parameters() if p.requires_grad]
-        sizes = [-(-p.numel() * p.element_size() // ALIGNMENT) * ALIGNMENT for p in parameters]
+        super().__init__(model, rank.index, rank.count)
+        sizes = [-(-share.parameter.nbytes // ALIGNMENT) * ALIGNMENT for share in self.shares]
         total = (1 + rank.count) * sum(sizes)
         os.ftruncate(rank.memory, total)
         memory, place = mmap.mmap(rank.memory, total), 0
         self.boards: dict[int, list[Tensor]] = {}  # id of a parameter -> its gradient on each rank
-        for p, size in zip(parameters, sizes, strict=True):
+        for share, size in zip(self.shares, sizes, strict=True):
+            p = share.parameter
             weights, *board = (
                 torch.frombuffer(memory, dtype=p.dtype, count=p.numel(), offset=place + part * size).view_as(p)
                 for part in range(1 + rank.count)
             )
-            p.data = weights.copy_(p.detach())  # every rank writes the same
             self.boards[id(p)] = board
             place += (1 + rank.count) * size
-        super().__init__(model, rank.index, rank.count)
+            if share.split:  # what every rank updates for itself stays its own
+                p.data = weights.copy_(p.detach())  # every rank writes the same
+                share.cut()
         self.settle()
 
     def reduce_gradients(self) -> None:

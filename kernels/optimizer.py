@@ -281,4 +281,4 @@ def _scaled_orthogonal(update: Tensor, group: dict[str, Any]) -> Tensor:
         orthogonalize(part, **options) * part.new_tensor(scales_of(part.shape, group)).view(-1, 1, 1)
         for part in update.split(group["row_splits"] or (update.shape[1],), dim=1)
     ]
-    return torch.cat(scaled, dim=1)
+    return torch.cat(scaled, dim=1) if len(scaled) > 1 else scaled[0]
