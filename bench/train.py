@@ -3,9 +3,9 @@
     python -m bench.train [--model 88m] [--json FILE]      python -m bench.train --predict
 
 Refuses to time a step whose loss or gradients differ from the baseline's. Each round times every candidate once, in
-turn, on the same random tokens; medians and quartiles over rounds. "light" is the share of the speed of light
-(engine.speed.light_seconds), "gap" the share of time in which the GPU ran no kernel. Also times a spectra event and
-the loader, which a run adds to the step.
+turn, on the same random tokens; medians and quartiles over rounds. On a CPU candidates are processes, see train_cpu.py.
+"light" is the share of the speed of light (engine.speed.light_seconds), "gap" the share of time in which the GPU ran no
+kernel. Also times a spectra event and the loader, which a run adds to the step.
 """
 
 import dataclasses
@@ -395,8 +395,7 @@ def predict(place: Workplace) -> None:
 
 
 def time_processes(a: Arguments, place: Workplace) -> dict[str, Any]:
-    """On a CPU: check ours here, then time every candidate as a process of its own."""
-    check(place.candidates(), place)
+    """On a CPU: every candidate as a process of its own, as its user starts it."""
     nanogpt = None if a.nanogpt is None else str(a.nanogpt.resolve())
     shape = (a.model, place.vocab_size, place.config.seq_len, place.batch_tokens)
     tasks = [train_cpu.Task(name, *shape, nanogpt) for name in train_cpu.names(a.nanogpt)]
@@ -406,8 +405,18 @@ def time_processes(a: Arguments, place: Workplace) -> dict[str, Any]:
         train_cpu.time_all(running, place.steps, place.rounds, place.seconds)
         found = train_cpu.figures(running, place.transformer().flops_per_token(place.config.seq_len, causal=True))
     train_cpu.show(found)
-    facts = {"model": a.model, "batch_tokens": place.batch_tokens, "seq_len": place.config.seq_len}
-    return facts | {"beside": a.beside, "vocab_size": place.vocab_size} | found
+    return {"beside": a.beside} | found
+
+
+def time_here(candidates: list[Candidate], place: Workplace) -> dict[str, Any]:
+    """On a GPU: all candidates in this process."""
+    time_all(candidates, place)
+    rows = [row_of(c, place) for c in candidates]
+    show(rows)
+    compared = ratios(rows)
+    for name, ratio in compared.items():
+        print(f"{name:50} {ratio:6.3f}x")
+    return {"compiled": place.compiled, "rows": rows, "ratios": compared}
 
 
 @exit_with_a_sentence
@@ -422,19 +431,10 @@ def main() -> int:
         f"{machine.device_name()}, torch {torch.__version__}; {a.model}, vocabulary {place.vocab_size:,}, "
         f"{place.batch_tokens:,} tokens per step in micro-batches of {place.micro_batch} x {place.config.seq_len}"
     )
-    if not place.cuda:
-        found = time_processes(a, place)
-        write_figures(a.json, found)
-        return 0
     candidates = place.candidates()
     check(candidates, place)
-    time_all(candidates, place)
-    rows = [row_of(c, place) for c in candidates]
-    show(rows)
-    compared = ratios(rows)
-    for name, ratio in compared.items():
-        print(f"{name:50} {ratio:6.3f}x")
-    surroundings = time_surroundings(place, rows[0]["step_ms"] / 1e3)
+    found = time_here(candidates, place) if place.cuda else time_processes(a, place)
+    surroundings = time_surroundings(place, found["rows"][0]["step_ms"] / 1e3)
     print(
         f"a spectra event blocks {1e3 * surroundings['spectra_blocked_seconds']:.1f} ms, "
         f"{surroundings['spectra_blocked_share']:.3%} of the time at every {SPECTRA_EVERY} steps, and keeps the "
@@ -446,8 +446,8 @@ def main() -> int:
         waited, share = 1e3 * surroundings["loader_wait_seconds"], surroundings["loader_share"]
         print(f"the loop waits {waited:.2f} ms for a batch, {share:.3%} of a step")
     figures = {"model": a.model, "batch_tokens": place.batch_tokens, "seq_len": place.config.seq_len}
-    figures |= {"micro_batch": place.micro_batch, "vocab_size": place.vocab_size, "compiled": place.compiled}
-    write_figures(a.json, figures | {"rows": rows, "ratios": compared, "surroundings": surroundings})
+    figures |= {"micro_batch": place.micro_batch, "vocab_size": place.vocab_size}
+    write_figures(a.json, figures | found | {"surroundings": surroundings})
     return 0
 
 

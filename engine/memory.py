@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from engine.cli import GIB, BadInput
-from kernels.cross_entropy import LOGIT_BYTES, MIN_CHUNK_ROWS
+from kernels.cross_entropy import chunk_rows
 
 SLACK = 0.1  # of the device's free memory that is left alone
 CPU_MICRO_BATCH_TOKENS = 2048  # more gain nothing (bench/LOG.md)
@@ -41,14 +41,15 @@ class MemoryCount:
         heads_width = c.head_width * (c.heads + 2 * c.kv_heads)
         ffn_widths = 1 if "relu2_mlp" in model.kernels and c.ffn == "relu2" else 4 if c.ffn == "swiglu" else 2
         widths = 5 * c.d_model + 2 * heads_width + ffn_widths * c.d_ff * (c.top_k if c.experts else 1)
+        if "attention" in model.kernels:  # half of the probabilities
+            widths += c.heads * self.seq_len // 2
         if c.experts:  # also the routed inputs and outputs, and the router's input in fp32
             widths += 2 * c.top_k * c.d_model + 4 * c.d_model // item
         # Logits and their gradient in the compute type; in fp32 one copy, eagerly three: widened, softmax, gradient.
         logits = tokens * model.vocab_size * (2 * item + (4 if self.compiled else 12))
         if "cross_entropy" in model.kernels:
-            logits = (
-                item * model.vocab_size * min(tokens, max(MIN_CHUNK_ROWS, LOGIT_BYTES // (item * model.vocab_size)))
-            )
+            rows = chunk_rows(model.vocab_size, item, model.embedding.device.type != "cpu")
+            logits = item * model.vocab_size * min(tokens, rows)
         return {
             "weights": 4 * parameters,
             "gradients": 4 * parameters,

@@ -73,10 +73,15 @@ def launch_softmax_gradient(logits: Tensor, targets: Tensor) -> Tensor:
     return losses
 
 
+def chunk_rows(V: int, item_bytes: int, on_gpu: bool) -> int:
+    """Rows whose logits exist at once."""
+    return max(MIN_CHUNK_ROWS, LOGIT_BYTES // (V * item_bytes)) if on_gpu else CPU_CHUNK_ROWS
+
+
 @torch.library.custom_op(f"{OPS}::linear_cross_entropy", mutates_args=())
 def _linear_cross_entropy_op(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows, V = x.shape[0], weight.shape[0]
-    chunk = max(MIN_CHUNK_ROWS, LOGIT_BYTES // (V * x.element_size())) if x.is_cuda else CPU_CHUNK_ROWS
+    chunk = chunk_rows(V, x.element_size(), x.is_cuda)
     losses, dx, dweight, wide = [], torch.empty_like(x), None, torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, rows, chunk):

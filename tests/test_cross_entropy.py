@@ -70,6 +70,7 @@ def test_extreme_logits_stay_finite_and_nan_or_a_wild_target_stays_in_its_row():
 def test_loss_and_gradients_are_as_exact_as_torch(rows, D, V, dtype, kernels, chunk_rows, monkeypatch):
     monkeypatch.setattr(configs, "runs_triton", lambda t: kernels)
     monkeypatch.setattr(cross_entropy, "MIN_CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr(cross_entropy, "CPU_CHUNK_ROWS", chunk_rows)
     monkeypatch.setattr(cross_entropy, "LOGIT_BYTES", 8 * 4 * V)
     x, W, targets = problem(rows, D, V, dtype)
     x.requires_grad_(), W.requires_grad_()
@@ -119,8 +120,7 @@ def test_without_gradients_it_is_the_plain_loss_and_autocast_touches_neither():
 
 def test_only_one_chunk_of_logits_is_alive_at_a_time(monkeypatch):
     x, W, targets = (t.cpu() for t in problem(12, 5, 9))
-    monkeypatch.setattr(cross_entropy, "MIN_CHUNK_ROWS", 4)
-    monkeypatch.setattr(cross_entropy, "LOGIT_BYTES", 1)
+    monkeypatch.setattr(cross_entropy, "CPU_CHUNK_ROWS", 4)
     alive, seen = [], []
 
     def watch(logits, chunk_targets):

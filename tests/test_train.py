@@ -11,6 +11,7 @@ import torch
 import train
 from corpus import build
 from engine.files import ROOT as REPOSITORY
+from engine.ranks import Sharding
 from engine.step import WARMUP_STEPS, TrainingStep
 from tests.conftest import SMALL_MODEL, ask_to_stop, random_documents
 from tests.test_data import damage
@@ -242,7 +243,7 @@ def test_dropout_depends_on_seed_step_and_rank_alone(train_small, monkeypatch, b
     assert drawn == [int(np.random.SeedSequence([0, step, 0]).generate_state(1)[0]) for step in range(4)]
     seeds.clear()
     monkeypatch.setattr(train, "join_ranks", lambda device: train.Rank(index=1))  # which then has no rank 0 beside it
-    monkeypatch.setattr(train.Sharding, "reduce_gradients", lambda sharding: None)
+    monkeypatch.setattr(Sharding, "reduce_gradients", lambda sharding: None)
     train_small("other-rank", *arguments)
     assert not set(seeds[WARMUP_STEPS:]) & set(drawn)
 
