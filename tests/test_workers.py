@@ -44,10 +44,9 @@ def test_workers_train_to_the_losses_and_spectra_of_one_process(trained, count):
             for key, value in a.items():
                 if not isinstance(value, float | list):
                     assert b[key] == value, key
-                    continue
-                loose = "alignment" in key or "gap" in key or "rank" in key  # of an update: small differences count
-                rel = 2e-3 if loose else 2e-4
-                assert b[key] == pytest.approx(value, rel=rel, abs=2e-5), (key, a["step"])
+                elif key not in ("left_alignment", "right_alignment"):  # arbitrary where Muon's update is flat
+                    rel = 2e-3 if "gap" in key or "rank" in key else 2e-4
+                    assert b[key] == pytest.approx(value, rel=rel, abs=2e-5), (key, a["step"])
 
 
 def test_a_stopped_run_takes_up_its_workers_and_ends_with_the_same_bits(shards_folder, tmp_path):
