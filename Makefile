@@ -38,7 +38,7 @@ speedrun: setup
 	for optimizer in muon adamw; do \
 	  echo "== $$optimizer"; \
 	  $$run train.py --model $(or $(MODEL),$$model) --optimizer $$optimizer --data "$$data" \
-	    --tokens $(or $(TOKENS),$$tokens) --seed $(SEED) --name $$name-$$optimizer; \
+	    --tokens $(or $(TOKENS),$$tokens) --seed $(SEED) --name $$name-$$optimizer --no-plots; \
 	  grep -q '"status": "finished"' runs/$$name-$$optimizer/summary.json || \
 	    { echo "$$name-$$optimizer was stopped, so there is nothing to compare yet" >&2; exit 1; }; \
 	done; \

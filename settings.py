@@ -20,7 +20,7 @@ from corpus.shards import TRAIN_PATTERN, Shards, open_shards
 from data import Packing
 from engine.cli import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, BadInput, Count, Limit, check_limits, one_of
 from engine.compiling import cache_key, pays, why_no_compiler
-from engine.cpu import free_cores
+from engine.cores import free_cores
 from engine.files import CONFIG, is_safe_name, load_json, shown
 from engine.identity import config_hash, provenance
 from engine.ranks import Rank

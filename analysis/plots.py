@@ -7,7 +7,10 @@ style, seeds are pooled into a mean and a band. A figure's caption is written ab
 """
 
 import functools
+import multiprocessing
 import os
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +27,7 @@ from matplotlib.ticker import MaxNLocator
 from analysis.pages import Picture
 from analysis.runs import Group, Run, group_seeds, optimizer_name, representative
 from analysis.stats import difference, thin
+from engine.cores import free_cores
 
 OPTIMIZER_COLORS = {"muon": "#0072B2", "adamw": "#D55E00"}
 OTHER_COLOR = "#009E73"
@@ -88,9 +92,33 @@ def drawing(
 
 
 def save_all(drawings: Sequence[Drawing], folder: Path, formats: Sequence[str] = ("png", "svg")) -> list[Picture]:
-    """Draw and save all; returns what a page needs to show them."""
-    for one in drawings:
-        save(one.draw(), folder, one.picture.stem, formats)
+    """Draw and save all, on every free core; returns what a page needs to show them.
+
+    A process that runs threads, as a training does, is not forked: it draws alone.
+    """
+
+    def draw(some: Sequence[Drawing]) -> None:
+        for one in some:
+            save(one.draw(), folder, one.picture.stem, formats)
+
+    def draw_in_child(some: Sequence[Drawing]) -> None:
+        try:
+            draw(some)
+        except BaseException:
+            os._exit(1)  # said where it is drawn again
+
+    may_fork = "torch" not in sys.modules and threading.active_count() == 1
+    count = min(free_cores(), len(drawings)) if may_fork and len(drawings) > 1 else 1
+    shares = [drawings[i::count] for i in range(count)]
+    others = [multiprocessing.get_context("fork").Process(target=draw_in_child, args=(share,)) for share in shares[1:]]
+    for process in others:
+        process.start()
+    for share in shares[:1]:
+        draw(share)
+    for process, share in zip(others, shares[1:], strict=True):
+        process.join()
+        if process.exitcode:
+            draw(share)  # so that its error is raised here
     return [one.picture for one in drawings]
 
 

@@ -29,7 +29,7 @@ from bench import baseline
 from bench.busy import busy_process
 from bench.harness import print_table, quartiles
 from engine.cli import BadInput
-from engine.cpu import free_cores
+from engine.cores import free_cores
 from engine.files import ROOT
 from engine.memory import CPU_MICRO_BATCH_TOKENS
 from engine.ranks import Rank

@@ -25,23 +25,23 @@ TORCH_GROUPED_MAJORS = (9, 10)  # compute capabilities where PyTorch's own kerne
 def grouped_matmul_reference(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     """x[rows of e] @ weights[e], group by group, in at least fp32 and rounded once; the host reads the offsets."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    out = x.new_zeros(len(x), weights.shape[2])
+    out = x.new_zeros(len(x), weights.shape[2], dtype=wide)
     begin = 0
     for e, end in enumerate(offsets.tolist()):
-        out[begin:end] = x[begin:end].to(wide) @ weights[e].to(wide)
+        torch.mm(x[begin:end].to(wide), weights[e].to(wide), out=out[begin:end])
         begin = end
-    return out
+    return out.to(x.dtype)
 
 
 def grouped_outer_reference(x: Tensor, dy: Tensor, offsets: Tensor) -> Tensor:
     """x[rows of e]ᵀ @ dy[rows of e] for each group e, likewise; zeros where a group has no rows."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    out = x.new_zeros(len(offsets), x.shape[1], dy.shape[1])
+    out = x.new_zeros(len(offsets), x.shape[1], dy.shape[1], dtype=wide)
     begin = 0
     for e, end in enumerate(offsets.tolist()):
-        out[e] = x[begin:end].to(wide).mT @ dy[begin:end].to(wide)
+        torch.mm(x[begin:end].to(wide).mT, dy[begin:end].to(wide), out=out[e])
         begin = end
-    return out
+    return out.to(x.dtype)
 
 
 @triton.jit
@@ -313,21 +313,21 @@ class _Send(torch.autograd.Function):
     def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor, choices: int) -> Tensor:
         ctx.save_for_backward(inverse)
         ctx.choices = choices
-        return x[order // choices]
+        return x.index_select(0, order // choices)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse,) = ctx.saved_tensors
-        return dy[inverse].view(-1, ctx.choices, dy.shape[1]).sum(1), None, None, None
+        return dy.index_select(0, inverse).view(-1, ctx.choices, dy.shape[1]).sum(1), None, None, None
 
 
 class _Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(order)
-        return y[inverse]
+        return y.index_select(0, inverse)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:
         (order,) = ctx.saved_tensors
-        return dy[order], None, None
+        return dy.index_select(0, order), None, None

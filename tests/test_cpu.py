@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine import compiling, cpu
+from engine import compiling, cores, cpu
 from engine.cli import BadInput
 from engine.files import ROOT
 from engine.ranks import Rank
@@ -22,36 +22,36 @@ def idle(monkeypatch):
     """Four cores that nobody uses; returns how to keep some of them busy."""
     shares = [0.0] * 4
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
-    monkeypatch.setattr(cpu, "_quota", lambda: float("inf"))
-    monkeypatch.setattr(cpu.psutil, "cpu_percent", lambda seconds, percpu: list(shares))
+    monkeypatch.setattr(cores, "_quota", lambda: float("inf"))
+    monkeypatch.setattr(cores.psutil, "cpu_percent", lambda seconds, percpu: list(shares))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     return lambda *busy: shares.__setitem__(slice(0, len(busy)), busy)
 
 
 def test_free_cores_are_those_allowed_and_not_busy(idle, monkeypatch):
-    assert cpu.free_cores() == 4
+    assert cores.free_cores() == 4
     idle(100.0, 30.0, 10.0)
-    assert cpu.free_cores() == 3
+    assert cores.free_cores() == 3
     idle(100.0, 100.0, 100.0, 100.0)
-    assert cpu.free_cores() == 1
+    assert cores.free_cores() == 1
     idle(0.0, 0.0, 0.0, 0.0)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert cpu.free_cores() == 2
+    assert cores.free_cores() == 2
     monkeypatch.setenv("OMP_NUM_THREADS", "none")
-    monkeypatch.setattr(cpu, "_quota", lambda: 2.5)
-    assert cpu.free_cores() == 2
-    monkeypatch.setattr(cpu, "_quota", lambda: 0.5)
-    assert cpu.free_cores() == 1
-    monkeypatch.setattr(cpu, "_quota", lambda: float("inf"))
+    monkeypatch.setattr(cores, "_quota", lambda: 2.5)
+    assert cores.free_cores() == 2
+    monkeypatch.setattr(cores, "_quota", lambda: 0.5)
+    assert cores.free_cores() == 1
+    monkeypatch.setattr(cores, "_quota", lambda: float("inf"))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 3}, raising=False)
     idle(100.0, 0.0, 100.0, 0.0)  # others work where this process may not
-    assert cpu.free_cores() == 2
+    assert cores.free_cores() == 2
 
 
 def test_a_busy_moment_is_looked_at_again(idle, monkeypatch):
     looks = [[90.0] * 4, [0.0] * 4]
-    monkeypatch.setattr(cpu.psutil, "cpu_percent", lambda seconds, percpu: looks.pop(0))
-    assert cpu.free_cores() == 4
+    monkeypatch.setattr(cores.psutil, "cpu_percent", lambda seconds, percpu: looks.pop(0))
+    assert cores.free_cores() == 4
     assert not looks
 
 
@@ -60,14 +60,14 @@ def test_the_quota_is_the_least_of_the_group_and_those_around_it(tmp_path):
     inner = tmp_path / "root" / "outer" / "inner"
     inner.mkdir(parents=True)
     own.write_text("0::/outer/inner\n")
-    assert cpu._quota(tmp_path / "root", own) == float("inf")
+    assert cores._quota(tmp_path / "root", own) == float("inf")
     (inner / "cpu.max").write_text("max 100000\n")
-    assert cpu._quota(tmp_path / "root", own) == float("inf")
+    assert cores._quota(tmp_path / "root", own) == float("inf")
     (inner.parent / "cpu.max").write_text("150000 100000\n")
-    assert cpu._quota(tmp_path / "root", own) == 1.5
+    assert cores._quota(tmp_path / "root", own) == 1.5
     (inner / "cpu.max").write_text("50000 100000\n")
-    assert cpu._quota(tmp_path / "root", own) == 0.5
-    assert cpu._quota(tmp_path / "root", tmp_path / "absent") == float("inf")
+    assert cores._quota(tmp_path / "root", own) == 0.5
+    assert cores._quota(tmp_path / "root", tmp_path / "absent") == float("inf")
 
 
 @pytest.fixture
