@@ -6,8 +6,8 @@ x (rows, K) is sorted by group, W (groups, K, N); offsets are where groups end. 
 shared out; bytes x, out and every W once. At moe-79m (32,768 routed rows, K 384, N 1536, bf16) 39 GFLOP and 135 MB:
 286 FLOP per byte, so compute-bound on a 4090 (balance 164). Three ways, the first that device, dtype and strides allow:
 torch.nn.functional.grouped_mm (Hopper and Blackwell; elsewhere it is a loop that waits for the device), the Triton
-kernels (sm_80 and newer), a loop over groups. No program knows its group before it runs: the grid has room for the worst
-case, one partly filled tile per group, and programs without rows end at once. Not yet timed on a GPU.
+kernels (sm_80 and newer), a loop over groups. No program knows its group before it runs: the grid has room for the
+worst case, one partly filled tile per group, and programs without rows end at once. Not yet timed on a GPU.
 """
 
 import torch
