@@ -39,6 +39,7 @@ SPECTRA_SECONDS, SPECTRA_RATIO = 8.0, 2.0  # of an event of the 88m model on two
 BLOCKED_SHARE, EXPERTS_RATIO = 0.01, 2.0
 MUON_RATIO = 0.92  # of AdamW's tokens/s: the prior work's steady state was 9 % slower
 LARGE_SPECTRA_SECONDS = 90.0  # an event of it and its SVDs take about 50 s on two idle cores
+COMPILED_SECONDS = 300.0  # compiling six models for a CPU takes two minutes
 SCIPY = ("scipy", "threadpoolctl")
 MOST_OF_SHARE = 1.5  # a part may take so many times its share of the time left: later ones are worth less
 TERMINATE_SECONDS = 5.0  # between asking a part to end and killing it
@@ -164,6 +165,12 @@ def train_rows(found: Json, cuda: bool) -> list[Json]:
             f"training with {words}, {size}", speed, "tokens/s", peer, "plain PyTorch", floor, more_is_better=True
         )
         rows.append(shown | goal_of(cuda, speed / peer))
+    muon = by_name["ours, muon"]["tokens_per_second"]
+    others = [name for name in by_name if name.startswith(("plain GPT", "nanoGPT", "ours, muon, compiled"))]
+    others += [name for name in by_name if name.startswith("baseline") and name.endswith("compiled")]
+    for name in others:  # on a CPU
+        shown = row(f"training with Muon, {size}", muon, "tokens/s", by_name[name]["tokens_per_second"], name)
+        rows.append(shown | {"ratio": muon / by_name[name]["tokens_per_second"]})
     speeds = [by_name[f"ours, {optimizer}"]["tokens_per_second"] for optimizer in ("muon", "adamw")]
     shown = row("training with Muon against AdamW", speeds[0], "tokens/s", speeds[1], "AdamW", more_is_better=True)
     rows.append(shown | goal_of(cuda, speeds[0] / speeds[1], MUON_RATIO))
@@ -228,8 +235,10 @@ def speedrun_rows(found: Json, cuda: bool) -> list[Json]:
 
 
 def train_flags(plan: Plan) -> list[object]:
-    """Rounds for half of the time: building, checking, spectra and loader take the rest."""
-    small = ["--model", "nano", "--batch-tokens", 2048, "--rounds", 5, "--steps", 1, "--no-kernels"]
+    """Rounds for half of the time: building, checking, spectra and loader take the rest. On a CPU compiled candidates
+    only where there is time to compile them."""
+    compiled = [] if plan.seconds >= COMPILED_SECONDS else ["--compile", "off"]
+    small = ["--model", "nano", "--rounds", 5, "--steps", 1, "--no-kernels", *compiled]
     size = ["--model", "88m"] if plan.cuda else small
     return [*size, "--seconds", f"{plan.seconds / 2:.0f}"]
 
