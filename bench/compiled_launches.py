@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 import ptx
+from bench.cycles import RTX_4090
 from kernels import configs
 from kernels.configs import Row, Tile
 
 CAPABILITIES = (80, 86, 89, 120)  # sm_90 takes wgmma, which ptx/ does not know
-L2_BYTES = 72 * 2**20  # of a 4090: decides into how many chunks a batch is cut
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -53,7 +53,7 @@ def compiled_launches(
     changes = {
         "launch": launch,
         "capability": lambda device: divmod(capability, 10),
-        "l2_bytes": lambda device: L2_BYTES,
+        "l2_bytes": lambda device: RTX_4090.l2_capacity_bytes,
         "runs_triton": lambda x: everywhere and x.dtype in TRITON_DTYPES,
         "INTERPRETED": False,
     }

@@ -128,7 +128,7 @@ def _regions(arguments: dict[str, Any], granule: int) -> list[Region]:
     return [regions[start] for start in sorted(regions)]
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=32)  # a program is some 10,000 objects
 def _decoded(text: str) -> Code:
     return decode(parse(text))
 

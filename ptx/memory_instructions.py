@@ -159,7 +159,7 @@ def _copy_to_shared(program: Program, instruction: Instruction) -> Execute:
         m.count(wavefronts, "cp.async.shared", instruction, addresses, mask, size)
         if source_bytes is not None:
             wanted = source_bytes(m)
-            if ((wanted != 0) & (wanted != size)).any():
+            if not np.isin(m.select(wanted, mask), (0, size)).all():
                 raise instruction.unknown()
             reading = wanted != 0 if mask is None else (wanted != 0) & mask
             reading = None if reading.all() else reading
