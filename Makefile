@@ -8,7 +8,7 @@ PY := .venv/bin/python
 SEED ?= 0
 
 FAST := layout docs model optim metrics newton_schulz symmetric cross_entropy relu2_mlp grouped_matmul step moe data \
-  packing inspection stats plots suites spectra
+  packing ptx inspection stats plots suites spectra
 
 .PHONY: speedrun check test setup lint bench readme-figures clean
 .DEFAULT_GOAL := speedrun

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bench import machine, peers
 from bench.baseline import StackedMuon, reference
+from bench.cycles import RTX_4090, tiled_launches
 from bench.harness import (
     NS_COEFFICIENTS,
     NS_STEPS,
@@ -69,9 +70,24 @@ def dense_flops(shape: Shape, steps: int = NS_STEPS) -> float:
     return batch * steps * (4.0 * m * m * n + 2.0 * m**3)
 
 
+def floor_us(shape: Shape, gpu: str = "RTX 4090") -> float:
+    """The larger of arithmetic and memory time of one orthogonalisation, launches not included."""
+    flops, moved, _ = half_product_cost(shape, method_of(shape), NS_STEPS)
+    return 1e6 * max(flops / PREDICTED[gpu].bf16_flops, moved / PREDICTED[gpu].bytes_per_second)
+
+
+def tiled_us(shape: Shape) -> float:
+    """The same on a 4090 by the tiles that our kernels compute: the busier of tensor cores and L2 in each launch."""
+    return 1e6 * sum(RTX_4090.seconds(launch.work) for launch in tiled_launches(shape, method_of(shape)))
+
+
 def predict() -> None:
-    """The roofline: per group the larger of arithmetic and memory time, plus the launches; a floor, not a forecast."""
-    print("PREDICTION from counted FLOPs, bytes and launches; nothing was timed. floor = max(FLOP, byte) + launches")
+    """Least times by counted FLOPs, bytes, tiles and launches: floors, not forecasts."""
+    print("PREDICTION from counted FLOPs, bytes and launches; nothing was timed. floor = max(FLOP, byte) + launches;")
+    print(
+        "tiles = whole tiles at 512 FLOP per clock and SM or 2,048 B per clock from L2, the slower, + launches: below"
+    )
+    print("the floor where a chunk's operands stay in L2, which the floor reads from memory in each launch")
     rows = []
     for name, shape in GROUPS.items():
         method = method_of(shape)
@@ -83,9 +99,10 @@ def predict() -> None:
             "dense": f"{dense_flops(shape) / 1e9:.1f}",
         }
         row |= {"MB": f"{moved / 1e6:.0f}", "launches": str(launches)}
-        for gpu, device in PREDICTED.items():
-            floor = max(flops / device.bf16_flops, moved / device.bytes_per_second) + launches * LAUNCH_SECONDS
-            row[f"{gpu} us"] = f"{1e6 * floor:.0f}"
+        for gpu in PREDICTED:
+            row[f"{gpu} us"] = f"{floor_us(shape, gpu) + 1e6 * launches * LAUNCH_SECONDS:.0f}"
+        if configs.HAS_TRITON:
+            row["RTX 4090 tiles us"] = f"{tiled_us(shape) + 1e6 * launches * LAUNCH_SECONDS:.0f}"
         rows.append(row)
     print_table(rows)
     groups = [shape for name, shape in GROUPS.items() if name.startswith("88m")]
@@ -94,6 +111,9 @@ def predict() -> None:
     for gpu, device in PREDICTED.items():
         light = flops / device.bf16_flops + MUON_BYTES * parameters / device.bytes_per_second
         print(f"whole 88m step, {gpu}: {1e3 * light:.2f} ms at the speed of light ({MUON_BYTES} B per parameter)")
+    if configs.HAS_TRITON:
+        tiled = 1e-6 * sum(map(tiled_us, groups)) + MUON_BYTES * parameters / PREDICTED["RTX 4090"].bytes_per_second
+        print(f"whole 88m step, RTX 4090: {1e3 * tiled:.2f} ms by whole tiles")
 
 
 def ideal(X: Tensor, method: str) -> Tensor:

@@ -19,6 +19,8 @@ from .configs import OPS, tl, triton
 
 BLOCK_V = 4096  # columns at a time
 SOFTMAX_WARPS = 16  # 3 rows of 98 KB per SM: 37 MB on a 4090, so that the second reading of a row finds it in L2
+# Warps of a shorter row would hold copies of the same logits, and one could read what another has overwritten.
+ELEMENTS_PER_WARP = BLOCK_V // SOFTMAX_WARPS
 # Logits are made for at most this many bytes of rows at once, so that a large micro-batch does not decide the memory;
 # never for fewer than 4,096 rows, because every chunk reads and writes dW.
 LOGIT_BYTES, MIN_CHUNK_ROWS = 2**31, 4096
@@ -69,7 +71,8 @@ def launch_softmax_gradient(logits: Tensor, targets: Tensor) -> Tensor:
     losses = logits.new_empty(rows, dtype=torch.float32)
     block = min(BLOCK_V, triton.next_power_of_2(V))
     arguments = (logits, targets, losses, V, logits.stride(0))
-    configs.launch(softmax_gradient_kernel, (rows,), *arguments, BLOCK_V=block, num_warps=SOFTMAX_WARPS)
+    warps = max(1, min(SOFTMAX_WARPS, block // ELEMENTS_PER_WARP))
+    configs.launch(softmax_gradient_kernel, (rows,), *arguments, BLOCK_V=block, num_warps=warps)
     return losses
 
 

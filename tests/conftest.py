@@ -12,6 +12,9 @@ import train
 from corpus import build
 from engine.workers import Crew
 
+if os.environ.get("PTX_CAPABILITY"):  # the kernels' tests on compiled code
+    from tests.compiled import on_compiled_code, pytest_collection_finish, pytest_terminal_summary  # noqa: F401 (hooks)
+
 settings.register_profile("repeatable", derandomize=True, deadline=None)  # the same examples on every machine
 settings.load_profile("repeatable")
 

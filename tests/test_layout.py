@@ -65,7 +65,8 @@ def test_every_import_follows_the_direction_rule():
         ("train.py", "from bench import machine"),
         ("model.py", "from suites.catalog import SUITES"),
         ("bench/fuzz.py", "from tests.conftest import SMALL_MODEL"),
-        ("ptx/run.py", "from kernels import symmetric"),
+        ("ptx/launch.py", "from kernels import symmetric"),
+        ("ptx/launch.py", "import bench.cycles"),
     ],
 )
 def test_a_wrong_import_is_found(path, line):
@@ -78,9 +79,10 @@ def test_the_root_holds_the_files_of_the_layout():
     assert eight <= ROOT_FILES <= eight | {"sample", "export"}
 
 
-def test_kernels_import_each_other_by_relative_names():
-    for path in (ROOT / "kernels").glob("*.py"):
-        assert "kernels" not in {module.split(".")[0] for module in imported(path.read_text())}, path
+@pytest.mark.parametrize("folder", ["kernels", "ptx"])
+def test_what_can_be_used_alone_imports_itself_by_relative_names(folder):
+    for path in (ROOT / folder).glob("*.py"):
+        assert folder not in {module.split(".")[0] for module in imported(path.read_text())}, path
 
 
 def test_reports_start_without_torch():
