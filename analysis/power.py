@@ -8,6 +8,7 @@ tests. Averages over the sampling distribution of the estimated error, so no non
 
 import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 from scipy import special, stats
@@ -48,7 +49,7 @@ def detectable_margin(alpha: float, freedom: float) -> float:
     return _least(lambda margin: equivalence(0.0, margin, alpha, freedom))
 
 
-def _least(power_at) -> float:
+def _least(power_at: Callable[[float], float]) -> float:
     """Bisection on an increasing function."""
     low, high = 0.0, 1.0
     while power_at(high) < POWER:
@@ -59,15 +60,9 @@ def _least(power_at) -> float:
     return high
 
 
-def seeds_to_decide(effect: float, margin: float, alpha: float, deviation: float) -> int | None:
-    """The fewest seeds, from three, of which one test or the other would decide with probability `POWER` if the effect
-    is as large as it looks: it differs from zero, or it is inside the margin (0: no such test). `deviation` is the
+def fewest_seeds(chance: Callable[[float, float], float], deviation: float) -> int | None:
+    """The fewest seeds, from three, with which chance(standard error, freedom) is at least `POWER`; `deviation` is the
     standard deviation of one seed's number. None: more than `MOST_SEEDS`."""
-    if deviation == 0 or not math.isfinite(deviation) or not math.isfinite(effect):
+    if not 0 < deviation < math.inf:
         return None
-    for n in range(3, MOST_SEEDS + 1):
-        error = deviation / math.sqrt(n)
-        found = superiority(effect / error, alpha, n - 1)
-        if max(found, equivalence(effect / error, margin / error, alpha, n - 1)) >= POWER:
-            return n
-    return None
+    return next((n for n in range(3, MOST_SEEDS + 1) if chance(deviation / math.sqrt(n), n - 1) >= POWER), None)

@@ -25,6 +25,8 @@ from suites.launcher import OVER, Job, LaterStages
 from suites.results import Results
 
 EVERYTHING = "everything"
+# Settings that are newer than published runs, at the value those runs have: left out of the hash, so names stay.
+ADDED_LATER = {"doc_mask": False, "packing": "stream"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +86,14 @@ class Planner:
             given["data"] = self.chosen.data
         resolved, _, shards = resolve(Settings(**given), Rank())
         # "auto" precision stays "auto" in the hash, so that a login node without a GPU plans the same runs.
-        hashed = identity(resolved, shards) | {"precision": given.get("precision", "auto")}
+        values = identity(resolved, shards) | {"precision": given.get("precision", "auto")}
+        hashed = {k: v for k, v in values.items() if k not in ADDED_LATER or v != ADDED_LATER[k]}
         key = config_hash(hashed, (NOT_LEARNED | {"seed"}) - set(MEASUREMENT))
         defaults = {f.name: f.default for f in dataclasses.fields(Settings)}
-        flags = [word for name, value in given.items() if value != defaults[name] for word in _flag(name, value)]
+        words = [word for name, value in given.items() if value != defaults[name] for word in _flag(name, value)]
         return Job(
             name=f"{resolved.model}-{resolved.optimizer}-{key[:10]}-seed{seed}",
-            flags=tuple(flags),
+            flags=tuple(words),
             steps=resolved.steps,
             tokens=resolved.tokens,
             runs_dir=self.chosen.folder,
