@@ -5,12 +5,15 @@
 A condition holds all settings of train.py except seed, data and folder; its name tells what it changes. Both optimizers
 of a suite share model, batches, initialisation, validation tokens and weight decay. S0 to S4 are the documents
 (`Suite.source`). We do not repeat their errors: schedules count steps, each optimizer's rate comes from its own sweep,
-and weight decay is the same for both (except in moe-final, where each has the winner of its sweep).
+and weight decay is the same for both (except in moe-final, where each has the winner of its sweep). Conditions "as
+written" have a document's own settings.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from suites import documents
 
 Fields = Mapping[str, Any]  # of settings.Settings
 Winners = Callable[[str, str], Fields]  # (suite, optimizer) -> the settings of its best condition
@@ -43,6 +46,8 @@ class Scale:
     moe_long: Fields
     moe_short: Fields  # S4's fast sweep, 200 of its 500 steps
     rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by suite and optimizer
+    fresh_seeds: tuple[int, ...] | None = None  # of the suites whose settings other seeds chose
+    corpora: Mapping[str, documents.Corpus] = field(default_factory=dict)  # by document
 
 
 def _budget(steps: int, batch_tokens: int) -> dict[str, int]:
@@ -64,7 +69,7 @@ SCALES = {
             "50m": _S2 | {"model": "50m", **_budget(1000, 32_768)},
             "108m": _S2 | {"model": "108m", **_budget(750, 24_576)},
         },
-        moe=_S4 | {"model": "moe-79m", **_budget(125, 49_152)},
+        moe=_S4 | {"model": "moe-79m", **_budget(125, 49_152), "precision": "fp32"},
         moe_long=_budget(500, 49_152),
         moe_short=_budget(50, 49_152),
         rates={
@@ -75,6 +80,8 @@ SCALES = {
             "moe-lr-muon": (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1, 0.12, 0.15),
             "moe-lr-adam": (1e-4, 2e-4, 3e-4, 5e-4, 7e-4, 1e-3, 2e-3, 3e-3, 5e-3, 7e-3, 1e-2),
         },
+        fresh_seeds=documents.SEEDS,
+        corpora=documents.CORPORA,
     ),
     "nano": Scale(
         dense=_NANO | {"model": "nano", **_budget(64, 2048)},
@@ -119,6 +126,11 @@ class Suite:
     needs: tuple[str, ...]
     extra_tests: int
     plan: Callable[[Scale, Winners], list[Condition]]
+
+    def seeds_at(self, scale: Scale) -> tuple[int, ...]:
+        """The documents' own seeds at full scale, where a sweep has not used them up."""
+        fresh = self.seeds in (FRESH_SEEDS, FINAL_SEEDS)
+        return scale.fresh_seeds if fresh and scale.fresh_seeds else self.seeds
 
 
 SUITES: dict[str, Suite] = {}
@@ -171,6 +183,18 @@ def both(base: Fields, rate_of: Callable[[str], float], label: str = "") -> list
     ]
 
 
+def as_written(base: Fields, source: str, label: str = "") -> list[Condition]:
+    """Both optimizers with the settings of a document, so that its result can be seen beside the fair ones."""
+    return [
+        Condition(
+            f"{optimizer}{label} {AS_WRITTEN}",
+            {**base, "optimizer": optimizer, **documents.WRITTEN[source][optimizer]},
+            f"adamw{label} {AS_WRITTEN}" if optimizer == "muon" else None,
+        )
+        for optimizer in OPTIMIZERS
+    ]
+
+
 @suite(
     "speedrun-lr",
     "Which learning rate is best for each optimizer on the short run?",
@@ -193,7 +217,8 @@ def speedrun_lr(scale: Scale, winners: Winners) -> list[Condition]:
     extra_tests=7,
 )
 def speedrun_2m(scale: Scale, winners: Winners) -> list[Condition]:
-    return both(scale.dense, lambda optimizer: winners("speedrun-lr", optimizer)["lr"])
+    fair = both(scale.dense, lambda optimizer: winners("speedrun-lr", optimizer)["lr"])
+    return fair + as_written(scale.dense, "S0")
 
 
 @suite(
@@ -206,7 +231,8 @@ def speedrun_2m(scale: Scale, winners: Winners) -> list[Condition]:
     extra_tests=15,
 )
 def baseline(scale: Scale, winners: Winners) -> list[Condition]:
-    return both(scale.baseline, lambda optimizer: winners("speedrun-lr", optimizer)["lr"])
+    fair = both(scale.baseline, lambda optimizer: winners("speedrun-lr", optimizer)["lr"])
+    return fair + as_written(scale.baseline, "S3")
 
 
 @suite(
@@ -244,6 +270,8 @@ def model_size(scale: Scale, winners: Winners) -> list[Condition]:
     for name, fields in scale.sizes.items():
         width = fields.get("d_model") or model.SIZES[fields["model"]].d_model
         conditions += both(fields, lambda optimizer, width=width: at(optimizer, width), f" {name}")
+    for name, fields in scale.sizes.items():
+        conditions += as_written(fields, "S2", f" {name}")
     return conditions
 
 
@@ -435,7 +463,8 @@ def moe_final(scale: Scale, winners: Winners) -> list[Condition]:
     for name in MUON_ABLATIONS:
         muon[SUITES[name].varies] = winners(name, "muon")[SUITES[name].varies]
     adamw = {**moe_base(scale, winners, "adamw"), **winners("moe-adam", "adamw")}
-    return [Condition("muon", muon, "adamw"), Condition("adamw", adamw)]
+    fair = [Condition("muon", muon, "adamw"), Condition("adamw", adamw)]
+    return fair + as_written(scale.moe, "S4")
 
 
 def with_needs(names: list[str]) -> list[list[str]]:

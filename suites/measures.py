@@ -20,7 +20,6 @@ from analysis.stats import (
     mean_over_seeds,
     slope,
 )
-from suites.catalog import AS_WRITTEN
 from suites.judging import (
     CONFIRMED,
     MARGIN,
@@ -287,7 +286,7 @@ def wider_when_longer(longer: str, share: float = 0.05) -> Measure:
 
 def sizes(c: Context) -> list[tuple[Outcome, Outcome]]:
     """Muon and AdamW at each size, the smallest first, at the fair settings."""
-    return [(a, b) for a, b in c.results.pairs() if a.optimizer != b.optimizer and AS_WRITTEN not in a.name]
+    return [(a, b) for a, b in c.results.pairs() if a.optimizer != b.optimizer and not a.as_written]
 
 
 def accuracy_at(place: int, expected: int) -> Measure:

@@ -17,6 +17,7 @@ from analysis.plots import Drawing, drawing
 from analysis.runs import optimizer_name
 from analysis.stats import Contrast, p_words, t_interval, unsteadiness
 from engine.cli import BadInput, make_folder
+from suites import documents
 from suites import plots as suite_plots
 from suites.claims import Claim, judge_all
 from suites.judging import DECIDED, NOT_TESTABLE, UNDECIDED, Finding
@@ -143,6 +144,7 @@ def figures(results: Results) -> list[Drawing]:
     finished = [run for outcome in results.outcomes for run in outcome.finished()]
     if not finished:
         return []
+    fair = [run for outcome in results.outcomes if not outcome.as_written for run in outcome.finished()]
 
     def of_suite(kind: str, plot: Callable[..., Figure], *arguments: Any, about: str = "") -> Drawing:
         return drawing(plot, *arguments, stem=f"{results.name}_{kind}", about=about)
@@ -153,7 +155,7 @@ def figures(results: Results) -> list[Drawing]:
     crosses, by_size = results.crosses(), results.suite.varies == "params"
     found = [of_suite("bars", suite_plots.condition_bars, results)]
     if by_size:
-        found.append(of_suite("sizes", plots_settings.model_scaling, finished))
+        found.append(of_suite("sizes", plots_settings.model_scaling, fair))
     elif crosses:
         found.append(of_suite("curves", plots.loss_curves, finished))
         if all(len(run.val["step"]) > 2 for run in finished):
@@ -165,7 +167,7 @@ def figures(results: Results) -> list[Drawing]:
             about = f"{optimizer_name(outcome.optimizer)}, first seed"
             kind = f"experts_{outcome.optimizer}"
             found.append(of_suite(kind, plots.expert_utilization, outcome.finished()[0], about=about))
-    watched = [run for run in finished if run.projections()]
+    watched = [run for run in fair if run.projections()]
     if crosses and watched:
         found.append(of_suite("alignment", plots_spectra.alignment_with_chance, watched))
         found.append(of_suite("rank", plots_spectra.metric_over_time, watched))
@@ -186,6 +188,8 @@ def suite_chapter(results: Results, known: Mapping[str, Results], pictures: Sequ
         items.append(Section("Settings taken from sweeps", from_sweeps))
     if fairness := results.fairness():
         items.append(Section("Fairness", fairness))
+    if rows := documents.DEVIATIONS.get(results.suite.source):
+        items.append(Table(("what", f"{results.suite.source} says", "its code ran", "here"), list(rows)))
     return Chapter(results.name, [*items, *pictures])
 
 

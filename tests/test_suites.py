@@ -11,7 +11,7 @@ from engine import files
 from engine.cli import BadInput
 from settings import Settings
 from suites import planner
-from suites.catalog import MUON_ABLATIONS, SCALES, SUITES, Condition, Suite, with_needs
+from suites.catalog import AS_WRITTEN, MUON_ABLATIONS, SCALES, SUITES, Condition, Suite, with_needs
 from suites.claims import CLAIMS, judge_all
 from suites.judging import CONFIRMED, NOT_TESTABLE, REFUTED, UNDECIDED
 from suites.results import Results
@@ -83,7 +83,7 @@ def test_the_documents_grids():
 @pytest.mark.parametrize("name", ["speedrun-2m", "baseline", "model-size", "moe-long", "moe-final"])
 def test_both_optimizers_share_all_but_their_rate(name):
     conditions = {c.name: c for c in SUITES[name].plan(SCALES["nano"], winners)}
-    pairs = [(c, conditions[c.versus]) for c in conditions.values() if c.versus]
+    pairs = [(c, conditions[c.versus]) for c in conditions.values() if c.versus and AS_WRITTEN not in c.name]
     assert pairs
     for muon, adamw in pairs:
         defaults = vars(Settings())
@@ -103,10 +103,48 @@ def test_an_ablation_changes_one_setting(name):
 
 
 def test_rates_at_other_sizes_are_scaled_from_the_searched_one():
-    rate = {c.name: c.fields["lr"] for c in SUITES["model-size"].plan(SCALES["nano"], winners)}
+    conditions = [c for c in SUITES["model-size"].plan(SCALES["nano"], winners) if AS_WRITTEN not in c.name]
+    rate = {c.name: c.fields["lr"] for c in conditions}
     assert rate["adamw 128 wide"] == 0.003
     assert rate["adamw 64 wide"] == 0.006
     assert {rate[name] for name in rate if name.startswith("muon")} == {0.02}
+
+
+def test_conditions_as_written_have_the_documents_settings():
+    final = {c.name: c.fields for c in SUITES["moe-final"].plan(SCALES["full"], winners)}
+    assert final["adamw as written"]["lr"] == final["adamw as written"]["adamw_lr"] == 0.001  # one rate for everything
+    assert (final["adamw as written"]["beta2"], final["adamw as written"]["schedule"]) == (0.999, "constant")
+    assert (final["muon as written"]["lr"], final["muon as written"]["adamw_lr"]) == (0.07, 0.007)
+    short = {c.name: c for c in SUITES["speedrun-2m"].plan(SCALES["full"], winners)}
+    assert short["adamw as written"].fields["lr"] == 0.006
+    assert short["muon as written"].versus == "adamw as written"
+    for name in ("speedrun-2m", "baseline", "model-size", "moe-final"):
+        written = [c for c in SUITES[name].plan(SCALES["nano"], winners) if AS_WRITTEN in c.name]
+        assert len(written) == (8 if name == "model-size" else 2)
+
+
+def test_full_scale_uses_the_documents_seeds_where_no_sweep_has_used_them():
+    full, nano = SCALES["full"], SCALES["nano"]
+    assert SUITES["baseline"].seeds_at(full) == SUITES["moe-final"].seeds_at(full) == (42, 137, 256)
+    assert SUITES["baseline"].seeds_at(nano) == (1, 2, 3)
+    assert SUITES["moe-momentum"].seeds_at(full) == SUITES["moe-momentum"].seeds
+
+
+def test_full_scale_uses_the_documents_corpus_where_it_is_there_and_says_where_not(
+    tmp_path, shards_folder, monkeypatch
+):
+    chosen = planner.Selection(suite="lr-sensitivity", scale="full", runs_dir=tmp_path)
+    here = planner.Planner(chosen)
+    (corpus,) = {here.scale.corpora["S2"]}
+    monkeypatch.chdir(tmp_path)
+    (sentence,) = here.missing_corpora()
+    assert "S2's corpus shards/cosmopedia-500k is not there" in sentence
+    assert corpus.command in sentence
+    corpus.folder.parent.mkdir()
+    corpus.folder.symlink_to(shards_folder)
+    assert here.missing_corpora() == []
+    job = here.plan("lr-sensitivity")[0].jobs[0]
+    assert job.flags[job.flags.index("--data") + 1] == str(corpus.folder)
 
 
 def test_a_suite_comes_after_what_it_needs():
@@ -258,7 +296,7 @@ def size_results(tmp_path, leads, adamw=None):
         finals[f"muon {size}"] = (4.0 - lead, 4.02 - 1.01 * lead, 3.99 - 0.99 * lead)
     sizes = {size: 1000 * 10**i for i, size in enumerate(SIZES)}
     conditions = [c.name for c in SUITES["model-size"].plan(SCALES["nano"], winners)]
-    finals = {name: finals[name] for name in conditions}
+    finals = {name: finals[name] for name in conditions if name in finals}
     return results_of(tmp_path, "model-size", finals, params=lambda name: sizes[name.split(" ", 1)[1]], device="cpu")
 
 
