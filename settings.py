@@ -99,7 +99,7 @@ class Settings:
     ns_steps: Annotated[int, AT_LEAST_1] = 5
     """Newton-Schulz iterations."""
     ns_coefficients: Annotated[str, one_of(COEFFICIENTS)] = "polar_express"
-    """Newton-Schulz polynomials: polar_express or quintic."""
+    """Newton-Schulz polynomials: polar_express, quintic or cubic."""
     ns_method: Annotated[str, one_of(METHODS)] = "auto"
     """How Newton-Schulz is computed: auto, standard or gram."""
     lr_scale: Annotated[str, one_of(LR_SCALES)] = "spectral"

@@ -159,16 +159,10 @@ def suite(
 
 
 def at_rates(base: Fields, optimizer: str, rates: tuple[float, ...], theirs: float | None = None) -> list[Condition]:
-    """A condition for each rate, tested against the document's best rate where there is one in the grid."""
-    versus = f"{optimizer} lr {theirs:g}" if theirs in rates else None
-    return [
-        Condition(
-            f"{optimizer} lr {rate:g}",
-            {**base, "optimizer": optimizer, "lr": rate},
-            None if rate == theirs else versus,
-        )
-        for rate in rates
-    ]
+    """A condition for each rate, tested against the document's best rate where that is in the grid."""
+    names = {rate: f"{optimizer} lr {rate:g}" for rate in rates}
+    against = {rate: None if rate == theirs else names.get(theirs) for rate in rates}
+    return [Condition(names[rate], {**base, "optimizer": optimizer, "lr": rate}, against[rate]) for rate in rates]
 
 
 def both(base: Fields, rate_of: Callable[[str], float], label: str = "") -> list[Condition]:
@@ -373,6 +367,26 @@ ablation(
     labels={0.0: "no clipping"},
 )
 ablation("moe-min-lr", "How far should the rate fall?", min_lr=(0.01, 0.1, 0.5), default=0.1)
+
+
+@suite(
+    "moe-ns-polynomial",
+    "Which polynomial should Newton-Schulz iterate?",
+    source="S4",
+    varies="condition",
+    needs=("moe-lr-muon",),
+)
+def moe_ns_polynomial(scale: Scale, winners: Winners) -> list[Condition]:
+    base = moe_base(scale, winners, "muon")
+    tried = (("quintic", 5), ("polar_express", 5), ("cubic", 5), ("cubic", 10))
+    return [
+        Condition(
+            f"{name}, {steps} steps",
+            {**base, "ns_coefficients": name, "ns_steps": steps},
+            None if name == "quintic" else "quintic, 5 steps",
+        )
+        for name, steps in tried
+    ]
 
 
 @suite(

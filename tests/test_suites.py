@@ -29,7 +29,7 @@ MIXTURE = (
     "schedule",
     "adam",
 )
-MIXTURE_LATER = ("aux-ratio", "clip", "min-lr", "long", "final")
+MIXTURE_LATER = ("ns-polynomial", "aux-ratio", "clip", "min-lr", "long", "final")
 ROWS = (*DENSE, *(f"moe-{name}" for name in (*MIXTURE, *MIXTURE_LATER)))  # of the documents' table, each a suite
 WINNERS = {"muon": {"lr": 0.02}, "adamw": {"lr": 0.003}}
 
