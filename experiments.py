@@ -66,8 +66,10 @@ def list_suites(arguments: ListArguments) -> None:
     for name in (name for stage in with_needs(list(SUITES)) for name in stage):
         suite = SUITES[name]
         needs = f"  needs {', '.join(suite.needs)}" if suite.needs else ""
-        conditions = suite.plan(SCALES[arguments.scale], lambda other, optimizer: UnknownRates())
-        seeds = f"{len(suite.seeds)} seed{'s' * (len(suite.seeds) > 1)}"
+        scale = SCALES[arguments.scale]
+        conditions = suite.plan(scale, lambda other, optimizer: UnknownRates())
+        count = len(suite.seeds_at(scale))
+        seeds = f"{count} seed{'s' * (count > 1)}"
         print(f"{name:18} {suite.source}  {suite.question}")
         print(f"{'':22} {len(conditions)} conditions x {seeds}{needs}")
 
@@ -79,6 +81,8 @@ def run(arguments: RunArguments) -> int:
     needed = [name for stage in stages for name in stage if name not in arguments.suites()]
     if needed:
         print(f"{arguments.suite} uses the best settings of {', '.join(needed)}, so these run first")
+    for sentence in planner.missing_corpora():
+        print(sentence)
     slots = free_slots(arguments.jobs) if arguments.submit is None and not arguments.dry_run else []
     seen: dict[str, Job] = {}
     for number, stage in enumerate(stages):
@@ -168,7 +172,7 @@ def report(arguments: ReportArguments) -> None:
     from suites.report import write_suite_report
 
     planner = Planner(arguments)
-    results, not_yet = {}, []
+    results, not_yet = {}, [f"{sentence}." for sentence in planner.missing_corpora()]
     for name in (name for stage in planner.stages() for name in stage):
         try:
             results[name] = planner.results(name)

@@ -70,22 +70,26 @@ def build_optimizers(
     lr: float,
     adamw_lr: float,
     weight_decay: float = 0.0,
+    decay_on: str = "blocks",
     betas: Sequence[float] = (0.9, 0.95),
     adam_eps: float = 1e-8,
     sharding: Sharding | None = None,
     **muon_options: Any,
 ) -> list[torch.optim.Optimizer]:
     """Muon plus AdamW, or AdamW alone: `lr` and `weight_decay` drive the block matrices under either, `adamw_lr` the
-    embedding, the gains and the router. Every group carries its `peak_lr`; every parameter is in exactly one group
-    (asserted). With `sharding` they hold this rank's shares."""
-    layout = parameter_layout(model, optimizer)
+    embedding, the gains and the router. `decay_on` "matrices" lets embedding and router decay too. Every group carries
+    its `peak_lr`; every parameter is in exactly one group (asserted). With `sharding` they hold this rank's shares."""
+    layout = parameter_layout(model, optimizer, decay_on)
     grouped = [id(p) for groups in layout for group in groups for p in group]
     assert sorted(grouped) == sorted(map(id, model.parameters())), "every parameter belongs to exactly one group"
     sharding = sharding or Sharding(model)
     own = sharding.own
-    others, *matrices = ([t for p in group for t in own(p)] for group in layout[-1])  # AdamW's
-    adamw_groups = [{"params": others, "lr": adamw_lr, "weight_decay": 0.0}]
-    adamw_groups += [{"params": group, "lr": lr, "weight_decay": weight_decay} for group in matrices]
+    adamw_groups = [
+        {"params": [t for p in group for t in own(p)], "lr": adamw_lr, "weight_decay": weight_decay if i else 0.0}
+        for i, group in enumerate(layout[-1])
+    ]
+    if optimizer == "adamw":
+        adamw_groups[-1]["lr"] = lr  # the block matrices
     optimizers: list[torch.optim.Optimizer] = []
     if optimizer == "muon":
         groups = [
@@ -102,12 +106,15 @@ def build_optimizers(
     return optimizers
 
 
-def parameter_layout(model: Transformer, optimizer: str) -> list[list[list[Tensor]]]:
+def parameter_layout(model: Transformer, optimizer: str, decay_on: str = "blocks") -> list[list[list[Tensor]]]:
     """Which parameters are in which group of which optimizer that `build_optimizers` makes."""
     banks = [bank.parameter for bank in model.banks()]
     in_banks = {id(p) for p in banks}
-    others = [p for p in model.parameters() if id(p) not in in_banks]
-    return [[[p] for p in banks], [others]] if optimizer == "muon" else [[others, banks]]
+    others = {name: p for name, p in model.named_parameters() if id(p) not in in_banks}
+    decayed = [p for name, p in others.items() if decay_on == "matrices" and not name.endswith("gain")]
+    kept = [p for p in others.values() if not any(p is d for d in decayed)]
+    adamws = [kept, decayed] if decayed else [kept]
+    return [[[p] for p in banks], adamws] if optimizer == "muon" else [[*adamws, banks]]
 
 
 def set_lr(optimizers: Sequence[torch.optim.Optimizer], multiplier: float) -> None:

@@ -103,13 +103,15 @@ class Settings:
     ns_steps: Annotated[int, AT_LEAST_1] = 5
     """Newton-Schulz iterations."""
     ns_coefficients: Annotated[str, one_of(COEFFICIENTS)] = "polar_express"
-    """Newton-Schulz polynomials: polar_express or quintic."""
+    """Newton-Schulz polynomials: polar_express, quintic or cubic."""
     ns_method: Annotated[str, one_of(METHODS)] = "auto"
     """How Newton-Schulz is computed: auto, standard or gram."""
     lr_scale: Annotated[str, one_of(LR_SCALES)] = "spectral"
     """Scale of Muon's update by shape: spectral, rms or none."""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     """Decoupled weight decay of the block matrices, times the learning rate per step."""
+    decay_on: Literal["blocks", "matrices"] = "blocks"
+    """What decays: the block matrices, or every matrix, with the embedding and the router at their own rate."""
     beta1: Annotated[float, BELOW_1] = 0.9
     """AdamW's decay of the first moment."""
     beta2: Annotated[float, BELOW_1] = 0.95
@@ -315,7 +317,7 @@ def describe(s: Settings, shards: Shards, model: Transformer, ranks: int, device
 def optimizer_options(s: Settings) -> dict[str, Any]:
     """The settings that `optim.build_optimizers` takes."""
     muon = ("momentum", "nesterov", "ns_steps", "ns_coefficients", "ns_method", "lr_scale")
-    both = ("lr", "adamw_lr", "weight_decay", "adam_eps")
+    both = ("lr", "adamw_lr", "weight_decay", "decay_on", "adam_eps")
     return {key: getattr(s, key) for key in (*both, *muon)} | {"betas": (s.beta1, s.beta2)}
 
 

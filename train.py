@@ -98,7 +98,7 @@ def run(s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> int:
     work = TrainingStep(
         model, optimizers, micro_batch=s.micro_batch, grad_clip=s.grad_clip, compiled=compiled, sharding=sharding
     )
-    layout = parameter_layout(model, s.optimizer)
+    layout = parameter_layout(model, s.optimizer, s.decay_on)
     speed = Speed(model, step_cost(optimizers), s.batch_tokens, s.seq_len, device_name(device), rank.count)
 
     # Data. Every rank reads its slice of the same global batches.

@@ -9,8 +9,9 @@ test of two groups: reports, suites, records and figures all call it.
 import functools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from scipy import stats as scipy_stats
@@ -20,7 +21,7 @@ from analysis.runs import Group, Run
 CONFIDENCE = 0.95
 SIGNIFICANT = 0.05  # a difference with a p value below this is called significant
 STEADY = 1.2  # slowest over fastest median step of one setting's seeds, up to which times count
-PAIRED, WELCH = "paired t-test", "Welch's t-test"
+PAIRED, WELCH, OVER_SEEDS, REGRESSION = "paired t-test", "Welch's t-test", "t-test over seeds", "regression over runs"
 BySeed = Mapping[int, float]
 Pair = tuple[str, str, BySeed, BySeed]
 
@@ -36,16 +37,19 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple
 
 @dataclass(frozen=True)
 class Difference:
-    """mean(a) - mean(b), its confidence interval, the two-sided p value, the test's name and the number of seeds.
+    """mean(a) - mean(b), its confidence interval, the two-sided p value, the test's name and the number of seeds;
+    `error` is the standard error, `freedom` the degrees of freedom of its t distribution.
 
-    Interval and p are NaN where a side has fewer than two seeds or nothing varies. Of pairs whose differences are all
-    equal the interval has no width and p is NaN.
+    Interval, p and error are NaN where a side has fewer than two seeds or nothing varies. Of pairs whose differences
+    are all equal the interval has no width and p is NaN.
     """
 
     difference: float
     low: float
     high: float
     p_value: float
+    error: float
+    freedom: float
     test: str
     n: tuple[int, int]
 
@@ -61,32 +65,69 @@ class Difference:
     def excludes_zero(self) -> bool:
         return self.low > 0 or self.high < 0
 
+    def interval(self, confidence: float) -> tuple[float, float]:
+        """The bounds at another confidence."""
+        if self.error == 0:
+            return self.difference, self.difference
+        half = float(scipy_stats.t.ppf((1 + confidence) / 2, self.freedom)) * self.error
+        return self.difference - half, self.difference + half
+
 
 def difference(a: BySeed, b: BySeed, confidence: float = CONFIDENCE) -> Difference:
     """Test a - b: paired where both have the same seeds, at least two, else by Welch (1947), variances not equal."""
     paired = len(a) > 1 and a.keys() == b.keys()
     x, y = (np.array([side[seed] for seed in sorted(side)], dtype=float) for side in (a, b))
     mean = float(np.mean(x) - np.mean(y)) if len(x) and len(y) else math.nan
-    bounds_and_p = (_paired if paired else _welch)(x, y, confidence)
-    return Difference(mean, *bounds_and_p, PAIRED if paired else WELCH, (len(x), len(y)))
+    tested = (_paired if paired else _welch)(x, y, confidence)
+    return Difference(mean, *tested, PAIRED if paired else WELCH, (len(x), len(y)))
 
 
-def _paired(x: np.ndarray, y: np.ndarray, confidence: float) -> tuple[float, float, float]:
-    """Bounds and p; p = 1 where every difference is 0 (both sides did the same), NaN where all are equal otherwise."""
+def mean_over_seeds(values: BySeed, confidence: float = CONFIDENCE) -> Difference:
+    """Test the mean of one number per seed against zero (Student's one-sample t-test)."""
+    return replace(difference(values, dict.fromkeys(values, 0.0), confidence), test=OVER_SEEDS)
+
+
+Tested = tuple[float, float, float, float, float]  # low, high, p, error, freedom
+
+
+def _paired(x: np.ndarray, y: np.ndarray, confidence: float) -> Tested:
+    """p = 1 where every difference is 0 (both sides did the same), NaN where all are equal otherwise."""
     gaps = x - y
     if np.ptp(gaps) <= 1e-12 * np.abs(gaps).max():  # equal up to rounding
-        return float(gaps.mean()), float(gaps.mean()), math.nan if gaps.any() else 1.0
-    result = scipy_stats.ttest_rel(x, y)
-    return *map(float, result.confidence_interval(confidence)), float(result.pvalue)
+        return float(gaps.mean()), float(gaps.mean()), math.nan if gaps.any() else 1.0, 0.0, len(gaps) - 1.0
+    return _tested(scipy_stats.ttest_rel(x, y), confidence)
 
 
-def _welch(x: np.ndarray, y: np.ndarray, confidence: float) -> tuple[float, float, float]:
+def _welch(x: np.ndarray, y: np.ndarray, confidence: float) -> Tested:
     if min(len(x), len(y)) < 2 or np.ptp(x) == np.ptp(y) == 0:
-        return math.nan, math.nan, math.nan
+        return (math.nan,) * 5
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # SciPy warns where one side alone does not vary
-        result = scipy_stats.ttest_ind(x, y, equal_var=False)
-    return *map(float, result.confidence_interval(confidence)), float(result.pvalue)
+        return _tested(scipy_stats.ttest_ind(x, y, equal_var=False), confidence)
+
+
+def _tested(result: Any, confidence: float) -> Tested:
+    """From SciPy's result; the standard error is its interval's half width in quantiles of t."""
+    low, high = map(float, result.confidence_interval(confidence))
+    error = (high - low) / 2 / float(scipy_stats.t.ppf((1 + confidence) / 2, result.df))
+    return low, high, float(result.pvalue), error, float(result.df)
+
+
+def common_slope(groups: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Difference:
+    """The slope of y against x that all groups of points (x, y) share, each around its own mean: least squares with
+    N - groups - 1 degrees of freedom (analysis of covariance). A group with one point says nothing."""
+    centred = [tuple(np.asarray(side, dtype=float) - np.mean(side) for side in group) for group in groups if group[0]]
+    used = [group for group in centred if len(group[0]) > 1]
+    x, y = (np.concatenate([np.empty(0), *(group[i] for group in used)]) for i in (0, 1))
+    total, freedom = len(x), len(x) - len(used) - 1
+    if freedom < 1 or not x.any():
+        return Difference(*(math.nan,) * 6, REGRESSION, (total, total))
+    slope_of_all = float(x @ y / (x @ x))
+    error = math.sqrt(float(np.sum((y - slope_of_all * x) ** 2)) / freedom / float(x @ x))
+    half = float(scipy_stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    p_value = 2 * float(scipy_stats.t.sf(abs(slope_of_all) / error, freedom)) if error else math.nan
+    bounds = slope_of_all - half, slope_of_all + half
+    return Difference(slope_of_all, *bounds, p_value, error, freedom, REGRESSION, (total, total))
 
 
 @dataclass(frozen=True)
@@ -299,8 +340,58 @@ def median_time(times: Sequence[float | None]) -> Reached:
     return Reached(len(times), len(times) - len(reached), reached[half - 1] if 0 < half <= len(reached) else None)
 
 
-def slope(values: Mapping[float, BySeed]) -> dict[int, float]:
-    """For each seed that all keys share, the least-squares slope of its value against log10 of the key."""
+def slope(values: Mapping[float, BySeed], scale: Callable[[Any], Any] = np.log10) -> dict[int, float]:
+    """For each seed that all keys share, the least-squares slope of its value against `scale` of the key."""
     seeds = set.intersection(*(set(finite_only(by_seed)) for by_seed in values.values()))
-    x = np.log10(list(values))
+    x = scale(np.array(list(values)))
     return {seed: float(np.polyfit(x, [values[key][seed] for key in values], 1)[0]) for seed in sorted(seeds)}
+
+
+def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
+    """The rate at the vertex of the parabola through the least loss and its neighbours, in the logarithm of the rate;
+    the grid's own rate where the least loss is on the edge or next to a loss that is not finite."""
+    order = np.argsort(rates)
+    x, y = np.log(np.asarray(rates, dtype=float)[order]), np.asarray(losses, dtype=float)[order]
+    best = int(np.nanargmin(np.where(np.isfinite(y), y, np.nan)))
+    near = slice(best - 1, best + 2)
+    if not 0 < best < len(y) - 1 or not np.isfinite(y[near]).all():
+        return math.exp(x[best])
+    curve, tilt, _ = np.polyfit(x[near] - x[best], y[near], 2)
+    return math.exp(x[best] - tilt / (2 * curve)) if curve > 0 else math.exp(x[best])
+
+
+def tail_index(singular_values: Sequence[float], share: float = 0.1) -> float:
+    """Hill's (1975) estimate of 1 / alpha from the largest `share` of the values, at least five: the mean logarithm of
+    their ratio to the next value. 0 for equal values; the heavier the tail, the larger. NaN with fewer than six."""
+    s = np.sort(np.asarray(singular_values, dtype=float))[::-1]
+    k = max(5, round(share * len(s)))
+    return float(np.mean(np.log(s[:k] / s[k]))) if len(s) > k and s[k] > 0 else math.nan
+
+
+@dataclass(frozen=True)
+class Balance:
+    """How evenly tokens are shared: entropy of the shares over its maximum ln E, greatest share over the mean, and the
+    number of dead experts."""
+
+    evenness: float
+    max_over_mean: float
+    dead: int
+
+
+DEAD_SHARE = 0.1  # of an even share, below which an expert counts as dead
+
+
+def balance(shares: Sequence[float]) -> Balance:
+    p = np.asarray(shares, dtype=float) / np.sum(shares)
+    used = p[p > 0]
+    entropy = float(-(used * np.log(used)).sum())
+    return Balance(entropy / math.log(len(p)), float(p.max() * len(p)), int((p * len(p) < DEAD_SHARE).sum()))
+
+
+def spread_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
+    """Standard deviation and its interval, from the chi-square distribution of the variance; NaN below two values."""
+    if len(values) < 2:
+        return math.nan, math.nan, math.nan
+    freedom, spread = len(values) - 1, float(np.std(values, ddof=1))
+    tails = scipy_stats.chi2.ppf(((1 + confidence) / 2, (1 - confidence) / 2), freedom)
+    return spread, *(spread * math.sqrt(freedom / float(tail)) for tail in tails)

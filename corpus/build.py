@@ -61,21 +61,23 @@ def build_shards(
     tokenizer: str | None = None,
     vocab_size: int = 49_152,
     max_tokens: int | None = None,
+    max_documents: int | None = None,
     val_fraction: float = 0.02,
     identity: str = "",
 ) -> dict[str, Any]:
     """Tokenise documents into shards, tokenizer.json and meta.json under `out`; returns meta.
 
     `documents` are the parts of a mix, or a function that gives the same documents at each call. A tokenizer is trained
-    on them unless one is named. `max_tokens` counts both splits, end-of-text included. The build works in `out`.partial
-    and renames it at the end; after an interruption, a call with the same arguments and the same `identity` of the
-    input continues there. BadInput for what the user can fix, CannotWrite for a full disk.
+    on them unless one is named. `max_tokens` and `max_documents` count both splits, tokens with end-of-text. The build
+    works in `out`.partial and renames it at the end; after an interruption, a call with the same arguments and the same
+    `identity` of the input continues there. BadInput for what the user can fix, CannotWrite for a full disk.
     """
     parts = [MixPart(source, Repeated(documents))] if callable(documents) else documents
     if out.exists():
         raise BadInput(f"{out}: already exists; delete it or choose another --out")
     partial = out.with_name(out.name + ".partial")
     request = {"source": source, "tokenizer": tokenizer, "vocab_size": vocab_size, "max_tokens": max_tokens}
+    request |= {} if max_documents is None else {"max_documents": max_documents}
     request |= {"val_fraction": val_fraction, "input": digest([identity, [[p.name, p.share] for p in parts]])}
     make_folder(partial, exist_ok=True)
     with _locked(partial):
@@ -309,7 +311,7 @@ class _Build:
         return sum(writer.tokens for writer in self.writers.values())
 
     def write(self, description: str) -> None:
-        """Write documents until a part is used up or max_tokens are reached; BadInput tells what is kept."""
+        """Write documents until a part is used up or a limit is reached; BadInput tells what is kept."""
         try:
             self._write(description)
         except BadInput as error:
@@ -323,8 +325,9 @@ class _Build:
 
         most, fraction, last_save = self.request["max_tokens"], self.request["val_fraction"], time.monotonic()
         left = (sys.maxsize if most is None else most) - self.tokens
+        documents = self.request.get("max_documents", sys.maxsize)
         with tqdm(total=most, initial=self.tokens, unit="tok", unit_scale=True, desc=description, disable=None) as bar:
-            while left:
+            while left and self.counts["train"] + self.counts["val"] < documents:
                 feed = min(self.feeds, key=lambda feed: feed.tokens / feed.part.share)  # furthest behind its share
                 if not self._has_document(feed):
                     if len(self.feeds) > 1:

@@ -62,6 +62,8 @@ class Build:
     """Use this tokenizer.json or hub name instead of training a tokenizer."""
     max_tokens: Annotated[Count, AT_LEAST_1] | None = None
     """Stop after this many tokens, both splits and end-of-text ids included."""
+    max_documents: Annotated[Count, AT_LEAST_1] | None = None
+    """Stop after this many documents of both splits; duplicates do not count."""
     val_fraction: Annotated[float, PROPER_SHARE] = 0.02
     """Put this share of the documents into validation, by the hash of their text."""
 
@@ -219,6 +221,7 @@ def main() -> int:
             tokenizer=command.tokenizer,
             vocab_size=command.vocab_size,
             max_tokens=command.max_tokens,
+            max_documents=command.max_documents,
             val_fraction=command.val_fraction,
             identity=command.identity(),
         )

@@ -25,12 +25,14 @@ from .muon import launch_normalize, normalize_reference
 from .symmetric import product
 
 # Odd quintic polynomials a x + b x³ + c x⁵, one row per iteration; the last row repeats for more steps.
+# cubic: the classical iteration, quadratic convergence to 1 from every s in (0, sqrt 3), slope 1.5 at zero.
 # quintic: Jordan et al. 2024, slope at zero maximised, singular values end in [0.68, 1.14].
 # polar_express: Amsel et al. 2025, Algorithm 1 for singular values in [1e-3, 1], cushion 0.02, safety 1.02; stored
 #   before the safety factor is applied, because the last iteration goes without it. A test recomputes the rows by
 #   Remez exchange.
 COEFFICIENTS: dict[str, tuple[tuple[float, float, float], ...]] = {
     "quintic": ((3.4445, -4.7750, 2.0315),),
+    "cubic": ((1.5, -0.5, 0.0),),
     "polar_express": (
         (8.31968561540051, -23.859450318966715, 17.531445041810237),
         (4.1237885338700675, -2.9808456861620494, 0.5520601040380058),
@@ -42,11 +44,11 @@ COEFFICIENTS: dict[str, tuple[tuple[float, float, float], ...]] = {
         (1.875, -1.25, 0.375),
     ),
 }
-SAFETY = {"quintic": 1.0, "polar_express": 1.02}
+SAFETY = {"quintic": 1.0, "cubic": 1.0, "polar_express": 1.02}
 
 # X is divided by this times |G|_F. Polar Express overflows its interval quickly: p(1.02) = 1.137, p(1.05) diverges, so
 # it gets room for the rounding of low-precision iterates (costs 6 % of the slope at zero).
-NORM_MARGIN = {"quintic": 1.0, "polar_express": 1.01 * 1.05}
+NORM_MARGIN = {"quintic": 1.0, "cubic": 1.0, "polar_express": 1.01 * 1.05}
 
 METHODS = ("auto", "standard", "gram")
 GRAM_ASPECT = 2  # auto uses gram from this n / m on: at 2 it needs 26 m³ FLOPs against 35, at 1 both need 20

@@ -5,17 +5,21 @@
 A condition holds all settings of train.py except seed, data and folder; its name tells what it changes. Both optimizers
 of a suite share model, batches, initialisation, validation tokens and weight decay. S0 to S4 are the documents
 (`Suite.source`). We do not repeat their errors: schedules count steps, each optimizer's rate comes from its own sweep,
-and weight decay is the same for both (except in moe-final, where each has the winner of its sweep).
+and weight decay is the same for both (except in moe-final, where each has the winner of its sweep). Conditions "as
+written" have a document's own settings.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from suites import documents
+
 Fields = Mapping[str, Any]  # of settings.Settings
 Winners = Callable[[str, str], Fields]  # (suite, optimizer) -> the settings of its best condition
 
 OPTIMIZERS = ("muon", "adamw")
+AS_WRITTEN = "as written"  # ends the name of a condition with the settings of a document
 SEEDS = (0, 1, 2)
 FRESH_SEEDS = (1, 2, 3)  # after a learning rate chosen on seed 0
 FINAL_SEEDS = (3, 4, 5)  # after settings chosen on seeds 0 to 2
@@ -40,7 +44,10 @@ class Scale:
     sizes: Mapping[str, Fields]  # S2's four models
     moe: Fields  # S4's mixture of experts
     moe_long: Fields
+    moe_short: Fields  # S4's fast sweep, 200 of its 500 steps
     rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by suite and optimizer
+    fresh_seeds: tuple[int, ...] | None = None  # of the suites whose settings other seeds chose
+    corpora: Mapping[str, documents.Corpus] = field(default_factory=dict)  # by document
 
 
 def _budget(steps: int, batch_tokens: int) -> dict[str, int]:
@@ -62,16 +69,19 @@ SCALES = {
             "50m": _S2 | {"model": "50m", **_budget(1000, 32_768)},
             "108m": _S2 | {"model": "108m", **_budget(750, 24_576)},
         },
-        moe=_S4 | {"model": "moe-79m", **_budget(125, 49_152)},
+        moe=_S4 | {"model": "moe-79m", **_budget(125, 49_152), "precision": "fp32"},
         moe_long=_budget(500, 49_152),
+        moe_short=_budget(50, 49_152),
         rates={
             "lr-sensitivity muon": (0.001, 0.003, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05),
             "lr-sensitivity adamw": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
             "speedrun-lr muon": (0.006, 0.012, 0.024, 0.048, 0.096),
             "speedrun-lr adamw": (0.0005, 0.001, 0.002, 0.004, 0.008),
-            "moe-lr-muon": (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.1, 0.15),
+            "moe-lr-muon": (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1, 0.12, 0.15),
             "moe-lr-adam": (1e-4, 2e-4, 3e-4, 5e-4, 7e-4, 1e-3, 2e-3, 3e-3, 5e-3, 7e-3, 1e-2),
         },
+        fresh_seeds=documents.SEEDS,
+        corpora=documents.CORPORA,
     ),
     "nano": Scale(
         dense=_NANO | {"model": "nano", **_budget(64, 2048)},
@@ -88,6 +98,7 @@ SCALES = {
         },
         moe=_NANO | _S4 | {"model": "moe-nano", **_budget(64, 2048)},
         moe_long=_budget(128, 2048) | {"eval_every": 16},
+        moe_short=_budget(26, 2048),
         rates={
             "lr-sensitivity muon": (0.003, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2),
             "lr-sensitivity adamw": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
@@ -116,6 +127,11 @@ class Suite:
     extra_tests: int
     plan: Callable[[Scale, Winners], list[Condition]]
 
+    def seeds_at(self, scale: Scale) -> tuple[int, ...]:
+        """The documents' own seeds at full scale, where a sweep has not used them up."""
+        fresh = self.seeds in (FRESH_SEEDS, FINAL_SEEDS)
+        return scale.fresh_seeds if fresh and scale.fresh_seeds else self.seeds
+
 
 SUITES: dict[str, Suite] = {}
 
@@ -142,8 +158,11 @@ def suite(
     return register
 
 
-def at_rates(base: Fields, optimizer: str, rates: tuple[float, ...]) -> list[Condition]:
-    return [Condition(f"{optimizer} lr {rate:g}", {**base, "optimizer": optimizer, "lr": rate}) for rate in rates]
+def at_rates(base: Fields, optimizer: str, rates: tuple[float, ...], theirs: float | None = None) -> list[Condition]:
+    """A condition for each rate, tested against the document's best rate where that is in the grid."""
+    names = {rate: f"{optimizer} lr {rate:g}" for rate in rates}
+    against = {rate: None if rate == theirs else names.get(theirs) for rate in rates}
+    return [Condition(names[rate], {**base, "optimizer": optimizer, "lr": rate}, against[rate]) for rate in rates]
 
 
 def both(base: Fields, rate_of: Callable[[str], float], label: str = "") -> list[Condition]:
@@ -153,6 +172,18 @@ def both(base: Fields, rate_of: Callable[[str], float], label: str = "") -> list
             f"{optimizer}{label}",
             {**base, "optimizer": optimizer, "lr": rate_of(optimizer)},
             f"adamw{label}" if optimizer == "muon" else None,
+        )
+        for optimizer in OPTIMIZERS
+    ]
+
+
+def as_written(base: Fields, source: str, label: str = "") -> list[Condition]:
+    """Both optimizers with the settings of a document, so that its result can be seen beside the fair ones."""
+    return [
+        Condition(
+            f"{optimizer}{label} {AS_WRITTEN}",
+            {**base, "optimizer": optimizer, **documents.WRITTEN[source][optimizer]},
+            f"adamw{label} {AS_WRITTEN}" if optimizer == "muon" else None,
         )
         for optimizer in OPTIMIZERS
     ]
@@ -177,10 +208,11 @@ def speedrun_lr(scale: Scale, winners: Winners) -> list[Condition]:
     varies="optimizer",
     seeds=FRESH_SEEDS,
     needs=("speedrun-lr",),
-    extra_tests=4,
+    extra_tests=7,
 )
 def speedrun_2m(scale: Scale, winners: Winners) -> list[Condition]:
-    return both(scale.dense, lambda optimizer: winners("speedrun-lr", optimizer)["lr"])
+    fair = both(scale.dense, lambda optimizer: winners("speedrun-lr", optimizer)["lr"])
+    return fair + as_written(scale.dense, "S0")
 
 
 @suite(
@@ -190,13 +222,21 @@ def speedrun_2m(scale: Scale, winners: Winners) -> list[Condition]:
     varies="optimizer",
     seeds=FRESH_SEEDS,
     needs=("speedrun-lr",),
-    extra_tests=2,
+    extra_tests=15,
 )
 def baseline(scale: Scale, winners: Winners) -> list[Condition]:
-    return both(scale.baseline, lambda optimizer: winners("speedrun-lr", optimizer)["lr"])
+    fair = both(scale.baseline, lambda optimizer: winners("speedrun-lr", optimizer)["lr"])
+    return fair + as_written(scale.baseline, "S3")
 
 
-@suite("lr-sensitivity", "How wide is the range of good learning rates?", source="S2", varies="lr", seeds=(0,))
+@suite(
+    "lr-sensitivity",
+    "How wide is the range of good learning rates?",
+    source="S2",
+    varies="lr",
+    seeds=(0,),
+    extra_tests=2,
+)
 def lr_sensitivity(scale: Scale, winners: Winners) -> list[Condition]:
     return [c for o in OPTIMIZERS for c in at_rates(scale.search, o, scale.rates[f"lr-sensitivity {o}"])]
 
@@ -207,7 +247,7 @@ def lr_sensitivity(scale: Scale, winners: Winners) -> list[Condition]:
     source="S2",
     varies="params",
     needs=("lr-sensitivity",),
-    extra_tests=3,
+    extra_tests=7,
 )
 def model_size(scale: Scale, winners: Winners) -> list[Condition]:
     """The rates of lr-sensitivity, scaled to every size: AdamW's rate falls as 1 / width; Muon's stays, because its
@@ -224,6 +264,8 @@ def model_size(scale: Scale, winners: Winners) -> list[Condition]:
     for name, fields in scale.sizes.items():
         width = fields.get("d_model") or model.SIZES[fields["model"]].d_model
         conditions += both(fields, lambda optimizer, width=width: at(optimizer, width), f" {name}")
+    for name, fields in scale.sizes.items():
+        conditions += as_written(fields, "S2", f" {name}")
     return conditions
 
 
@@ -233,10 +275,20 @@ def model_size(scale: Scale, winners: Winners) -> list[Condition]:
     source="S4",
     varies="lr",
     seeds=(0,),
-    extra_tests=2,
+    extra_tests=4,
 )
 def moe_lr_muon(scale: Scale, winners: Winners) -> list[Condition]:
-    return at_rates(scale.moe, "muon", scale.rates["moe-lr-muon"])
+    return at_rates(scale.moe, "muon", scale.rates["moe-lr-muon"], theirs=0.07)
+
+
+@suite(
+    "moe-lr-muon-short",
+    "Does Muon's range of good rates depend on the length of the run?",
+    source="S4",
+    varies="lr",
+)
+def moe_lr_muon_short(scale: Scale, winners: Winners) -> list[Condition]:
+    return at_rates({**scale.moe, **scale.moe_short}, "muon", scale.rates["moe-lr-muon"])
 
 
 @suite(
@@ -245,10 +297,9 @@ def moe_lr_muon(scale: Scale, winners: Winners) -> list[Condition]:
     source="S4",
     varies="lr",
     seeds=(0,),
-    extra_tests=1,
 )
 def moe_lr_adam(scale: Scale, winners: Winners) -> list[Condition]:
-    return at_rates(scale.moe, "adamw", scale.rates["moe-lr-adam"])
+    return at_rates(scale.moe, "adamw", scale.rates["moe-lr-adam"], theirs=0.001)
 
 
 def moe_base(scale: Scale, winners: Winners, optimizer: str) -> Fields:
@@ -258,24 +309,42 @@ def moe_base(scale: Scale, winners: Winners, optimizer: str) -> Fields:
 
 
 def ablation(
-    name: str, question: str, *, default: Any, labels: Mapping[Any, str] | None = None, **varied: tuple[Any, ...]
+    name: str,
+    question: str,
+    *,
+    default: Any,
+    labels: Mapping[Any, str] | None = None,
+    extra_tests: int = 0,
+    **varied: tuple[Any, ...],
 ) -> None:
     """A suite that varies one setting of Muon on the mixture of experts, at the best rate of Muon's sweep.
 
-    Each value is tested against S4's, `default`. `labels` names values that read badly as setting and number.
+    Each value is tested against S4's best, `default`. `labels` names values that read badly as setting and number.
     """
     ((setting, values),) = varied.items()
     names = {v: v if isinstance(v, str) else f"{setting} {v:g}" for v in values} | (labels or {})
 
-    @suite(name, question, source="S4", varies=setting, needs=("moe-lr-muon",))
+    @suite(name, question, source="S4", varies=setting, needs=("moe-lr-muon",), extra_tests=extra_tests)
     def plan(scale: Scale, winners: Winners) -> list[Condition]:
         base = moe_base(scale, winners, "muon")
         return [Condition(names[v], {**base, setting: v}, None if v == default else names[default]) for v in values]
 
 
-ablation("moe-momentum", "Which momentum should Muon have?", momentum=(0.85, 0.9, 0.92, 0.95, 0.97, 0.99), default=0.9)
-ablation("moe-weight-decay", "How much weight decay should Muon have?", weight_decay=(0.0, 0.05, 0.1, 0.2), default=0.1)
-ablation("moe-ns-steps", "How many Newton-Schulz steps are enough?", ns_steps=(3, 5, 7, 10), default=5)
+ablation(
+    "moe-momentum",
+    "Which momentum should Muon have?",
+    momentum=(0.85, 0.9, 0.92, 0.95, 0.97, 0.99),
+    default=0.9,
+    extra_tests=1,
+)
+ablation(
+    "moe-weight-decay",
+    "How much weight decay should Muon have?",
+    weight_decay=(0.0, 0.05, 0.1, 0.2),
+    default=0.2,
+    extra_tests=1,
+)
+ablation("moe-ns-steps", "How many Newton-Schulz steps are enough?", ns_steps=(3, 5, 7, 10), default=5, extra_tests=2)
 ablation(
     "moe-nesterov",
     "Does Nesterov momentum help Muon?",
@@ -298,6 +367,26 @@ ablation(
     labels={0.0: "no clipping"},
 )
 ablation("moe-min-lr", "How far should the rate fall?", min_lr=(0.01, 0.1, 0.5), default=0.1)
+
+
+@suite(
+    "moe-ns-polynomial",
+    "Which polynomial should Newton-Schulz iterate?",
+    source="S4",
+    varies="condition",
+    needs=("moe-lr-muon",),
+)
+def moe_ns_polynomial(scale: Scale, winners: Winners) -> list[Condition]:
+    base = moe_base(scale, winners, "muon")
+    tried = (("quintic", 5), ("polar_express", 5), ("cubic", 5), ("cubic", 10))
+    return [
+        Condition(
+            f"{name}, {steps} steps",
+            {**base, "ns_coefficients": name, "ns_steps": steps},
+            None if name == "quintic" else "quintic, 5 steps",
+        )
+        for name, steps in tried
+    ]
 
 
 @suite(
@@ -337,6 +426,7 @@ ADAM_CHOICES: dict[str, Fields] = {
     source="S4",
     varies="condition",
     needs=("moe-lr-adam",),
+    extra_tests=2,
 )
 def moe_adam(scale: Scale, winners: Winners) -> list[Condition]:
     base, default = moe_base(scale, winners, "adamw"), next(iter(ADAM_CHOICES))
@@ -350,6 +440,7 @@ def moe_adam(scale: Scale, winners: Winners) -> list[Condition]:
     varies="optimizer",
     seeds=FRESH_SEEDS,
     needs=("moe-lr-muon", "moe-lr-adam"),
+    extra_tests=3,
 )
 def moe_long(scale: Scale, winners: Winners) -> list[Condition]:
     base = {**scale.moe, **scale.moe_long}
@@ -377,6 +468,7 @@ MUON_ABLATIONS = (
     varies="optimizer",
     seeds=FINAL_SEEDS,
     needs=("moe-lr-muon", "moe-lr-adam", *MUON_ABLATIONS, "moe-adam"),
+    extra_tests=7,
 )
 def moe_final(scale: Scale, winners: Winners) -> list[Condition]:
     """Muon with the winner of each ablation against AdamW with the winners of its own sweeps. So weight decay and
@@ -385,7 +477,8 @@ def moe_final(scale: Scale, winners: Winners) -> list[Condition]:
     for name in MUON_ABLATIONS:
         muon[SUITES[name].varies] = winners(name, "muon")[SUITES[name].varies]
     adamw = {**moe_base(scale, winners, "adamw"), **winners("moe-adam", "adamw")}
-    return [Condition("muon", muon, "adamw"), Condition("adamw", adamw)]
+    fair = [Condition("muon", muon, "adamw"), Condition("adamw", adamw)]
+    return fair + as_written(scale.moe, "S4")
 
 
 def with_needs(names: list[str]) -> list[list[str]]:

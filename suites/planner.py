@@ -25,6 +25,8 @@ from suites.launcher import OVER, Job, LaterStages
 from suites.results import Results
 
 EVERYTHING = "everything"
+# Settings that are newer than published runs, at the value those runs have: left out of the hash, so names stay.
+ADDED_LATER = {"doc_mask": False, "packing": "stream", "decay_on": "blocks"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,15 +84,17 @@ class Planner:
             given["tokens"] = self.chosen.tokens
         if self.chosen.data is not None:
             given["data"] = self.chosen.data
-        resolved, _, shards = resolve(Settings(**given), Rank())
+        here = {"workers": 1, "threads": 1}  # the machine that trains chooses them
+        resolved, _, shards = resolve(Settings(**here | given), Rank())
         # "auto" precision stays "auto" in the hash, so that a login node without a GPU plans the same runs.
-        hashed = identity(resolved, shards) | {"precision": given.get("precision", "auto")}
+        values = identity(resolved, shards) | {"precision": given.get("precision", "auto")}
+        hashed = {k: v for k, v in values.items() if k not in ADDED_LATER or v != ADDED_LATER[k]}
         key = config_hash(hashed, (NOT_LEARNED | {"seed"}) - set(MEASUREMENT))
         defaults = {f.name: f.default for f in dataclasses.fields(Settings)}
-        flags = [word for name, value in given.items() if value != defaults[name] for word in _flag(name, value)]
+        words = [word for name, value in given.items() if value != defaults[name] for word in _flag(name, value)]
         return Job(
             name=f"{resolved.model}-{resolved.optimizer}-{key[:10]}-seed{seed}",
-            flags=tuple(flags),
+            flags=tuple(words),
             steps=resolved.steps,
             tokens=resolved.tokens,
             runs_dir=self.chosen.folder,
@@ -99,13 +103,28 @@ class Planner:
     def plan(self, name: str) -> list[Planned]:
         """The conditions of a suite with their runs; NotYet if a suite that it needs has runs to go."""
         suite, named = SUITES[name], name in self.chosen.suites()
-        seeds = self.chosen.seeds if named and self.chosen.seeds is not None else suite.seeds
+        seeds = self.chosen.seeds if named and self.chosen.seeds is not None else suite.seeds_at(self.scale)
+        corpus = self.scale.corpora.get(suite.source)
+        where = {"data": corpus.folder} if corpus is not None and corpus.folder.exists() else {}
         conditions = suite.plan(self.scale, self.winner)
         if named and self.chosen.only is not None:
             conditions = [c for c in conditions if fnmatch.fnmatchcase(c.name, self.chosen.only)]
             if not conditions and self.chosen.suite != EVERYTHING:
                 raise BadInput(f"--only {self.chosen.only}: no condition of {name} matches")
-        return [Planned(c, tuple(self.job(tuple(c.fields.items()), seed) for seed in seeds)) for c in conditions]
+        fields = [tuple({**c.fields, **where}.items()) for c in conditions]
+        return [Planned(c, tuple(self.job(f, s) for s in seeds)) for c, f in zip(conditions, fields, strict=True)]
+
+    def missing_corpora(self) -> list[str]:
+        """A sentence for each document whose corpus is not there, so that its suites train on other text."""
+        if self.chosen.data is not None:
+            return []
+        sources = dict.fromkeys(SUITES[name].source for stage in self.stages() for name in stage)
+        missing = {source: self.scale.corpora[source] for source in sources if source in self.scale.corpora}
+        return [
+            f"{source}'s corpus {corpus.folder} is not there: its suites use other shards; {corpus.command} builds it"
+            for source, corpus in missing.items()
+            if not corpus.folder.exists()
+        ]
 
     def results(self, name: str) -> Results:
         return Results.load(
@@ -133,7 +152,7 @@ class Planner:
         runs = tokens = 0
         for name in (name for stage in stages for name in stage):
             conditions = SUITES[name].plan(self.scale, lambda suite, optimizer: UnknownRates())
-            seeds = len(self.chosen.seeds or SUITES[name].seeds)
+            seeds = len(self.chosen.seeds or SUITES[name].seeds_at(self.scale))
             runs += seeds * len(conditions)
             tokens += seeds * sum(self.chosen.tokens or c.fields["tokens"] for c in conditions)
         return LaterStages(runs, tokens)

@@ -17,8 +17,10 @@ from analysis.plots import Drawing, drawing
 from analysis.runs import optimizer_name
 from analysis.stats import Contrast, p_words, t_interval, unsteadiness
 from engine.cli import BadInput, make_folder
+from suites import documents
 from suites import plots as suite_plots
-from suites.claims import CONFIRMED, NOT_CONFIRMED, Claim, Finding, judge_all
+from suites.claims import Claim, judge_all
+from suites.judging import DECIDED, NOT_TESTABLE, UNDECIDED, Finding
 from suites.results import TOLERANCES, Outcome, Results
 
 SCALE_WORDS = {"full": "at full size", "nano": "at nano scale, on models for two CPU cores"}
@@ -142,6 +144,7 @@ def figures(results: Results) -> list[Drawing]:
     finished = [run for outcome in results.outcomes for run in outcome.finished()]
     if not finished:
         return []
+    fair = [run for outcome in results.outcomes if not outcome.as_written for run in outcome.finished()]
 
     def of_suite(kind: str, plot: Callable[..., Figure], *arguments: Any, about: str = "") -> Drawing:
         return drawing(plot, *arguments, stem=f"{results.name}_{kind}", about=about)
@@ -152,7 +155,7 @@ def figures(results: Results) -> list[Drawing]:
     crosses, by_size = results.crosses(), results.suite.varies == "params"
     found = [of_suite("bars", suite_plots.condition_bars, results)]
     if by_size:
-        found.append(of_suite("sizes", plots_settings.model_scaling, finished))
+        found.append(of_suite("sizes", plots_settings.model_scaling, fair))
     elif crosses:
         found.append(of_suite("curves", plots.loss_curves, finished))
         if all(len(run.val["step"]) > 2 for run in finished):
@@ -164,7 +167,7 @@ def figures(results: Results) -> list[Drawing]:
             about = f"{optimizer_name(outcome.optimizer)}, first seed"
             kind = f"experts_{outcome.optimizer}"
             found.append(of_suite(kind, plots.expert_utilization, outcome.finished()[0], about=about))
-    watched = [run for run in finished if run.projections()]
+    watched = [run for run in fair if run.projections()]
     if crosses and watched:
         found.append(of_suite("alignment", plots_spectra.alignment_with_chance, watched))
         found.append(of_suite("rank", plots_spectra.metric_over_time, watched))
@@ -178,23 +181,33 @@ def suite_chapter(results: Results, known: Mapping[str, Results], pictures: Sequ
         ),
         conditions_table(results),
     ]
-    if results.pairs():
-        items.append(tests_table(results.tests()))
+    tests = results.tests()
+    if tests and (results.suite.varies != "lr" or any(test.tested for test in tests)):
+        items.append(tests_table(tests))
     if from_sweeps := results.settings_from_sweeps(known):
         items.append(Section("Settings taken from sweeps", from_sweeps))
     if fairness := results.fairness():
         items.append(Section("Fairness", fairness))
+    if rows := documents.DEVIATIONS.get(results.suite.source):
+        items.append(Table(("what", f"{results.suite.source} says", "its code ran", "here"), list(rows)))
     return Chapter(results.name, [*items, *pictures])
 
 
 def claims_table(judged: Sequence[tuple[Claim, Finding]]) -> Table:
-    header = ("document", "claim", "its numbers", "finding", "our numbers", "suite")
-    rows = [(c.source, c.statement, c.theirs, f.verdict, f.numbers, c.suite) for c, f in judged]
+    header = ("document", "claim", "its words and figures", "finding", "our numbers", "test", "suite")
+    rows = [
+        (c.source, c.statement, "; ".join(c.quotes) or "-", f.verdict, f.numbers, f.test, c.suite) for c, f in judged
+    ]
     return Table(header, rows, whole=True)
 
 
 NOTES = (
-    "A verdict needs three seeds a side and an interval, corrected for all tests of its suite, that excludes zero.",
+    "A verdict needs three seeds a side and an interval, corrected for all tests of its suite. Confirmed: the whole "
+    "interval is where the claim puts the number. Refuted: none of it is. Equivalent: two settings differ by less than "
+    "1 % of the loss, shown by two one-sided tests. Otherwise a claim is undecided, and the row tells how many seeds "
+    "would decide if the effect is as large as it looks.",
+    "'Could show' is the smallest effect that the test finds with a probability of 80 % at this n and spread; for "
+    "claims of equality, the narrowest margin that equal sides would hold.",
     "Runs that share a seed are paired: they share batches and initial weights. We report the paired t-test, and "
     "Welch's for reference and where seeds differ. p values are corrected by Holm within a suite, intervals by "
     "Bonferroni so that all of a suite hold together.",
@@ -213,9 +226,8 @@ def build_page(
 ) -> Page:
     """`results` are shown; `known` are these and what they take settings from."""
     shown = {r.name for r in results}
-    judged = [(claim, finding) for claim, finding in judge_all(known, scale) if claim.suite in shown]
+    judged = [(claim, finding) for claim, finding in judge_all(known) if claim.suite in shown]
     verdicts = [finding.verdict for _, finding in judged]
-    confirmed, refuted = verdicts.count(CONFIRMED), verdicts.count(NOT_CONFIRMED)
     runs = {run.path: run for r in results for run in r.runs()}
     finished = sum(run.status == "finished" for run in runs.values())
     failed = {(r.name, o.name): o.failed for r in results for o in r.outcomes if o.failed}
@@ -223,9 +235,8 @@ def build_page(
     devices = sorted({str(run.config.get("device_name")) for run in runs.values()})
     commits = sorted({str(run.config.get("git_commit"))[:10] for run in runs.values()})
     to_go = sum(r.to_go for r in results)
-    headline = (
-        f"{counted(len(judged), 'claim')} tested {SCALE_WORDS[scale]}: {confirmed} confirmed, {refuted} not confirmed, "
-        f"{len(judged) - confirmed - refuted} not testable here"
+    headline = f"{counted(len(judged), 'claim')} tested {SCALE_WORDS[scale]}: " + ", ".join(
+        f"{verdicts.count(verdict)} {verdict}" for verdict in (*DECIDED, UNDECIDED, NOT_TESTABLE)
     )
     summary = Table.of(
         [
@@ -266,9 +277,9 @@ def build_page(
 
 
 def _verdict_lists(judged: Sequence[tuple[Claim, Finding]]) -> list[str]:
-    """The confirmed claims, then those that are not."""
+    """The claims with a verdict: confirmed, refuted, equivalent."""
     lines = []
-    for verdict in (CONFIRMED, NOT_CONFIRMED):
+    for verdict in DECIDED:
         claims = [
             f"{claim.statement} ({claim.source}, {claim.suite})"
             for claim, finding in judged

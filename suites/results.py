@@ -27,7 +27,7 @@ from analysis.stats import (
 )
 from engine import files
 from engine.identity import NOT_COMPARED
-from suites.catalog import OPTIMIZERS, Condition, Suite
+from suites.catalog import AS_WRITTEN, OPTIMIZERS, Condition, Suite
 
 TOLERANCES = (0.01, 0.05)  # shares of the best loss by which a good rate may miss it
 # Settings without a meaning for one of the two optimizers.
@@ -50,6 +50,10 @@ class Outcome:
     @property
     def optimizer(self) -> str:
         return str(self.condition.fields["optimizer"])
+
+    @property
+    def as_written(self) -> bool:
+        return self.name.endswith(AS_WRITTEN)
 
     def finished(self) -> list[Run]:
         return [run for run in self.runs if run.status == "finished"]
@@ -116,8 +120,9 @@ class Results:
         return [(a, b) for a, b in found if b is not None]
 
     def crosses(self) -> list[tuple[Outcome, Outcome]]:
-        """The pairs of two optimizers that both have a finished run."""
-        return [(a, b) for a, b in self.pairs() if a.optimizer != b.optimizer and a.finished() and b.finished()]
+        """The fair pairs of two optimizers that both have a finished run."""
+        pairs = [(a, b) for a, b in self.pairs() if a.optimizer != b.optimizer and not a.as_written]
+        return [(a, b) for a, b in pairs if a.finished() and b.finished()]
 
     def tests(self, value_of: Callable[[Run], float] | None = None) -> list[Contrast]:
         """Test the final losses (or another number of each run) of every pair, corrected together with the claims'
@@ -127,11 +132,14 @@ class Results:
 
     @property
     def family_size(self) -> int:
-        return len(self.pairs()) + self.suite.extra_tests
+        """Tests that are corrected together: of the pairs with two runs a side, and of the claims."""
+        tested = sum(min(len(a.losses()), len(b.losses())) > 1 for a, b in self.pairs())
+        return max(1, tested + self.suite.extra_tests)
 
     def best(self, optimizer: str) -> Outcome | None:
         """The condition with the least mean loss."""
-        found = [o for o in self.outcomes if o.optimizer == optimizer and math.isfinite(o.loss)]
+        tried = [o for o in self.outcomes if o.optimizer == optimizer and not o.as_written]
+        found = [o for o in tried if math.isfinite(o.loss)]
         return min(found, key=lambda o: o.loss, default=None)
 
     def optimizers(self) -> list[str]:

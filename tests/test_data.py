@@ -102,6 +102,13 @@ def test_max_tokens_is_exact(tmp_path):
     assert meta["train_tokens"] + meta["val_tokens"] == 5000
 
 
+def test_max_documents_is_exact_and_duplicates_do_not_count(tmp_path):
+    texts = random_documents(60)
+    meta = build([*texts[:10], *texts[:10], *texts[10:]], tmp_path / "s", max_documents=40, val_fraction=0.1)
+    assert meta["documents"]["train"] + meta["documents"]["val"] == 40
+    assert meta["documents"]["duplicates"] == 10
+
+
 def test_a_broken_build_leaves_nothing(tmp_path):
     calls = []
 

@@ -59,6 +59,22 @@ def test_agrees_with_the_polynomial_of_an_exact_svd(name, shape):
     torch.testing.assert_close(in_fp32.double(), expected.view(shape), rtol=0, atol=2e-4)
 
 
+def test_the_classical_cubic_converges_to_the_polar_factor():
+    G = torch.randn(20, 50, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+    torch.testing.assert_close(orthogonalize(G, coefficients="cubic", steps=16), U @ Vh, rtol=0, atol=1e-12)
+
+
+def test_the_iteration_that_a_document_gives_inverts_and_does_not_orthogonalise():
+    """X <- X (2I - A X), which it calls Muon's Newton-Schulz iteration."""
+    A = torch.randn(12, 12, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    X = A.mT / (torch.linalg.matrix_norm(A, 1) * torch.linalg.matrix_norm(A, torch.inf))
+    for _ in range(40):
+        X = X @ (2 * torch.eye(12) - A @ X)
+    torch.testing.assert_close(X, torch.linalg.inv(A))
+    assert torch.linalg.svdvals(X).max() > 1.5
+
+
 def test_singular_values_end_in_the_band():
     G = torch.randn(4, 96, 256, generator=torch.Generator().manual_seed(1))
     s = torch.linalg.svdvals(orthogonalize(G))

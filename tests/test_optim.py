@@ -144,10 +144,11 @@ def test_a_fused_bank_is_split_by_rows_or_merged_on_request():
     torch.testing.assert_close(merged.detach(), orthogonalize(-gradient), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("decay_on", ["blocks", "matrices"])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_every_parameter_is_in_exactly_one_group_with_the_rate_of_its_kind(optimizer):
-    model = Transformer(SIZES["nano"], vocab_size=64)
-    optimizers = build_optimizers(model, optimizer, lr=0.03, adamw_lr=0.004, weight_decay=0.2)
+def test_every_parameter_is_in_exactly_one_group_with_the_rate_of_its_kind(optimizer, decay_on):
+    model = Transformer(SIZES["moe-nano"], vocab_size=64)
+    optimizers = build_optimizers(model, optimizer, lr=0.03, adamw_lr=0.004, weight_decay=0.2, decay_on=decay_on)
     groups = [(o, group) for o in optimizers for group in o.param_groups]
     found = {}
     for o, group in groups:
@@ -158,7 +159,8 @@ def test_every_parameter_is_in_exactly_one_group_with_the_rate_of_its_kind(optim
         if name.startswith("weights."):
             assert found[id(p)] == ("Muon" if optimizer == "muon" else "AdamW", 0.03, 0.2), name
         else:
-            assert found[id(p)] == ("AdamW", 0.004, 0.0), name
+            decays = decay_on == "matrices" and name in ("embedding", "router")
+            assert found[id(p)] == ("AdamW", 0.004, 0.2 if decays else 0.0), name
 
 
 def test_a_parameter_in_no_group_is_noticed():

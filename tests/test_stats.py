@@ -9,8 +9,11 @@ import scipy.stats
 from analysis import plots
 from analysis.runs import group_seeds, load_run, representative
 from analysis.stats import (
+    OVER_SEEDS,
     PAIRED,
     WELCH,
+    balance,
+    best_rate,
     compare,
     difference,
     family,
@@ -19,9 +22,12 @@ from analysis.stats import (
     holm,
     largest_spike,
     learning_rate_tolerance,
+    mean_over_seeds,
     median_time,
     slope,
+    spread_interval,
     t_interval,
+    tail_index,
     thin,
 )
 from bench.synthetic import write_run
@@ -189,9 +195,54 @@ def test_median_time_with_censoring_by_hand():
     assert median_time([]).median is None
 
 
+def test_the_best_rate_is_the_vertex_of_a_parabola_in_the_logarithm():
+    rates = [0.01, 0.1, 1.0, 10.0]
+    losses = [(math.log10(rate) + 0.7) ** 2 for rate in rates]
+    assert best_rate(rates, losses) == pytest.approx(10**-0.7)
+    assert best_rate(rates[::-1], losses[::-1]) == pytest.approx(10**-0.7)
+    assert best_rate(rates, [1.0, 2.0, 3.0, 4.0]) == pytest.approx(0.01)  # on the edge
+    assert best_rate(rates, [math.nan, 2.0, 3.0, 4.0]) == pytest.approx(0.1)  # next to a diverged run
+
+
+def test_the_tail_index_is_hills():
+    assert tail_index(np.ones(40)) == 0.0
+    s = [32.0, 16.0, 8.0, 4.0, 2.0, 1.0, 0.5]  # of the largest five over the sixth: log 2 x (5 + 4 + 3 + 2 + 1) / 5
+    assert tail_index(s) == pytest.approx(3 * math.log(2))
+    pareto = scipy.stats.pareto.ppf((np.arange(20_000) + 0.5) / 20_000, 2.5)
+    assert tail_index(pareto) == pytest.approx(1 / 2.5, rel=0.01)
+    assert math.isnan(tail_index([1.0] * 5))
+
+
+def test_the_balance_of_experts_by_hand():
+    even = balance([0.25] * 4)
+    assert (even.evenness, even.max_over_mean, even.dead) == (pytest.approx(1.0), pytest.approx(1.0), 0)
+    found = balance([4.0, 2.0, 2.0, 0.0])  # a half, two quarters, none: 1.5 bits of 2
+    assert (found.evenness, found.max_over_mean, found.dead) == (pytest.approx(0.75), pytest.approx(2.0), 1)
+    assert balance([0.9, 0.09, 0.01]).dead == 1  # 3 % of an even share
+
+
+def test_the_interval_of_a_spread_is_that_of_chi_square():
+    spread, low, high = spread_interval([1.0, 2.0, 3.0])
+    assert spread == pytest.approx(1.0)
+    assert (low, high) == pytest.approx((math.sqrt(2 / 7.3778), math.sqrt(2 / 0.050636)), rel=1e-4)  # of the table
+    assert math.isnan(spread_interval([1.0])[0])
+
+
+def test_the_standard_error_gives_the_interval_at_any_confidence():
+    for b in (B, {0: 4.0, 1: 5.0, 7: 3.5}):
+        test, wide = difference(A, b), difference(A, b, 0.995)
+        assert test.interval(0.95) == pytest.approx((test.low, test.high))
+        assert test.interval(0.995) == pytest.approx((wide.low, wide.high))
+    assert difference(A, B).error == pytest.approx(1 / math.sqrt(3))
+    alone = mean_over_seeds({0: 1.0, 1: 2.0, 2: 3.0})
+    assert (alone.test, alone.n) == (OVER_SEEDS, (3, 3))
+    assert alone.p_value == pytest.approx(scipy.stats.ttest_1samp([1, 2, 3], 0).pvalue)
+
+
 def test_slope_of_a_line_in_the_logarithm():
     values = {10.0: {0: 1.0, 1: 3.0}, 100.0: {0: 1.5, 1: 3.0}, 1000.0: {0: 2.0, 1: 3.0, 2: 0.0}}
     assert slope(values) == pytest.approx({0: 0.5, 1: 0.0})
+    assert slope({0.0: {0: 1.0}, 0.1: {0: 1.5}, 0.2: {0: 2.0}}, scale=np.asarray) == pytest.approx({0: 5.0})
 
 
 def simulated_suite(rng, lead):

@@ -1,0 +1,378 @@
+"""What the claims measure: functions that make a measure, from a suite's context to the evidence that is judged.
+
+    measure = lower("muon", "adamw"); finding = judge(measure(context), tests=4)
+
+Losses in nats; ratios on the log scale; a number of each seed where a claim is about a trend or an interaction.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from analysis.runs import Run
+from analysis.stats import (
+    best_rate,
+    difference,
+    finite_only,
+    first_reaching,
+    learning_rate_tolerance,
+    mean_over_seeds,
+    slope,
+)
+from suites.judging import (
+    CONFIRMED,
+    MARGIN,
+    NOT_TESTABLE,
+    REFUTED,
+    UNDECIDED,
+    Context,
+    Evidence,
+    Finding,
+    Lacking,
+    Unit,
+)
+from suites.results import Outcome
+
+Measure = Callable[[Context], Evidence | Sequence[Evidence] | Finding]
+Number = Callable[[Run], float]
+LOG_RATIO = "ratio on the log scale"
+
+
+def log_share(value: float) -> float:
+    """A relative difference in per cent from the logarithm of a ratio."""
+    return 100 * math.expm1(value)
+
+
+NATS, POINTS, DECADES = Unit(" nats"), Unit(" points", ".2f"), Unit(" decades", ".2f")
+TIMES, PERCENT = Unit(" times", ".3g", math.exp), Unit(" %", "+.1f", log_share)
+HUNDREDTHS = Unit(" %", "+.2f", lambda share: 100 * share)
+
+
+def loss(run: Run) -> float:
+    return run.final_loss
+
+
+def accuracy(run: Run) -> float:
+    return 100 * float(run.val["val_accuracy"][-1])
+
+
+def log_step_time(run: Run) -> float:
+    return math.log(run.step_ms)
+
+
+def loss_at(run: Run, share: float) -> float:
+    """Validation loss after a share of the run's steps, linear between validations."""
+    return float(np.interp(share * run.config["steps"], run.val["step"], run.val["val_loss"]))
+
+
+def compare(c: Context, a: Outcome, b: Outcome, number: Number, expected: int, show: Unit, **more) -> Evidence:
+    """Number of a minus number of b; conditions with a diverged run are Lacking."""
+    test = difference(*(c.ready(outcome).values(number) for outcome in (a, b)))
+    return Evidence(what=f"{a.name} - {b.name}", test=test, expected=expected, show=show, **more)
+
+
+def of_loss(c: Context, a: Outcome, b: Outcome, expected: int, **more) -> Evidence:
+    """Final losses; within 1 % they count as equivalent."""
+    mean = float(np.mean(list(c.ready(b).losses().values()))) if b.losses() else math.nan
+    return compare(c, a, b, loss, expected, NATS, margin=MARGIN * mean, relative_to=mean, **more)
+
+
+def lower(a: str = "muon", b: str = "adamw") -> Measure:
+    """Condition a ends with a lower loss than b."""
+    return lambda c: of_loss(c, c.outcome(a), c.outcome(b), -1)
+
+
+def higher(a: str, b: str) -> Measure:
+    """Condition a ends with a higher loss than b, or diverges where b does not."""
+
+    def measure(c: Context) -> Evidence | Finding:
+        worse = c.results.outcome(a)
+        if worse is not None and worse.failed and worse.failed == worse.planned:
+            c.outcome(b)
+            return Finding(CONFIRMED, f"{a} diverged with all of {worse.planned} seeds")
+        return of_loss(c, c.outcome(a), c.outcome(b), 1)
+
+    return measure
+
+
+def as_good(a: str, b: str) -> Measure:
+    """The losses differ by less than 1 %."""
+    return lambda c: of_loss(c, c.outcome(a), c.outcome(b), 0)
+
+
+def no_better(b: str, *names: str) -> Measure:
+    """None of the conditions beats b by 1 % or more."""
+    return lambda c: [of_loss(c, c.outcome(name), c.outcome(b), 0, one_sided=True) for name in names]
+
+
+def best(name: str) -> Measure:
+    """Every condition that is tested against `name` is worse; one that diverged is."""
+
+    def measure(c: Context) -> Sequence[Evidence] | Finding:
+        own = c.outcome(name)
+        others = [a for a, b in c.results.pairs() if b.name == name]
+        diverged = [other.name for other in others if other.failed]
+        found = [of_loss(c, other, own, 1) for other in others if not other.failed]
+        if not others:
+            raise Lacking(f"{name} has no other condition beside it")
+        return found or Finding(CONFIRMED, f"diverged: {', '.join(diverged)}")
+
+    return measure
+
+
+def versus(
+    number: Number, expected: int, show: Unit, a: str = "muon", b: str = "adamw", method: str = "", margin: float = 0.0
+) -> Measure:
+    """A number of each run, a minus b."""
+    return lambda c: compare(c, c.outcome(a), c.outcome(b), number, expected, show, method=method, margin=margin)
+
+
+def timed(measure: Measure) -> Measure:
+    """Times count on a GPU alone: elsewhere the number is shown without a verdict."""
+
+    def on_gpu(c: Context) -> Evidence | Sequence[Evidence] | Finding:
+        found = measure(c)
+        if isinstance(found, Evidence) and any(run.config.get("device") != "cuda" for run in c.results.runs()):
+            tests = c.results.family_size
+            numbers = f"{found.numbers(tests)}, on a CPU shared with other runs: needs a GPU"
+            return Finding(NOT_TESTABLE, numbers, found.test_words(tests))
+        return found
+
+    return on_gpu
+
+
+def step_time(expected: int, a: str = "muon", b: str = "adamw") -> Measure:
+    """How much longer a's step takes than b's."""
+    return timed(versus(log_step_time, expected, PERCENT, a, b, method=LOG_RATIO))
+
+
+def until(column: str, share: float) -> Measure:
+    """How soon Muon reaches the loss that AdamW has after a share of its run, seed by seed, as a ratio of `column`
+    (tokens, train_seconds). A run that never does counts with its whole length."""
+
+    def measure(c: Context) -> Evidence:
+        ratios, never = {}, 0
+        muon, adamw = ({run.config["seed"]: run for run in c.outcome(name).finished()} for name in ("muon", "adamw"))
+        for seed in muon.keys() & adamw.keys():
+            target = loss_at(adamw[seed], share)
+            spent = [first_reaching(run.val[column], run.val["val_loss"], target) for run in (muon[seed], adamw[seed])]
+            never += spent[0] is None
+            mine = muon[seed].val[column][-1] if spent[0] is None else spent[0]
+            ratios[seed] = math.log(mine / spent[1]) if mine > 0 and spent[1] else math.nan
+        remark = f", never in {never} of {len(ratios)} runs" if never else ""
+        what = f"{column.replace('train_', '')} to AdamW's loss after {100 * share:g} % of its run, Muon over AdamW"
+        return per_seed(what, ratios, -1, TIMES, method=LOG_RATIO, remark=remark)
+
+    return measure
+
+
+def per_seed(what: str, values: Mapping[int, float], expected: int, show: Unit, **more) -> Evidence:
+    """The mean of one number per seed, against zero."""
+    return Evidence(what=what, test=mean_over_seeds(finite_only(values)), expected=expected, show=show, **more)
+
+
+def log_ratio_at(share: float) -> Number:
+    return lambda run: math.log(loss_at(run, share))
+
+
+def gains_after(share: float) -> Number:
+    return lambda run: loss_at(run, share) - loss_at(run, 1.0)
+
+
+def trend(setting: str, expected: int, least: float = -math.inf) -> Measure:
+    """The slope of the final loss against a setting, seed by seed."""
+
+    def measure(c: Context) -> Evidence:
+        tried = [o for o in c.results.outcomes if o.condition.fields.get(setting, -math.inf) >= least]
+        losses = {float(o.condition.fields[setting]): c.ready(o).losses() for o in tried}
+        if len(losses) < 3:
+            raise Lacking(f"a trend needs three values of {setting}")
+        width = max(losses) - min(losses)
+        slopes = {seed: width * value for seed, value in slope(losses, scale=np.asarray).items()}
+        what = f"loss from {setting} {min(losses):g} to {max(losses):g} along the line through all"
+        mean = float(np.mean([value for by_seed in losses.values() for value in by_seed.values()]))
+        more = {"margin": MARGIN * mean, "relative_to": mean, "method": "trend"}
+        return per_seed(what, slopes, expected, NATS, **more)
+
+    return measure
+
+
+def opposite(suite: str, muon: tuple[str, str], adamw: tuple[str, str]) -> Measure:
+    """The step from the second to the first setting costs Muon more than it costs AdamW, whose pair is of this suite:
+    the difference of the two differences, seed by seed."""
+
+    def measure(c: Context) -> Evidence:
+        other = c.suite(suite)
+        losses = [o.losses() for o in (*map(other.outcome, muon), *map(c.outcome, adamw))]
+        seeds = set.intersection(*map(set, losses))
+        values = {s: losses[0][s] - losses[1][s] - (losses[2][s] - losses[3][s]) for s in seeds}
+        costs = [float(np.mean([losses[i][s] - losses[i + 1][s] for s in seeds])) for i in (0, 2)] if seeds else []
+        remark = f" (Muon {costs[0]:+.3f}, AdamW {costs[1]:+.3f})" if seeds else ""
+        what = f"({muon[0]} - {muon[1]}) of Muon minus ({adamw[0]} - {adamw[1]}) of AdamW"
+        return per_seed(what, values, 1, NATS, method="difference of differences", remark=remark)
+
+    return measure
+
+
+def _by_seed(c: Context, optimizer: str) -> dict[int, tuple[list[float], list[float]]]:
+    """Rates and losses of each seed that finished at every rate that no seed diverged at; NaN where one did."""
+    tried = [o for o in c.results.outcomes if o.optimizer == optimizer]
+    for outcome in tried:
+        if outcome.to_go:
+            c.ready(outcome)
+    steady = [o.losses() for o in tried if not o.failed]
+    seeds = sorted(set.intersection(*map(set, steady))) if steady else []
+    rates = [float(o.condition.fields["lr"]) for o in tried]
+    return {s: (rates, [math.nan if o.failed else o.losses()[s] for o in tried]) for s in seeds}
+
+
+def wider(share: float, muon: str, adamw: str) -> Measure:
+    """Muon's range of rates within a share of the best loss is wider than AdamW's, in decades, seed by seed."""
+
+    def measure(c: Context) -> Evidence | Finding:
+        widths, ends = {}, {"muon": 0, "adamw": 0}
+        for optimizer, suite in (("muon", muon), ("adamw", adamw)):
+            tolerances = {
+                seed: learning_rate_tolerance(*grid, share)
+                for seed, grid in _by_seed(c.suite(suite), optimizer).items()
+            }
+            widths[optimizer] = {seed: t.decades for seed, t in tolerances.items() if t is not None}
+            ends[optimizer] = sum(t.open_low or t.open_high for t in tolerances.values() if t is not None)
+        gaps = {seed: widths["muon"][seed] - widths["adamw"][seed] for seed in widths["muon"].keys() & widths["adamw"]}
+        words = ", ".join(
+            f"{name} {'at least ' * (ends[key] > 0)}{np.mean(list(widths[key].values()) or [math.nan]):.2f}"
+            for key, name in (("muon", "Muon"), ("adamw", "AdamW"))
+        )
+        what = f"within {100 * share:g} %: {words} decades; difference"
+        found = per_seed(what, gaps, 1, DECADES, method=LOG_RATIO)
+        if ends["adamw"]:  # AdamW's may be wider than it seems
+            tests = c.results.family_size
+            numbers = f"{found.numbers(tests)}; AdamW's grid ends inside its range"
+            return Finding(UNDECIDED, numbers, found.test_words(tests))
+        return found
+
+    return measure
+
+
+def rate_ratio(adamw: str, theirs: float, factor: float = 2.0) -> Measure:
+    """Muon's best rate over AdamW's, seed by seed, is within a factor of the document's ratio."""
+
+    def measure(c: Context) -> Evidence:
+        found = {}
+        for optimizer, context in (("muon", c), ("adamw", c.suite(adamw))):
+            found[optimizer] = {seed: best_rate(*grid) for seed, grid in _by_seed(context, optimizer).items()}
+        both = found["muon"].keys() & found["adamw"]
+        ratios = {seed: math.log(found["muon"][seed] / found["adamw"][seed] / theirs) for seed in both}
+        more = {"against": math.log(theirs), "margin": math.log(factor), "method": LOG_RATIO}
+        return per_seed("Muon's best rate over AdamW's", ratios, 0, TIMES, **more)
+
+    return measure
+
+
+def wider_when_longer(longer: str, share: float = 0.05) -> Measure:
+    """Muon's range of rates is wider in the longer runs of another suite than in this suite's."""
+
+    def measure(c: Context) -> Evidence:
+        decades = [
+            {s: learning_rate_tolerance(*grid, share).decades for s, grid in _by_seed(context, "muon").items()}
+            for context in (c.suite(longer), c)
+        ]
+        gaps = {seed: decades[0][seed] - decades[1][seed] for seed in decades[0].keys() & decades[1].keys()}
+        return per_seed(f"within {100 * share:g} %, {longer} minus {c.results.name}", gaps, 1, DECADES)
+
+    return measure
+
+
+def sizes(c: Context) -> list[tuple[Outcome, Outcome]]:
+    """Muon and AdamW at each size, the smallest first, at the fair settings."""
+    return [(a, b) for a, b in c.results.pairs() if a.optimizer != b.optimizer and not a.as_written]
+
+
+def accuracy_at(place: int, expected: int) -> Measure:
+    """Muon's accuracy minus AdamW's at one of the sizes."""
+    return lambda c: compare(c, *sizes(c)[place], accuracy, expected, POINTS)
+
+
+step_time_at_largest = timed(lambda c: compare(c, *sizes(c)[-1], log_step_time, 1, PERCENT, method=LOG_RATIO))
+
+
+def _leads(c: Context) -> dict[float, dict[int, float]]:
+    """Muon's loss minus AdamW's by seed, for each size (parameters) at which no run failed."""
+    found: dict[float, dict[int, float]] = {}
+    for a, b in sizes(c):
+        left, right = a.losses(), b.losses()
+        if a.to_go or b.to_go:
+            c.ready(a if a.to_go else b)
+        if not a.failed and not b.failed and left.keys() & right.keys():
+            both = {seed: left[seed] - right[seed] for seed in left.keys() & right.keys()}
+            found[float(a.runs[0].config["params"])] = both
+    return dict(sorted(found.items()))
+
+
+def _budgets(c: Context) -> str:
+    tokens = sorted({run.budget for run in c.results.runs()})
+    return "" if len(tokens) < 2 else f" (sizes trained on {tokens[0]:,} to {tokens[-1]:,} tokens)"
+
+
+def lead_grows(c: Context) -> Evidence:
+    """Slope of Muon's loss minus AdamW's per tenfold of parameters, seed by seed."""
+    leads = _leads(c)
+    if len(leads) < 2:
+        raise Lacking("a trend needs two sizes without a diverged run")
+    what = "Muon's loss minus AdamW's, per tenfold of parameters"
+    return per_seed(what, slope(leads), -1, NATS, method="trend", remark=_budgets(c))
+
+
+def largest_breaks_down(c: Context) -> Evidence | Finding:
+    """How much AdamW falls behind Muon from the second largest size to the largest.
+
+    Sizes have different token budgets, so their losses do not compare directly.
+    """
+    largest = sizes(c)[-1][1]
+    if largest.failed and largest.failed == largest.planned:
+        return Finding(CONFIRMED, f"{largest.name} diverged with all of {largest.planned} seeds")
+    leads = list(_leads(c).values())
+    if largest.failed or len(leads) < 2:
+        raise Lacking(f"{largest.failed} of {largest.planned} runs of {largest.name} diverged")
+    small, large = leads[-2:]
+    behind = {seed: small[seed] - large[seed] for seed in small.keys() & large.keys()}
+    method, remark = "difference of differences", _budgets(c)
+    return per_seed("AdamW falls behind Muon from the size before by", behind, 1, NATS, method=method, remark=remark)
+
+
+def deviation_in(muon: tuple[float, float], adamw: tuple[float, float], suite: str) -> Measure:
+    """Mean loss above the best rate's over the rates of a range, relative, seed by seed: Muon's minus AdamW's."""
+
+    def deviations(c: Context, optimizer: str, low: float, high: float) -> dict[int, float]:
+        found = {}
+        for seed, (rates, losses) in _by_seed(c, optimizer).items():
+            inside = [loss for rate, loss in zip(rates, losses, strict=True) if low <= rate <= high]
+            found[seed] = float(np.mean(inside) / np.nanmin(losses) - 1)
+        return found
+
+    def measure(c: Context) -> Evidence:
+        mine, others = deviations(c, "muon", *muon), deviations(c.suite(suite), "adamw", *adamw)
+        gaps = {seed: mine[seed] - others[seed] for seed in mine.keys() & others.keys()}
+        return per_seed("mean deviation from the best loss, Muon - AdamW", gaps, 1, HUNDREDTHS)
+
+    return measure
+
+
+def none_diverges(source: str) -> Measure:
+    """No run of a document's suites diverged: counted, not tested."""
+
+    def measure(c: Context) -> Finding:
+        begun = [r for r in c.others.values() if r.suite.source == source and r.finished()]
+        runs = {run.path: run for r in begun for run in r.runs()}  # suites share runs
+        failed = sum(run.status == "failed" for run in runs.values())
+        if to_go := sum(r.to_go for r in begun):
+            raise Lacking(f"{to_go} runs of {source}'s suites have not finished")
+        verdict = REFUTED if failed else CONFIRMED
+        return Finding(verdict, f"{failed} of {len(runs)} runs diverged", f"count, n = {len(runs)}")
+
+    return measure
+
+
+def not_measured(reason: str) -> Measure:
+    return lambda c: Finding(NOT_TESTABLE, reason)

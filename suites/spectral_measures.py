@@ -1,0 +1,195 @@
+"""What the claims about spectra, seeds and experts measure.
+
+    measure = spectral("stable_rank", 1, Unit(" directions")); finding = judge([measure(context)], tests=4)
+
+A spectral metric of a run is the mean over its layers and then over its projections, at the last event unless it says
+otherwise; alignment is counted above its chance level.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from analysis.runs import Run
+from analysis.stats import balance, common_slope, tail_index
+from suites.judging import MARGIN, Context, Evidence, Lacking, Spread, Unit
+from suites.measures import HUNDREDTHS, LOG_RATIO, TIMES, Measure, Number, per_seed, versus
+
+NEAR_ONE = math.log(2)  # a norm between a half and two counts as near one
+BALANCED = 0.95  # of the greatest entropy of the experts' shares
+SAME_SPREAD = 0.01  # relative deviation between seeds that counts as the same
+BAND = (12 / 21, 16 / 21)  # S3's layers 12 to 16 of 22, as shares of the depth
+ALIKE = 0.05  # difference of two such entropies that counts as none
+SHARES = Unit("", ".4f")
+
+
+def event_mean(run: Run, key: str, projections: Sequence[str] | None = None, column: int = -1) -> float:
+    """A spectral metric at one event, averaged over layers and then over projections."""
+    values = [np.nanmean(run.grid(name, key)[1][:, column]) for name in projections or run.projections()]
+    return float(np.mean(values)) if values else math.nan
+
+
+def watched(run: Run) -> Run:
+    if not run.projections():
+        raise Lacking("its runs logged no spectra")
+    return run
+
+
+def last(key: str) -> Number:
+    return lambda run: event_mean(watched(run), key)
+
+
+def spectral(key: str, expected: int, show: Unit) -> Measure:
+    """A metric at the end of Muon's runs minus that of AdamW's."""
+    return versus(last(key), expected, show)
+
+
+def norm_ratio(expected: int) -> Measure:
+    """Muon's mean spectral norm over AdamW's."""
+    return versus(lambda run: math.log(last("spectral_norm")(run)), expected, TIMES, method=LOG_RATIO)
+
+
+def norm_near_one(c: Context) -> Evidence:
+    """Muon's mean spectral norm is between a half and two."""
+    norms = c.outcome("muon").values(lambda run: math.log(last("spectral_norm")(run)))
+    more = {"margin": NEAR_ONE, "method": LOG_RATIO}
+    return per_seed("Muon's mean spectral norm", norms, 0, Unit("", ".2f", math.exp), **more)
+
+
+def above_chance(run: Run) -> float:
+    return last("left_alignment")(run) - last("left_alignment_chance")(run)
+
+
+def mean_tail(run: Run) -> float:
+    """Hill's tail index of the singular values at the last event, a mean over matrices."""
+    end = watched(run).spectra[-1]["step"]
+    return float(np.nanmean([tail_index(line["singular_values"]) for line in run.spectra if line["step"] == end]))
+
+
+def drift(run: Run, key: str) -> float:
+    """Change over the run along the regression line through all events, as a share of the initial value."""
+    grids = [watched(run).grid(name, key) for name in run.projections()]
+    steps, values = grids[0][0], np.mean([np.nanmean(values, axis=0) for _, values in grids], axis=0)
+    if len(steps) < 3:
+        raise Lacking("a trend needs three spectra events")
+    return float(np.polyfit(steps / steps[-1], values, 1)[0] / values[0])
+
+
+def flat(key: str, words: str) -> Measure:
+    """A metric of Muon's runs changes by less than 1 % of its start."""
+
+    def measure(c: Context) -> Evidence:
+        drifts = c.outcome("muon").values(lambda run: drift(run, key))
+        what, show = f"Muon's {words} over the run", HUNDREDTHS
+        return per_seed(what, drifts, 0, show, margin=MARGIN, method="trend")
+
+    return measure
+
+
+def tiers(c: Context) -> list[Evidence]:
+    """Effective rank of Muon's runs at the end: MLP > Q/O > K/V; the same at initialisation is remarked."""
+    runs = [watched(run) for run in c.outcome("muon").finished()]
+    found = []
+    for high, low, words in ((("up", "down"), ("q", "o"), "MLP - Q/O"), (("q", "o"), ("k", "v"), "Q/O - K/V")):
+        gaps = {
+            event: {
+                run.config["seed"]: event_mean(run, "effective_rank", high, event)
+                - event_mean(run, "effective_rank", low, event)
+                for run in runs
+            }
+            for event in (0, -1)
+        }
+        start = float(np.mean(list(gaps[0].values()))) if runs else math.nan
+        remark = f", {start:.1f} at initialisation already"
+        found.append(per_seed(words, gaps[-1], 1, Unit(" directions", ".1f"), remark=remark))
+    return found
+
+
+def key_band(c: Context) -> Evidence:
+    """Alignment of Muon's K updates in S3's band of layers minus that in the other layers, averaged over the run."""
+    gaps, inside = {}, []
+    for run in c.outcome("muon").finished():
+        _, values = watched(run).grid("k", "left_alignment")
+        low, high = (round(share * (len(values) - 1)) for share in BAND)
+        inside = list(range(low, high + 1))
+        per_layer = np.nanmean(values[:, 1:], axis=1)  # no update before the first step
+        gaps[run.config["seed"]] = float(np.nanmean(per_layer[inside]) - np.nanmean(np.delete(per_layer, inside)))
+    layers = f"{inside[0]} to {inside[-1]}" if inside else "?"
+    return per_seed(f"alignment of K, layers {layers} minus the others", gaps, 1, Unit(""))
+
+
+def same_signature(c: Context) -> Evidence:
+    """How far effective rank, matrix by matrix, is from its mean over Muon's seeds (root mean square, relative)."""
+    runs = [watched(run) for run in c.outcome("muon").finished()]
+    ranks = [np.concatenate([run.grid(name, "effective_rank")[1][:, -1] for name in run.projections()]) for run in runs]
+    n = len(runs)
+    if n < 2:
+        raise Lacking("needs several seeds")
+    away = (np.log(ranks) - np.mean(np.log(ranks), axis=0)) * math.sqrt(n / (n - 1))
+    values = {
+        run.config["seed"]: float(np.sqrt(np.mean(row**2)) - SAME_SPREAD) for run, row in zip(runs, away, strict=True)
+    }
+    show = HUNDREDTHS
+    what = f"deviation of a matrix's effective rank between seeds, limit {show(SAME_SPREAD)}"
+    return per_seed(what, values, -1, show, against=SAME_SPREAD)
+
+
+def steady(number: Number, words: str) -> Measure:
+    """The standard deviation over Muon's seeds is below 1 % of the mean."""
+
+    def measure(c: Context) -> Evidence:
+        values = list(c.outcome("muon").values(number).values())
+        limit = SAME_SPREAD * float(np.mean(values)) if values else math.nan
+        spread = Spread.of(values, limit)
+        what = f"standard deviation of {words} between seeds, limit {limit:.3f}"
+        return Evidence(what=what, test=spread, expected=-1, show=Unit("", of=lambda log: limit * math.exp(log)))
+
+    return measure
+
+
+def rank_and_loss(c: Context) -> Evidence:
+    """The slope of the final loss against spectral entropy over the runs of each optimizer, whose mean is removed: so
+    the difference between the optimizers does not count."""
+    groups = []
+    for name in ("muon", "adamw"):
+        runs = c.outcome(name).finished()
+        groups.append(([last("spectral_entropy")(run) for run in runs], [run.final_loss for run in runs]))
+    what = "loss per 0.01 more spectral entropy, within an optimizer"
+    return Evidence(
+        what=what,
+        test=common_slope(groups),
+        expected=-1,
+        show=Unit(" nats", of=lambda slope: 0.01 * slope),
+        method="trend",
+    )
+
+
+def final_balance(run: Run) -> tuple[float, float, int]:
+    """Of the last logged shares: mean evenness over layers, greatest share over the mean, dead experts in all."""
+    if not run.experts:
+        raise Lacking("its runs have no experts")
+    end = run.experts[-1]["step"]
+    layers = [balance(line["utilization"]) for line in run.experts if line["step"] == end]
+    evenness = float(np.mean([layer.evenness for layer in layers]))
+    return evenness, max(layer.max_over_mean for layer in layers), sum(layer.dead for layer in layers)
+
+
+def evenness(run: Run) -> float:
+    return final_balance(run)[0]
+
+
+def experts_balanced(c: Context) -> list[Evidence]:
+    """Under either optimizer the entropy of the shares is above 95 % of its maximum."""
+    found = []
+    for name in ("muon", "adamw"):
+        all_runs = [final_balance(run) for run in c.outcome(name).finished()]
+        greatest, dead = max(one[1] for one in all_runs), sum(one[2] for one in all_runs)
+        values = {s: value - BALANCED for s, value in c.outcome(name).values(evenness).items()}
+        remark = f", max over mean {greatest:.2f}, dead experts {dead} in {len(all_runs)} runs"
+        what = f"evenness under {name} (entropy over ln E), limit {BALANCED}"
+        found.append(per_seed(what, values, 1, SHARES, against=BALANCED, method="balance", remark=remark))
+    return found
+
+
+alike_experts: Callable[[Context], Evidence] = versus(evenness, 0, SHARES, method="balance", margin=ALIKE)

@@ -1,0 +1,165 @@
+"""The rows of the claims: their quotes are in the documents, and each measures what it says, on hand-written runs."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+
+from engine.files import ROOT
+from suites.catalog import SCALES, SUITES
+from suites.claims import CLAIMS, STORED_RUNS
+from suites.judging import CONFIRMED, REFUTED, UNDECIDED
+from tests.test_suites import rate_results, results_of, verdicts, winners
+
+SEEDS = ROOT.parent / "shared" / "seeds"
+DOCUMENTS = {"S0": "000", "S1": "001", "S2": "002", "S3": "003", "S4": "004"}
+
+
+def test_every_row_names_its_document_and_quotes_it():
+    assert {claim.source for claim in CLAIMS} == {*DOCUMENTS, STORED_RUNS}
+    assert all(bool(claim.quotes) == (claim.source in DOCUMENTS) for claim in CLAIMS)
+    rows = [(claim.suite, claim.source, claim.statement) for claim in CLAIMS]
+    assert len(rows) == len(set(rows))
+
+
+@pytest.mark.skipif(not SEEDS.is_dir(), reason="the documents are not part of this repository")
+@pytest.mark.parametrize("source", DOCUMENTS)
+def test_every_quote_is_in_the_document_that_it_names(source):
+    (path,) = SEEDS.glob(f"{DOCUMENTS[source]}_*.txt")
+    text = path.read_text(encoding="utf-8")
+    quotes = [quote for claim in CLAIMS if claim.source == source for quote in claim.quotes]
+    assert [quote for quote in quotes if quote not in text] == []
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_conditions_that_rows_name_are_planned(scale):
+    """A name that no suite has would leave its row undecided for ever."""
+    source = (ROOT / "suites/claims.py").read_text(encoding="utf-8")
+    planned = {c.name for suite in SUITES.values() for c in suite.plan(SCALES[scale], winners)}
+    named = re.findall(r'(?:best|lower|higher|as_good|no_better)\(((?:"[^"]*"(?:, )?)+)\)', source)
+    names = {name for words in named for name in re.findall(r'"([^"]*)"', words)}
+    assert len(names) > 12
+    assert names - planned == set()
+
+
+LOW, HIGH = (3.0, 3.01, 2.99), (3.5, 3.52, 3.48)
+
+
+def test_three_steps_are_as_good_as_five_within_a_hundredth_of_the_loss(tmp_path):
+    five = (3.0, 3.1, 2.9)
+    for name, gaps, verdict in (
+        ("equal", (0.001, 0.002, 0.000), CONFIRMED),
+        ("one per cent", (0.032, 0.029, 0.03), UNDECIDED),
+        ("worse", (0.1, 0.101, 0.099), REFUTED),
+    ):
+        three = tuple(a + b for a, b in zip(five, gaps, strict=True))
+        finals = {"ns_steps 3": three, "ns_steps 5": five, "ns_steps 7": five, "ns_steps 10": five}
+        found = verdicts(results_of(tmp_path / name, "moe-ns-steps", finals, device="cpu"))
+        finding = found["Three Newton-Schulz steps are as good as five"]
+        assert finding.verdict == verdict
+        assert "n = 3, margin 0.030 nats" in finding.test
+        assert found["Ten steps are no better than five"].verdict == CONFIRMED
+
+
+def test_a_trend_is_the_slope_of_each_seed(tmp_path):
+    values = (0.85, 0.9, 0.92, 0.95, 0.97, 0.99)
+    finals = {f"momentum {v:g}": tuple(3 + (v - 0.9) * tilt for tilt in (2.0, 2.01, 1.99)) for v in values}
+    results = results_of(tmp_path, "moe-momentum", finals)
+    finding = verdicts(results)["Higher momentum is worse"]
+    assert finding.verdict == CONFIRMED
+    assert "loss from momentum 0.9 to 0.99 along the line through all: 0.180 nats" in finding.numbers
+
+
+def test_opposite_preferences_are_the_difference_of_the_differences(tmp_path):
+    muon = {"cosine": LOW, "linear": LOW, "step": LOW, "constant": (3.2, 3.22, 3.18)}
+    schedule = results_of(tmp_path / "a", "moe-schedule", muon)  # constant costs Muon 0.2
+    names = [c.name for c in SUITES["moe-adam"].plan(SCALES["nano"], winners)]
+    finals = dict.fromkeys(names, HIGH) | {"constant, no warm-up": (3.4, 3.421, 3.379)}  # and AdamW -0.1
+    adamw = results_of(tmp_path / "b", "moe-adam", finals)
+    finding = verdicts(adamw, schedule)["A constant rate suits AdamW and not Muon"]
+    assert finding.verdict == CONFIRMED
+    assert "0.300 nats" in finding.numbers
+    assert "(Muon +0.200, AdamW -0.100)" in finding.numbers
+    assert "needs the runs of moe-schedule" in verdicts(adamw)["A constant rate suits AdamW and not Muon"].numbers
+    both = results_of(tmp_path / "c", "moe-adam", dict.fromkeys(names, HIGH) | {names[1]: (3.7, 3.722, 3.678)})
+    assert verdicts(both, schedule)["A constant rate suits AdamW and not Muon"].verdict == UNDECIDED  # both dislike it
+
+
+def test_other_decays_do_not_help_unless_one_does(tmp_path):
+    names = [c.name for c in SUITES["moe-adam"].plan(SCALES["nano"], winners)]
+    for decay, verdict in (((3.5, 3.521, 3.482), CONFIRMED), ((3.9, 3.92, 3.88), CONFIRMED), (LOW, REFUTED)):
+        finals = dict.fromkeys(names, HIGH) | {"decay 0.2": decay}
+        results = results_of(tmp_path / f"{decay[0]}", "moe-adam", finals)
+        assert verdicts(results)["Other weight decays do not help AdamW"].verdict == verdict
+
+
+def test_how_soon_and_how_far_ahead_by_hand(tmp_path):
+    """Losses fall along lines from 5 over 640 tokens."""
+    finals = {"muon": (3.0, 3.01, 2.99), "adamw": (4.0, 4.01, 3.99)}
+    found = verdicts(results_of(tmp_path / "a", "moe-final", finals, device="cpu"))
+    # AdamW's loss after 30 %: 4.7; Muon's line is there after 15 %
+    assert found["Muon reaches an early loss sooner"].verdict == CONFIRMED
+    assert ": 0.5 times" in found["Muon reaches an early loss sooner"].numbers
+    ahead = found["Muon is ahead after two fifths of the run"]
+    assert f"{100 * (4.2 / 4.6 - 1):.1f} %" in ahead.numbers
+    assert found["The lead is largest early"].verdict == REFUTED  # 4.2 / 4.6 early, 3 / 4 at the end
+    gains = found["AdamW plateaus late while Muon improves"]
+    assert gains.verdict == CONFIRMED
+    assert "0.400 nats" in gains.numbers  # 0.8 against 0.4 over the last two fifths
+    slow = results_of(tmp_path / "b", "moe-final", {"muon": HIGH, "adamw": LOW}, device="cpu")
+    assert verdicts(slow)["Muon reaches an early loss sooner"].verdict == REFUTED
+
+
+def test_balanced_experts_are_judged_by_entropy(tmp_path):
+    finals = {"muon": LOW, "adamw": HIGH}
+    results = results_of(tmp_path, "moe-long", finals, experts=4, spectra=False)
+    finding = verdicts(results)["Both optimizers keep the experts balanced"]
+    p = np.array([2, 1, 1, 1]) / 5  # of each layer, another expert first
+    evenness = -(p * np.log(p)).sum() / math.log(4)
+    assert f"{evenness:.4f}" in finding.numbers
+    assert "max over mean 1.60, dead experts 0 in 3 runs" in finding.numbers
+    assert finding.verdict == CONFIRMED  # 0.961 of at least 0.95, without spread
+    assert verdicts(results)["The experts are used alike under both"].verdict == CONFIRMED
+
+
+def test_spectral_claims_by_hand(tmp_path):
+    """Norms grow from 1 to 2 in ten steps; the smaller half of the values shrinks by `decay` a step."""
+    decay = {"muon": 0.0, "adamw": 0.05}
+    finals = {"muon": LOW, "adamw": HIGH}
+    found = verdicts(results_of(tmp_path, "baseline", finals, device="cpu", decay=lambda name: decay[name]))
+    assert found["AdamW's spectral norms are a lot bigger"].verdict == UNDECIDED
+    assert "muon - adamw: 1 times" in found["AdamW's spectral norms are a lot bigger"].numbers
+    assert found["Entropy stays flat over time"].verdict == CONFIRMED
+    assert found["Muon preserves rank, by spectral entropy"].verdict == CONFIRMED
+    assert found["Runs have identical spectral signatures"].verdict == CONFIRMED
+    stable = found["Muon's spectrum is flatter, by stable rank"]  # of 8, 4, 4, 8, 8, 8: even under Muon
+    ratio = (1 + 0.5**2) / 2
+    assert f"{(1 - ratio) * 40 / 6:.2f} directions" in stable.numbers
+    rank = found["Rank stays flat over time"]
+    assert "+0.00 %" in rank.numbers
+    swapped = results_of(tmp_path / "b", "baseline", finals, device="cpu", decay=lambda name: 0.05 - decay[name])
+    found = verdicts(swapped)
+    assert found["Muon's spectrum is flatter, by stable rank"].verdict == REFUTED
+    assert found["Rank stays flat over time"].verdict == REFUTED
+
+
+def test_the_ratio_of_the_best_rates(tmp_path):
+    rates = {
+        name: [c.fields["lr"] for c in SUITES[name].plan(SCALES["nano"], winners)]
+        for name in ("moe-lr-muon", "moe-lr-adam")
+    }
+
+    def valley(name, best):
+        def at(rate, seed):
+            return 5 + 0.1 * (math.log(rate / best) - 0.01 * seed) ** 2
+
+        losses = [tuple(at(rate, seed) for seed in (-1, 0, 1)) for rate in rates[name]]
+        return rate_results(tmp_path / f"{name}{best}", name, "", losses)
+
+    muon = valley("moe-lr-muon", 0.07)
+    finding = verdicts(muon, valley("moe-lr-adam", 0.001 * 1.1))["Muon's best rate is 70 times AdamW's"]
+    assert "63.6 times" in finding.numbers
+    assert finding.verdict == CONFIRMED  # within a factor of two of 70
+    finding = verdicts(muon, valley("moe-lr-adam", 0.01))["Muon's best rate is 70 times AdamW's"]
+    assert (finding.verdict, "7 times" in finding.numbers) == (REFUTED, True)
