@@ -266,7 +266,7 @@ class SpectraRecorder:
     def _work(self) -> None:
         # A second pool of OpenMP threads during a training on the CPU cost every step 25 % (bench/LOG.md).
         torch.set_num_threads(1 if self.stream is None else max(1, (os.cpu_count() or 2) - 1))
-        if self.stream is None:  # the training's core is this one too
+        if self.stream is None and sys.platform == "linux":  # the training's core is this one too
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LEAST_PRIORITY)
         ended = False
         while not ended:

@@ -7,6 +7,7 @@
 
 import dataclasses
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -251,9 +252,9 @@ def chosen_workers(s: Settings, rank: Rank, before: dict[str, Any]) -> tuple[int
     for flag in ("workers", "threads"):
         if getattr(s, flag) != "auto" and getattr(s, flag) < 1:
             raise BadInput(f"--{flag} {getattr(s, flag)}: must be at least 1")
-    alone = rank.count > 1 or s.device == "cuda"
+    alone = rank.count > 1 or s.device == "cuda" or not hasattr(os, "memfd_create")  # which only Linux has
     if alone and s.workers not in ("auto", 1):
-        raise BadInput(f"--workers {s.workers}: for a CPU and without torchrun, which starts the ranks itself")
+        raise BadInput(f"--workers {s.workers}: for a CPU under Linux, without torchrun, which starts the ranks itself")
     workers, threads = s.workers, s.threads
     if alone:
         workers, threads = 1, 0 if threads == "auto" else threads

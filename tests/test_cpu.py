@@ -125,7 +125,7 @@ def test_workers_follow_flags_the_resumed_run_and_free_cores(monkeypatch, flags,
     [
         ({"workers": 0}, Rank(), "--workers 0: must be at least 1"),
         ({"threads": 0}, Rank(), "--threads 0: must be at least 1"),
-        ({"workers": 2}, Rank(0, 2, 0), "--workers 2: for a CPU and without torchrun"),
+        ({"workers": 2}, Rank(0, 2, 0), "--workers 2: for a CPU under Linux, without torchrun"),
         ({"workers": 3}, Rank(), "--batch-tokens 8192: not divisible by --seq-len 256 x 3 workers"),
     ],
 )
