@@ -27,9 +27,14 @@ NOT_LEARNED = frozenset((*PLACE, *SPEED, *MEASUREMENT))
 NOT_COMPARED = (NOT_LEARNED - {"eval_tokens"}) | {"seed"}
 
 
+# Settings that checkpoints of before do not have, with the value that means the same: it is not hashed.
+ADDED_LATER = {"decay_on": "blocks"}
+
+
 def config_hash(config: dict[str, Any], leave_out: Iterable[str] = NOT_LEARNED) -> str:
     """16 hex digits over the settings that decide what is learned."""
-    kept = {key: value for key, value in config.items() if key not in set(leave_out)}
+    left_out = set(leave_out) | {key for key, value in ADDED_LATER.items() if config.get(key) == value}
+    kept = {key: value for key, value in config.items() if key not in left_out}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -38,6 +43,7 @@ def check_same_run(name: str, old: dict[str, Any], new: dict[str, Any]) -> None:
     if old["config_hash"] == new["config_hash"]:
         return
     hashed = list(new)[: list(new).index("vocab_size") + 1]  # config.json lists the hashed settings first
+    old = ADDED_LATER | old
     changed = [key for key in hashed if key not in NOT_LEARNED and old.get(key) != new[key]]
     differences = ", ".join(f"{key} was {old.get(key)}, is {new[key]}" for key in changed)
     raise BadInput(f"--resume {name}: its settings differ ({differences}); repeat them or choose another name")

@@ -25,8 +25,9 @@ from suites.launcher import OVER, Job, LaterStages
 from suites.results import Results
 
 EVERYTHING = "everything"
-# Settings that are newer than published runs, at the value those runs have: left out of the hash, so names stay.
-ADDED_LATER = {"doc_mask": False, "packing": "stream", "decay_on": "blocks"}
+# Settings that are newer than published runs, at the value those runs have: left out of the hash, so names stay;
+# those that checkpoints lack too are in engine/identity.py.
+PUBLISHED_WITHOUT = {"doc_mask": False, "packing": "stream"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,7 @@ class Planner:
         resolved, _, shards = resolve(Settings(**here | given), Rank())
         # "auto" precision stays "auto" in the hash, so that a login node without a GPU plans the same runs.
         values = identity(resolved, shards) | {"precision": given.get("precision", "auto")}
-        hashed = {k: v for k, v in values.items() if k not in ADDED_LATER or v != ADDED_LATER[k]}
+        hashed = {k: v for k, v in values.items() if k not in PUBLISHED_WITHOUT or v != PUBLISHED_WITHOUT[k]}
         key = config_hash(hashed, (NOT_LEARNED | {"seed"}) - set(MEASUREMENT))
         defaults = {f.name: f.default for f in dataclasses.fields(Settings)}
         words = [word for name, value in given.items() if value != defaults[name] for word in _flag(name, value)]

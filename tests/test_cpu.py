@@ -12,6 +12,7 @@ from engine import compiling, cores, cpu
 from engine.cli import BadInput
 from engine.files import ROOT
 from engine.ranks import Rank
+from kernels.matmul_add import matmul_add_reference
 from settings import Settings, chosen_kernels, chosen_workers, resolve
 
 TOKENS = ROOT / "tests" / "data" / "before" / "tokens"
@@ -85,6 +86,17 @@ def test_onednn_multiplies_only_where_it_is_exact(products, monkeypatch):
     monkeypatch.setattr(cpu, "product_error", lambda: 2e-3)  # of a CPU that rounds to bf16
     cpu._multiply_by_onednn()
     assert products.fp32_precision == "ieee"
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, -0.5])
+@pytest.mark.parametrize("beta", [0.0, 1.0, -2.0])
+def test_sums_with_products_are_right_by_either_library(products, alpha, beta):
+    """PyTorch's batched product by oneDNN is wrong at alpha 0, as the cubic Newton-Schulz polynomial has it."""
+    A, B, C = (torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    exact = alpha * A.double() @ B.double() + beta * C.double()
+    for precision in ("ieee", "bf16"):
+        products.fp32_precision = precision
+        torch.testing.assert_close(matmul_add_reference(A, B, C, alpha, beta).double(), exact, rtol=0, atol=2e-5)
 
 
 def test_only_amd_with_avx512_leaves_half(tmp_path, monkeypatch):
