@@ -27,8 +27,8 @@ INIT_STD = 0.02
 ROPE_BASE = 10_000.0
 EXPERT_PROJECTIONS = ("gate", "up", "down")  # each expert has its own
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # gate: swiglu only
-KERNELS = frozenset(("cross_entropy", "relu2_mlp"))  # fused kernels that a training loss can use
-CPU_KERNELS = KERNELS | {"attention"}  # on a CPU: batched products for short sequences
+KERNELS = frozenset(("cross_entropy", "relu2_mlp"))  # fused kernels that a training loss can use on a GPU
+CPU_KERNELS = KERNELS | {"attention"}  # and on a CPU
 FLEX_MIN_HEAD_WIDTH = 16  # the least that Triton's dot takes; FlexAttention pads other widths, as 48, to a power of two
 # Stored (d_ff, d) like `up`, so that both are one batch for Muon; the map is the transpose.
 STORED_TRANSPOSED = ("down",)
@@ -183,8 +183,9 @@ def document_mask(tokens_BT: Tensor, start: int) -> BlockMask | Tensor:
 class Transformer(nn.Module):
     """A decoder of `config`'s shape. Weights are fp32; activations have `compute_dtype` (fp32 unless set).
 
-    `kernels` names the fused kernels (of KERNELS) that training uses; validation uses none, so that no kernel flatters
-    a score. With `document_start`, the token that begins each document, attention stays within a document.
+    `kernels` names the fused kernels (of KERNELS or CPU_KERNELS) that training uses; validation uses none, so that no
+    kernel flatters a score. With `document_start`, the token that begins each document, attention stays within a
+    document.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:

@@ -234,15 +234,17 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
 
 
 def config_before(given: Settings) -> dict[str, Any]:
-    """config.json of the run to resume, where it trained on a CPU: what this machine would choose anew stays, so that
-    the run does to the bit. Empty where there is none; a damaged one is named later."""
+    """Workers, threads and whether it was compiled, of the run to resume where it trained on a CPU: what this machine
+    would choose anew stays, so that the run does to the bit. Empty where there is none, or a damaged one."""
     if not given.resume:
         return {}
     try:
         config = load_json(given.runs_dir / given.name / CONFIG)
-    except (OSError, BadInput):
+    except BadInput:
         return {}
-    return config if isinstance(config, dict) and config.get("device") == "cpu" else {}
+    found = {"workers": config.get("world_size"), "threads": config.get("threads", 0), "compile": config.get("compile")}
+    counts = [type(found[key]) is int and found[key] >= least for key, least in (("workers", 1), ("threads", 0))]
+    return found if config.get("device") == "cpu" and all(counts) and found["compile"] in ("on", "off") else {}
 
 
 def chosen_workers(s: Settings, rank: Rank, before: dict[str, Any]) -> tuple[int, int]:
@@ -259,8 +261,8 @@ def chosen_workers(s: Settings, rank: Rank, before: dict[str, Any]) -> tuple[int
     if alone:
         workers, threads = 1, 0 if threads == "auto" else threads
     elif before:
-        workers = before.get("world_size", 1) if workers == "auto" else workers
-        threads = before.get("threads", 0) if threads == "auto" else threads
+        workers = before["workers"] if workers == "auto" else workers
+        threads = before["threads"] if threads == "auto" else threads
     free = free_cores() if "auto" in (workers, threads) else 1
     if workers == "auto":
         workers = next((n for n in range(free, 0, -1) if s.batch_tokens % (s.seq_len * n) == 0), 1)
@@ -269,19 +271,19 @@ def chosen_workers(s: Settings, rank: Rank, before: dict[str, Any]) -> tuple[int
 
 def chosen_compile(s: Settings, config: ModelConfig, shards: Shards, before: dict[str, Any]) -> str:
     """--compile as on or off; BadInput where it is asked for and cannot be had."""
-    if s.device == "cuda" or s.compile == "off":
+    if s.device == "cuda":
         return "on" if s.compile == "auto" else s.compile
-    missing = why_no_compiler()
-    if s.compile == "on" and missing:
+    wanted = s.compile if s.compile != "auto" else before.get("compile")
+    if wanted is None:
+        with torch.device("meta"):
+            flops = s.tokens * Transformer(config, shards.vocab_size).flops_per_token(s.seq_len)
+        wanted = "on" if pays(flops, config.layers, s.workers, compiled_code(s, config, shards)) else "off"
+    missing = why_no_compiler() if wanted == "on" else None
+    if missing and s.compile == "on":
         raise BadInput(f"--compile on: {missing}")
-    if s.compile == "on" or before:
-        return before.get("compile", s.compile) if s.compile == "auto" else "on"
-    with torch.device("meta"):
-        flops = s.tokens * Transformer(config, shards.vocab_size).flops_per_token(s.seq_len)
-    wanted = pays(flops, config.layers, s.workers, compiled_code(s, config, shards))
-    if wanted and missing:
+    if missing:
         print(f"not compiled, though it would save time: {missing}", file=sys.stderr)
-    return "on" if wanted and not missing else "off"
+    return "off" if missing else wanted
 
 
 def compiled_code(s: Settings, config: ModelConfig, shards: Shards) -> str:

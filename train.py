@@ -88,6 +88,7 @@ def run(s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> int:
     model.kernels = chosen_kernels(s.kernels, capability(device))
     model.document_start = shards.eot_id if s.doc_mask else None
     sequences, compiled = s.batch_tokens // (s.seq_len * rank.count), s.compile == "on"
+    code = compiled_code(s, config, shards)  # as `resolve` names it
     memory = MemoryCount(model, s.optimizer, sequences, s.seq_len, compiled=compiled)
     # GPUs may have different amounts of memory free: the smallest decides.
     s = dataclasses.replace(s, micro_batch=rank.least(choose_micro_batch(memory, s.micro_batch, device), device))
@@ -147,7 +148,7 @@ def run(s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> int:
             rows = min(2, sequences // s.micro_batch) * s.micro_batch  # two micro-batches accumulate as any number does
             work.warm_up(torch.randint(shards.vocab_size, (rows, s.seq_len + 1)))
             if compiled and rank.index == 0:
-                mark_warm(compiled_code(s, config, shards))
+                mark_warm(code)
             if loaded is not None:
                 restore(folder, loaded, work, layout, loader)
                 loaded = None  # its memory is wanted
@@ -179,7 +180,9 @@ def run(s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> int:
         error = rank.crew.cause(raised) if rank.crew and is_lost_rank(raised) else raised
         read_clocks(progress, clock, spectra)
         if not failed(error, s, folder, memory, speed, progress):
-            raise error from None if error is raised else raised
+            if error is raised:
+                raise
+            raise error from raised
         return 1
     else:
         if status == "finished" and s.plots and rank.index == 0:

@@ -58,11 +58,11 @@ def require(what: str, found: Tensor, exact: Tensor, allowed: float, than: str =
         sys.exit(f"{what} {wrong}")
 
 
-def polynomials(X: Tensor) -> Tensor:
+def polynomials(X: Tensor, coefficients: str = NS_COEFFICIENTS) -> Tensor:
     """Newton-Schulz of normalised matrices in float64, from its formula: X <- a X + b A X + c A A X with A = X Xᵀ."""
     X, tall = X.double(), X.shape[-2] > X.shape[-1]
     X = X.mT if tall else X  # the same polynomial of X, on the small side
-    for a, b, c in coefficient_schedule(NS_COEFFICIENTS, NS_STEPS):
+    for a, b, c in coefficient_schedule(coefficients, NS_STEPS):
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
     return X.mT if tall else X

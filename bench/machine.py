@@ -6,7 +6,6 @@ Reads psutil, py-cpuinfo and, where there is one, nvidia-smi; what cannot be lea
 """
 
 import importlib.util
-import os
 import platform
 import shutil
 import subprocess
@@ -14,7 +13,9 @@ import time
 from types import ModuleType
 from typing import Any
 
+import engine.cores
 from engine import identity
+from engine.cores import own_cores
 
 SAMPLE_SECONDS = 0.5
 QUERY = {
@@ -91,21 +92,13 @@ def cpu_mhz() -> float | None:
 
 def cores() -> int:
     """How many cores this process may use."""
-    return len(_own_cores())
+    return len(own_cores())
 
 
 def busy_cores() -> float | None:
     """Busy cores, averaged over 0.5 s; should be near 0 before a benchmark."""
-    psutil = _installed("psutil")
-    percents = psutil.cpu_percent(SAMPLE_SECONDS, percpu=True) if psutil else []
-    if len(percents) <= max(_own_cores()):  # some cores are offline: their numbers are not positions in the list
-        return None
-    return round(sum(percents[core] for core in _own_cores()) / 100, 2)
-
-
-def _own_cores() -> set[int]:
-    """Numbers of the cores that the affinity of this process allows."""
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    busy = engine.cores.busy_cores(SAMPLE_SECONDS)
+    return None if busy is None else round(busy, 2)
 
 
 def _installed(package: str) -> ModuleType | None:

@@ -9,9 +9,10 @@ Ideal: the same dense products alone by torch.bmm, epilogues free, which nobody 
 cuBLAS rate times what the half products save; the last column is the share of it that was reached.
 """
 
+import functools
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -31,12 +32,14 @@ from bench.harness import (
     polynomials,
     print_table,
     quartiles,
+    relative_error,
     require,
     this_device,
     write_figures,
 )
 from engine.cli import AT_LEAST_1, check_limits, exit_with_a_sentence
 from engine.speed import DEVICES
+from engine.step import prepare_torch
 from kernels import configs
 from kernels.muon import normalize_reference
 from kernels.newton_schulz import NORM_MARGIN, RESTARTS, coefficient_schedule, half_product_cost, iterate, method_of
@@ -259,40 +262,88 @@ def _bmm(X: Tensor, symmetric: bool) -> Tensor:
     return (product + product.mT).mul_(0.5) if symmetric else product
 
 
-def bench_step(model: str, device: torch.device, repeats: int, device_flops: float) -> list[dict[str, Any]]:
-    """The whole Muon step, momentum to updated weights: ours, the stacked compiled form, torch.optim.Muon's loop."""
-    lr = 0.02
-    net = Transformer(SIZES[model], vocab_size=64).to(device)
-    banks = net.banks()
-    for bank in banks:
-        bank.parameter.grad = torch.randn_like(bank.parameter)
-    ours = Muon([{"params": [b.parameter], "transposed": b.transposed} for b in banks], lr=lr)
-    gradients = [p.weight.contiguous() for p in net.projections([b.parameter.grad for b in banks])]
-    before = [p.weight.detach().clone() for p in net.projections()]
+@dataclass
+class MuonStep:
+    """A whole Muon step: the optimizer, its matrices (out, in), and what gives them gradients."""
 
-    def own_weights() -> list[torch.nn.Parameter]:
-        weights = [torch.nn.Parameter(W.clone(memory_format=torch.contiguous_format)) for W in before]
-        for W, gradient in zip(weights, gradients, strict=True):
-            W.grad = gradient.clone()
-        return weights
+    optimizer: torch.optim.Optimizer
+    weights: list[Tensor]
+    give_gradients: Callable[[], None]
+    ours: bool = True
+    """With our coefficients; others have the quintic ones."""
+
+    def run(self) -> None:
+        self.give_gradients()
+        self.optimizer.step()
+
+    def changes(self) -> list[Tensor]:
+        """What the next step changes of each matrix, in float64."""
+        before = [W.detach().double() for W in self.weights]
+        self.run()
+        return [W.detach().double() - old for old, W in zip(before, self.weights, strict=True)]
+
+    def error(self, changes: Sequence[Tensor], gradients: Sequence[Tensor]) -> float:
+        """The largest relative error of a first step's directions against the polynomials in float64."""
+        name = NS_COEFFICIENTS if self.ours else "quintic"
+        exact = [-polynomials(G.double() / G.double().norm() / NORM_MARGIN[name], name) for G in gradients]
+        pairs = zip(changes, exact, strict=True)
+        return max(relative_error(found / found.norm(), right / right.norm()) for found, right in pairs)
+
+
+def muon_steps(net: Transformer, lr: float) -> dict[str, MuonStep]:
+    """Ours on the model's banks, the stacked compiled form and others' Muons on copies of its matrices."""
+    banks = net.banks()
+    gradients = [p.weight.contiguous() for p in net.projections([b.parameter.grad for b in banks])]
+    ours = Muon([{"params": [b.parameter], "transposed": b.transposed} for b in banks], lr=lr)
+    steps = {"ours": MuonStep(ours, [p.weight for p in net.projections()], lambda: None)}  # its gradients stay
+
+    def copied(build: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer], ours: bool) -> MuonStep:
+        weights = [torch.nn.Parameter(p.weight.clone(memory_format=torch.contiguous_format)) for p in net.projections()]
+
+        def give_gradients() -> None:  # some packages free them
+            for W, G in zip(weights, gradients, strict=True):
+                W.grad = G
+
+        return MuonStep(build(weights), weights, give_gradients, ours)
 
     schedule, margin = coefficient_schedule(NS_COEFFICIENTS, NS_STEPS), NORM_MARGIN[NS_COEFFICIENTS]
-    theirs = own_weights()
-    stacked = StackedMuon(theirs, lr=lr, schedule=schedule, norm_margin=margin)
-    loop = torch.optim.Muon(own_weights(), lr=lr, weight_decay=0.0)
-    ours.step()
-    stacked.step()
-    for i, (old, p, W) in enumerate(zip(before, net.projections(), theirs, strict=True)):
-        require(
-            f"whole step, matrix {i}: ours", p.weight.detach() - old, W.detach() - old, PEER_ALLOWED, "the reference"
-        )
-    runs = {"ours": ours.step, "reference": stacked.step, "torch.optim.Muon": loop.step}
-    calls = {name: (lambda i, run=run: run()) for name, run in runs.items()}
+    stacked = functools.partial(StackedMuon, lr=lr, schedule=schedule, norm_margin=margin)
+    steps["reference"] = copied(stacked, ours=True)
+    for name in peers.muons_installed():
+        steps[name] = copied(functools.partial(peers.MUONS[name], lr=lr), ours=False)
+    return steps
+
+
+def bench_step(model: str, device: torch.device, repeats: int, device_flops: float) -> list[dict[str, Any]]:
+    """The whole Muon step, momentum to updated weights: ours and every other that is installed."""
+    net = Transformer(SIZES[model], vocab_size=64).to(device)
+    for bank in net.banks():
+        bank.parameter.grad = torch.randn_like(bank.parameter)
+    gradients = [p.weight.clone() for p in net.projections([b.parameter.grad for b in net.banks()])]
+    steps, changes = muon_steps(net, lr=0.02), {}
+    for name, step in list(steps.items()):
+        try:
+            changes[name] = step.changes()
+        except Exception as error:  # another project's step may fail in any way; the comparison continues without it
+            if step.ours:
+                raise
+            print(f"{name}: installed but not usable here ({type(error).__name__}: {error})")
+            del steps[name]
+    for i, (mine, theirs) in enumerate(zip(changes["ours"], changes["reference"], strict=True)):
+        require(f"whole step, matrix {i}: ours", mine, theirs, PEER_ALLOWED, "the reference")
+    errors = {name: step.error(changes[name], gradients) for name, step in steps.items()}
+    for name in ("ours", "reference"):
+        if not errors[name] <= PEER_ALLOWED:
+            sys.exit(f"whole step: {name} differs from float64 by {errors[name]:.2g}, not timed")
     fields = {"group": f"{model} whole step", "method": "auto", "mode": "as used", "memory": "hot"}
-    products, moved = step_cost([ours])
+    products, moved = step_cost([steps["ours"].optimizer])
     light_us = 1e6 * (products / device_flops + moved / bytes_per_second(device, repeats))
+    calls = {name: (lambda i, step=step: step.run()) for name, step in steps.items()}
     rows = _rows(fields, interleaved(calls, device, repeats), "reference")
-    return [row | {"light_us": light_us, "light_share": light_us / row["median_us"]} for row in rows]
+    return [
+        row | {"light_us": light_us, "light_share": light_us / row["median_us"], "error": errors[row["candidate"]]}
+        for row in rows
+    ]
 
 
 def bytes_per_second(device: torch.device, repeats: int) -> float:
@@ -313,6 +364,8 @@ class Arguments(JsonFlag):
     """Timed rounds of each comparison (a CPU gets a tenth)."""
     small: bool = False
     """Only the nano model's shapes; the default on a CPU."""
+    model: Literal["nano", "88m"] | None = None
+    """Whose matrices the whole step has (default: 88m; nano with --small and on a CPU)."""
     only: tuple[Literal["groups", "products", "step"], ...] = ("groups", "products", "step")
     """What to time: Newton-Schulz by group of matrices, the symmetric product alone, Muon's whole step."""
 
@@ -324,6 +377,7 @@ def main() -> int:
         predict()
         return 0
     check_limits(a)
+    prepare_torch()  # products as train.py has them
     device = this_device()
     small = a.small or device.type == "cpu"
     repeats = max(5, a.repeats if device.type == "cuda" else a.repeats // 10)
@@ -337,7 +391,7 @@ def main() -> int:
     if "products" in a.only:
         rows += _show(bench_squares(device, repeats, SMALL_SQUARES if small else SQUARES))
     if "step" in a.only:
-        rows += _show(bench_step("nano" if small else "88m", device, repeats, device_flops))
+        rows += _show(bench_step(a.model or ("nano" if small else "88m"), device, repeats, device_flops))
     write_figures(a.json, {"rows": rows})
     return 0
 
@@ -356,6 +410,8 @@ def _show(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if "share" in r:
             row |= {"dense TFLOP/s": f"{r['dense_tflops']:.2f}", "ceiling": f"{r['ceiling_tflops']:.1f}"}
             row["share"] = f"{r['share']:.1%}"
+        if "error" in r:
+            row["error"] = f"{r['error']:.1e}"
         if "light_us" in r:
             row |= {"speed of light us": f"{r['light_us']:.1f}", "share of it": f"{r['light_share']:.1%}"}
         shown.append(row)

@@ -1,13 +1,15 @@
 """Other people's batched orthogonalisation, called as its authors mean it to be, for the comparison in newton_schulz.
 
     for name, run in installed(schedule, device).items(): run(X)
+    for name, build in MUONS.items(): optimizer = build(parameters, lr=0.02)
 
-None of them is a dependency; each is timed where it is installed. All get our coefficients and steps; all divide by the
-Frobenius norm themselves, which their times include. A package that is there but cannot start is reported, not hidden.
+None of them is a dependency; each is timed where it is installed. Orthogonalisations get our coefficients and steps and
+divide by the Frobenius norm themselves, which their times include; whole Muon steps (MUONS) are as their packages have
+them. A package that is there but cannot start is reported, not hidden.
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -46,6 +48,26 @@ def emerging_optimizers(schedule: Schedule, device: torch.device) -> Callable[[T
     return run
 
 
+def heavyball_muon(params: Iterable[torch.nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """heavyball's Muon, which compiles its own functions."""
+    import heavyball
+
+    return heavyball.Muon(params, lr=lr)
+
+
+def pytorch_optimizer_muon(params: Iterable[torch.nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """pytorch_optimizer's Muon, which iterates in bf16."""
+    import pytorch_optimizer
+
+    return pytorch_optimizer.Muon([{"params": list(params), "use_muon": True}], lr=lr)
+
+
+def torch_muon(params: Iterable[torch.nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """torch.optim.Muon, a loop that iterates in bf16."""
+    return torch.optim.Muon(params, lr=lr, weight_decay=0.0)
+
+
+MUONS = {"torch.optim.Muon": torch_muon, "heavyball": heavyball_muon, "pytorch_optimizer": pytorch_optimizer_muon}
 PEERS = {"gram-newton-schulz": gram_newton_schulz, "emerging-optimizers": emerging_optimizers}
 
 
@@ -62,12 +84,17 @@ def installed(schedule: Schedule, device: torch.device) -> dict[str, Callable[[T
     return found
 
 
+def muons_installed() -> list[str]:
+    """Those of MUONS that are installed."""
+    return [name for name in MUONS if _is_installed(name)]
+
+
 def report_absent() -> None:
     """One line for each that is not installed."""
-    for name in PEERS:
+    for name in (*PEERS, *MUONS):
         if not _is_installed(name):
             print(f"{name}: absent")
 
 
 def _is_installed(name: str) -> bool:
-    return importlib.util.find_spec(name.replace("-", "_")) is not None
+    return importlib.util.find_spec(name.split(".")[0].replace("-", "_")) is not None

@@ -45,7 +45,7 @@ from engine.step import TrainingStep, prepare_torch
 from metrics import SpectraRecorder
 from model import KERNELS, SIZES, Transformer
 from optim import build_optimizers, step_cost
-from settings import BATCH_TOKENS, DEFAULT_LR, NANO_BATCH_TOKENS, NANO_LR
+from settings import BATCH_TOKENS, CPU_KERNELS_THAT_PAY, DEFAULT_LR, NANO_BATCH_TOKENS, NANO_LR
 
 WARMUP_STEPS = 3
 PROFILED_STEPS = 2
@@ -80,7 +80,7 @@ class Arguments(JsonFlag):
     seconds: float | None = None
     """Start no further round so long after the first one."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile for all of them; auto = on CUDA only."""
+    """torch.compile for all of them; auto = on CUDA, and on a CPU both ways."""
     nanogpt: Path | None = None
     """A checkout of nanoGPT: on a CPU its model.py is timed too."""
     beside: Annotated[int, NOT_NEGATIVE] = 0
@@ -196,6 +196,11 @@ class Workplace:
         ours = [self.ours("muon", kernels) for kernels in (frozenset(), *more)]
         ours += [self.ours("adamw", kernels) for kernels in (frozenset(), *more[-1:])]
         return ours + [self.theirs(optimizer) for optimizer in baseline.OPTIMIZERS]
+
+    def cpu_candidates(self) -> list[Candidate]:
+        """Of what train_cpu.py times, ours and the baseline that it must agree with."""
+        ours = [self.ours(optimizer, CPU_KERNELS_THAT_PAY) for optimizer in ("muon", "adamw")]
+        return [*ours, self.theirs("adamw")]
 
     def random_rows(self, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -431,7 +436,7 @@ def main() -> int:
         f"{machine.device_name()}, torch {torch.__version__}; {a.model}, vocabulary {place.vocab_size:,}, "
         f"{place.batch_tokens:,} tokens per step in micro-batches of {place.micro_batch} x {place.config.seq_len}"
     )
-    candidates = place.candidates()
+    candidates = place.candidates() if place.cuda else place.cpu_candidates()
     check(candidates, place)
     found = time_here(candidates, place) if place.cuda else time_processes(a, place)
     surroundings = time_surroundings(place, found["rows"][0]["step_ms"] / 1e3)

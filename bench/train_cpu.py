@@ -29,16 +29,15 @@ from bench import baseline
 from bench.busy import busy_process
 from bench.harness import print_table, quartiles
 from engine.cli import BadInput
-from engine.cores import free_cores
 from engine.files import ROOT
-from engine.memory import CPU_MICRO_BATCH_TOKENS
+from engine.memory import MemoryCount, choose_micro_batch
 from engine.ranks import Rank
 from engine.shared_memory import sharding_of
 from engine.step import TrainingStep, prepare_torch
 from engine.workers import workers
 from model import SIZES, ModelConfig, Transformer
 from optim import build_optimizers
-from settings import CPU_KERNELS_THAT_PAY, DEFAULT_LR, NANO, NANO_LR
+from settings import CPU_KERNELS_THAT_PAY, DEFAULT_LR, NANO, NANO_LR, Settings, chosen_workers
 
 MICRO_BATCHES = (1024, 2048, 8192)  # tokens that the others may choose from
 PRODUCT = (1024, 512, 128)  # rows, columns and depth of the product whose rate is the light: nano's feed-forward
@@ -138,8 +137,8 @@ def ours(task: Task, optimizer: str, compiled: bool, rank: Rank) -> Step:
     sharding = sharding_of(model, rank)
     optimizers = build_optimizers(model, optimizer, lr=lr, adamw_lr=adamw_lr, sharding=sharding)
     rows = rows_of(task, rank)
-    fitting = max(1, CPU_MICRO_BATCH_TOKENS // task.seq_len)
-    micro_batch = next(m for m in range(min(fitting, len(rows)), 0, -1) if len(rows) % m == 0)
+    memory = MemoryCount(model, optimizer, len(rows), task.seq_len)
+    micro_batch = choose_micro_batch(memory, "auto", rows.device)
     work = TrainingStep(model, optimizers, micro_batch=micro_batch, compiled=compiled, sharding=sharding)
 
     def step() -> float:
@@ -196,10 +195,12 @@ def serve(task: Task) -> None:
     compiled = task.name.endswith(", compiled")
     who, _, kind = task.name.removesuffix(", compiled").partition(", ")
     mine = who in ("ours", "products")
+    count, threads = 1, 0
     if mine:
         prepare_torch()
-    cores = free_cores() if mine else 1
-    with workers(cores, 1 if mine else 0, Rank()) as rank:
+        shape = {"batch_tokens": task.batch_tokens, "seq_len": task.seq_len, "device": "cpu"}
+        count, threads = chosen_workers(Settings(**shape), Rank(), before={})
+    with workers(count, threads, Rank()) as rank:
         torch.manual_seed(0)
         step = ours(task, kind, compiled, rank) if who == "ours" else products() if mine else theirs(task, compiled)
         loss = step()

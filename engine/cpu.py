@@ -19,11 +19,13 @@ EXACT = 1e-5  # bf16 products are off by 2e-3, fp32 ones by 3e-7
 def prepare_cpu() -> None:
     """Settings of the whole process. New pages cost more than what is computed on them: a step of nano frees and
     allocates 100 MB, and takes 1.3 times as long where malloc returns them to the system (bench/LOG.md)."""
+    if torch.cuda.is_available():
+        return
     with contextlib.suppress(AttributeError, OSError):  # another libc than glibc
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, KEEP_BYTES)
         libc.mallopt(M_TRIM_THRESHOLD, 2 * KEEP_BYTES - 1)
-    if not torch.cuda.is_available() and mkl_leaves_half():
+    if mkl_leaves_half():
         _multiply_by_onednn()
 
 

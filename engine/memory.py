@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from engine.cli import GIB, BadInput
+from kernels.attention import MAX_T
 from kernels.cross_entropy import chunk_rows
 
 SLACK = 0.1  # of the device's free memory that is left alone
@@ -41,7 +42,7 @@ class MemoryCount:
         heads_width = c.head_width * (c.heads + 2 * c.kv_heads)
         ffn_widths = 1 if "relu2_mlp" in model.kernels and c.ffn == "relu2" else 4 if c.ffn == "swiglu" else 2
         widths = 5 * c.d_model + 2 * heads_width + ffn_widths * c.d_ff * (c.top_k if c.experts else 1)
-        if "attention" in model.kernels:  # half of the probabilities
+        if "attention" in model.kernels and self.seq_len <= MAX_T:  # half of the probabilities
             widths += c.heads * self.seq_len // 2
         if c.experts:  # also the routed inputs and outputs, and the router's input in fp32
             widths += 2 * c.top_k * c.d_model + 4 * c.d_model // item

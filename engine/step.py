@@ -7,8 +7,9 @@ If a loss or gradient norm is not finite, the device itself skips the change of 
 a step later. train.py runs this class and `evaluate`, bench/train.py times it.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -149,10 +150,8 @@ class TrainingStep:
         The load-balancing loss of a batch is a product of two means over it, so that of its parts does not add up to
         it: this pass without gradients finds one factor, the passes with gradients that follow use it.
         """
-        states = torch.get_rng_state(), torch.cuda.get_rng_state_all()  # noise and dropout are drawn again alike
-        counts = sum(self.choices(rows[:, :-1]) for rows in micro_batches).float()
-        torch.set_rng_state(states[0])
-        torch.cuda.set_rng_state_all(states[1])
+        with random_numbers_kept(self.device):  # noise and dropout are drawn again alike
+            counts = sum(self.choices(rows[:, :-1]) for rows in micro_batches).float()
         if self.world_size > 1:
             dist.all_reduce(counts)
         return counts / counts.sum(-1, keepdim=True)
@@ -172,17 +171,26 @@ class TrainingStep:
         All are undone: weights, optimizer state and random numbers are as before a first step.
         """
         weights = [p.detach().clone() for p in self.model.parameters()]
-        cpu_rng, cuda_rng = torch.get_rng_state(), torch.cuda.get_rng_state_all()
-        for _ in range(WARMUP_STEPS):
-            self.gradients(tokens_BT1)
-            self.apply()
+        with random_numbers_kept(self.device):
+            for _ in range(WARMUP_STEPS):
+                self.gradients(tokens_BT1)
+                self.apply()
         with torch.no_grad():
             for p, weight in zip(self.model.parameters(), weights, strict=True):
                 p.copy_(weight)
             for tensor in (t for o in self.optimizers for state in o.state.values() for t in state.values()):
                 tensor.zero_()  # in place: a captured step keeps reading it
-        torch.set_rng_state(cpu_rng)
-        torch.cuda.set_rng_state_all(cuda_rng)
+
+
+@contextlib.contextmanager
+def random_numbers_kept(device: torch.device) -> Iterator[None]:
+    """Draw in the body without consequence. CUDA is asked only where it trains: a forked worker cannot start it."""
+    cuda = device.type == "cuda"
+    states = torch.get_rng_state(), torch.cuda.get_rng_state_all() if cuda else None
+    yield
+    torch.set_rng_state(states[0])
+    if cuda:
+        torch.cuda.set_rng_state_all(states[1])
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from engine import files
 from engine.cli import BadInput
+from engine.cores import own_cores
 
 MOST_DEATHS = 3  # exits of a run without a summary, after which it is not started again
 BAD_INPUT = 2  # the exit code that a second try cannot change
@@ -169,8 +170,7 @@ def free_slots(jobs: int | None) -> list[dict[str, str]]:
     with one thread. `jobs` overrides their number."""
     gpus = _free_gpus()
     if gpus is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        slots = [{"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}] * cores
+        slots = [{"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}] * len(own_cores())
     elif not gpus:
         raise BadInput("every GPU has more than a tenth of its memory in use; wait, or set CUDA_VISIBLE_DEVICES")
     else:

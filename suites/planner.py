@@ -85,7 +85,7 @@ class Planner:
             given["tokens"] = self.chosen.tokens
         if self.chosen.data is not None:
             given["data"] = self.chosen.data
-        here = {"workers": 1, "threads": 1}  # the machine that trains chooses them
+        here = {"workers": 1, "threads": 1, "compile": "off"}  # the machine that trains chooses them
         resolved, _, shards = resolve(Settings(**here | given), Rank())
         # "auto" precision stays "auto" in the hash, so that a login node without a GPU plans the same runs.
         values = identity(resolved, shards) | {"precision": given.get("precision", "auto")}

@@ -3,9 +3,10 @@
 import json
 import os
 import re
-import types
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -125,10 +126,9 @@ def test_cores_that_others_use_get_no_threads(run_main, monkeypatch, tmp_path):
 
 def test_work_on_our_own_cores_is_counted(monkeypatch):
     percents = [100.0, 0.0, 100.0, 50.0]  # of all cores of the machine
-    fake = types.SimpleNamespace(cpu_percent=lambda interval, percpu: percents if percpu else 62.5)
-    monkeypatch.setattr(machine, "_installed", lambda package: fake)
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval, percpu: percents if percpu else 62.5)
     for ours, busy in (({0, 1, 2, 3}, 2.5), ({1, 3}, 0.5), ({2}, 1.0), ({4}, None)):
-        monkeypatch.setattr(machine, "_own_cores", lambda ours=ours: ours)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, ours=ours: ours)
         assert machine.busy_cores() == busy
         assert machine.cores() == len(ours)
 
@@ -143,6 +143,7 @@ def test_a_machine_is_described_and_what_cannot_be_learned_is_null(monkeypatch):
     assert found is None or described["cpu"] == found[1]
     assert machine.label(described) == f"{described['cores']} CPU cores ({described['cpu']})"
     monkeypatch.setattr(machine, "_installed", lambda package: None)
+    monkeypatch.setitem(sys.modules, "psutil", None)  # not installed
     assert machine.busy_cores() is machine.cpu_mhz() is None
 
 

@@ -1,10 +1,12 @@
 """What a CPU is prepared for, which cores are free, and when compiling pays."""
 
+import json
 import os
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ from engine.cli import BadInput
 from engine.files import ROOT
 from engine.ranks import Rank
 from kernels.matmul_add import matmul_add_reference
-from settings import Settings, chosen_kernels, chosen_workers, resolve
+from settings import Settings, chosen_kernels, chosen_workers, config_before, resolve
 
 TOKENS = ROOT / "tests" / "data" / "before" / "tokens"
 
@@ -24,7 +26,7 @@ def idle(monkeypatch):
     shares = [0.0] * 4
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
     monkeypatch.setattr(cores, "_quota", lambda: float("inf"))
-    monkeypatch.setattr(cores.psutil, "cpu_percent", lambda seconds, percpu: list(shares))
+    monkeypatch.setattr(psutil, "cpu_percent", lambda seconds, percpu: list(shares))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     return lambda *busy: shares.__setitem__(slice(0, len(busy)), busy)
 
@@ -51,7 +53,7 @@ def test_free_cores_are_those_allowed_and_not_busy(idle, monkeypatch):
 
 def test_a_busy_moment_is_looked_at_again(idle, monkeypatch):
     looks = [[90.0] * 4, [0.0] * 4]
-    monkeypatch.setattr(cores.psutil, "cpu_percent", lambda seconds, percpu: looks.pop(0))
+    monkeypatch.setattr(psutil, "cpu_percent", lambda seconds, percpu: looks.pop(0))
     assert cores.free_cores() == 4
     assert not looks
 
@@ -121,9 +123,8 @@ def test_only_amd_with_avx512_leaves_half(tmp_path, monkeypatch):
         ({"workers": 1, "threads": 3}, Rank(), {}, 4, (1, 3)),
         ({}, Rank(0, 2, 0), {}, 4, (1, 0)),
         ({"device": "cuda"}, Rank(), {}, 4, (1, 0)),
-        ({}, Rank(), {"world_size": 3, "threads": 2}, 4, (3, 2)),
-        ({"workers": 1}, Rank(), {"world_size": 3, "threads": 2}, 4, (1, 2)),
-        ({}, Rank(), {"world_size": 1}, 4, (1, 0)),  # of a version without workers: PyTorch's threads
+        ({}, Rank(), {"workers": 3, "threads": 2}, 4, (3, 2)),
+        ({"workers": 1}, Rank(), {"workers": 3, "threads": 2}, 4, (1, 2)),
     ],
 )
 def test_workers_follow_flags_the_resumed_run_and_free_cores(monkeypatch, flags, rank, before, free, wanted):
@@ -162,6 +163,41 @@ def cache(tmp_path, monkeypatch):
 
 def resolved(**flags):
     return resolve(replace(Settings(model="nano", device="cpu", data=TOKENS, workers=2, threads=1), **flags), Rank())
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ({"world_size": 3, "threads": 2, "compile": "on"}, {"workers": 3, "threads": 2, "compile": "on"}),
+        # Of a version without workers: PyTorch's threads.
+        ({"world_size": 1, "compile": "off"}, {"workers": 1, "threads": 0, "compile": "off"}),
+        ({"world_size": 3, "threads": 2, "compile": "on", "device": "cuda"}, {}),
+        ({"world_size": "3", "threads": 2, "compile": "on"}, {}),
+        ({"world_size": 3, "threads": -1, "compile": "on"}, {}),
+        ({"world_size": 3, "threads": 2, "compile": "maybe"}, {}),
+        ({}, {}),
+    ],
+)
+def test_a_resumed_run_keeps_what_its_config_says(tmp_path, config, found):
+    (tmp_path / "run").mkdir()
+    given = Settings(runs_dir=tmp_path, name="run", resume=True)
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"device": "cpu"} | config))
+    assert config_before(given) == found
+    assert config_before(replace(given, resume=False)) == {}
+    (tmp_path / "run" / "config.json").write_text("{")
+    assert config_before(given) == {}
+
+
+def test_a_compiled_run_marks_the_cache_that_the_next_one_looks_into(cache, train_small, monkeypatch):
+    """With the micro-batch left to the run, whose number is known only when it has a model."""
+    monkeypatch.setattr("settings.why_no_compiler", lambda: None)
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)
+    keys, pays = [], compiling.pays
+    monkeypatch.setattr("settings.pays", lambda *a: (keys.append(a[-1]), pays(*a))[1])
+    flags = ("--micro-batch", "auto", "--tokens", 256)
+    assert train_small("first", *flags, "--compile", "on")[0] == 0
+    assert train_small("next", *flags)[0] == 0
+    assert [(cache / "warm" / key).exists() for key in keys] == [True]
 
 
 def test_compiling_pays_for_many_tokens_and_for_fewer_in_a_warm_cache(cache, monkeypatch):
