@@ -1,12 +1,14 @@
 """What the benchmarks promise besides times: refusals, and counts checked by hand."""
 
+import functools
 import sys
 import types
 
 import pytest
 import torch
 
-from bench import peers
+from bench import newton_schulz, peers
+from bench.baseline import StackedMuon
 from bench.harness import fault, interleaved, polynomials, print_table, quartiles, require
 from bench.newton_schulz import dense_flops
 from kernels.newton_schulz import coefficient_schedule, half_product_cost, iterate, method_of
@@ -84,4 +86,32 @@ def test_other_packages_are_used_where_installed_and_named_where_broken_or_absen
     assert peers.installed(SCHEDULE, torch.device("cpu"))["gram-newton-schulz"](torch.ones(1)) == 5
     monkeypatch.setattr(peers, "_is_installed", lambda name: False)
     peers.report_absent()
-    assert capsys.readouterr().out.splitlines() == ["gram-newton-schulz: absent", "emerging-optimizers: absent"]
+    absent = ("gram-newton-schulz", "emerging-optimizers", "torch.optim.Muon", "heavyball", "pytorch_optimizer")
+    assert capsys.readouterr().out.splitlines() == [f"{name}: absent" for name in absent]
+
+
+@pytest.fixture
+def whole_step(monkeypatch):
+    """The benchmark of Muon's step without compilation, next to torch's and to a package whose step fails."""
+
+    class Broken(torch.optim.SGD):
+        def step(self):
+            raise OSError("no compiler")
+
+    monkeypatch.setattr(newton_schulz, "StackedMuon", functools.partial(StackedMuon, compile=False))
+    monkeypatch.setattr(peers, "MUONS", {"torch.optim.Muon": peers.torch_muon, "broken": Broken})
+    monkeypatch.setattr(peers, "muons_installed", lambda: list(peers.MUONS))
+    return lambda: newton_schulz.bench_step("nano", torch.device("cpu"), 1, 1e11)
+
+
+def test_whole_steps_are_timed_with_their_errors_and_a_broken_one_is_named(whole_step, capsys):
+    rows = {row["candidate"]: row for row in whole_step()}
+    assert rows.keys() == {"ours", "reference", "torch.optim.Muon"}
+    assert rows["ours"]["error"] < 1e-4 < 1e-3 < rows["torch.optim.Muon"]["error"] < 0.05  # fp32, bf16
+    assert "broken: installed but not usable here (OSError: no compiler)" in capsys.readouterr().out
+
+
+def test_a_whole_step_that_is_wrong_is_not_timed(whole_step, monkeypatch):
+    monkeypatch.setattr("kernels.optimizer.update_scale", lambda *shape: 1.1)
+    with pytest.raises(SystemExit, match="whole step, matrix 0: ours differs from the reference"):
+        whole_step()

@@ -1,5 +1,6 @@
 """The fused head: its kernel under TRITON_INTERPRET=1 or on a GPU, everything else on the CPU path too."""
 
+import math
 import weakref
 
 import pytest
@@ -61,6 +62,14 @@ def test_extreme_logits_stay_finite_and_nan_or_a_wild_target_stays_in_its_row():
     torch.testing.assert_close(losses[[1, 4]].exp(), torch.tensor([300.0, 10.0], device=DEVICE))
     assert losses[2:4].isnan().all()
     assert logits[[0, 1, 3, 4]].isfinite().all()
+
+
+def test_a_target_whose_probability_underflows_has_its_loss_on_the_cpu_path_too():
+    logits = torch.tensor([[0.0, 300.0, -5.0], [-3e38, 0.0, 3e38], [0.0, 0.0, 0.0]])
+    targets = torch.tensor([0, 2, 1])
+    losses = cross_entropy.softmax_gradient_reference(logits, targets)
+    torch.testing.assert_close(losses, torch.tensor([300.0, 0.0, math.log(3)]))
+    torch.testing.assert_close(logits[:2], torch.tensor([[-1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]))
 
 
 @pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=needs_kernels)])

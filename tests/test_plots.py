@@ -194,6 +194,41 @@ def test_files_of_a_figure_are_the_same_each_time(runs, tmp_path):
     assert width == 2 * 100 * plots.WIDTH
 
 
+DRAW_ON_TWO_CORES = """
+import sys, time
+from pathlib import Path
+from matplotlib.figure import Figure
+from analysis import plots
+plots.free_cores = lambda: 2
+
+def slow():
+    time.sleep(0.5)
+    return Figure()
+
+def wrong():
+    raise ValueError("no such layer")
+
+folder, last = Path(sys.argv[1]), {"slow": slow, "wrong": wrong}[sys.argv[2]]
+caption = plots.Caption("title", "how")
+drawings = [plots.drawing(draw, stem=stem, caption=caption) for stem, draw in (("a", Figure), ("b", last))]
+pictures = plots.save_all(drawings, folder, ("png",))
+print([picture.stem for picture in pictures], sorted(path.name for path in folder.glob("*.png")))
+"""
+
+
+def test_figures_of_all_cores_are_there_when_drawing_returns(tmp_path):
+    words = (sys.executable, "-c", DRAW_ON_TWO_CORES, str(tmp_path))
+    done = subprocess.run((*words, "slow"), cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "['a', 'b'] ['a.png', 'b.png']\n"
+
+
+def test_an_error_on_another_core_is_raised_once(tmp_path):
+    words = (sys.executable, "-c", DRAW_ON_TWO_CORES, str(tmp_path))
+    done = subprocess.run((*words, "wrong"), cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.count("ValueError: no such layer") == 1
+
+
 def test_figures_are_drawn_the_same_whatever_matplotlib_is_told(tmp_path):
     """A notebook's backend in the environment, and a matplotlibrc that asks for LaTeX and another font size."""
     script = (

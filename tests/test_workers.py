@@ -97,12 +97,17 @@ def test_no_worker_outlives_its_parent(shards_folder, tmp_path):
     process = start(command(shards_folder, tmp_path, "run", *LONG, *TWO))
     wait_for_steps(process, tmp_path / "run")
     (worker,) = children_of(process.pid)
+    os.kill(worker, signal.SIGSTOP)  # it cannot learn of it from a lost connection
     process.kill()
-    process.communicate(timeout=60)
+    process.wait(timeout=60)
     deadline = time.monotonic() + 10
-    while not ended(worker):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    try:
+        while not ended(worker):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        if not ended(worker):
+            os.kill(worker, signal.SIGKILL)
 
 
 def test_bad_input_is_one_sentence_from_all_workers(shards_folder, tmp_path):
