@@ -1,6 +1,8 @@
 """The training benchmark: its table and JSON are whole, and a wrong gradient or a bad flag stops it."""
 
+import contextlib
 import json
+import math
 
 import psutil
 import pytest
@@ -29,19 +31,13 @@ SMALL = ("--model", "nano", "--seq-len", 16, "--batch-tokens", 64, "--vocab-size
 
 
 def test_processes_take_turns_and_every_candidate_has_a_row(run_main, tmp_path, monkeypatch):
-    some = [
-        "products",
-        "ours, muon",
-        "ours, adamw",
-        "baseline, adamw",
-        "plain GPT, adamw",
-        "nanoGPT, adamw",
-        "ours, muon, compiled",
-    ]
+    some = ["products", "ours, muon", "ours, adamw", "nanoGPT, adamw", "ours, muon, compiled"]
     assert set(some) < set(train_cpu.names(tmp_path))
     monkeypatch.setattr(train_cpu, "names", lambda nanogpt: some)
+    beside = []
+    monkeypatch.setattr(train_cpu, "busy_process", lambda: contextlib.nullcontext(beside.append("started")))
     (tmp_path / "model.py").write_text(TINY_NANOGPT)
-    file, words = tmp_path / "record.json", ("--compile", "off", "--nanogpt", tmp_path, "--beside", 1)
+    file, words = tmp_path / "record.json", ("--compile", "off", "--nanogpt", tmp_path, "--beside", 2)
     code, out, _ = run_main(bench_train.main, *SMALL, *words, "--json", file)
     assert code == 0
     record = json.loads(file.read_text())
@@ -52,11 +48,20 @@ def test_processes_take_turns_and_every_candidate_has_a_row(run_main, tmp_path, 
         light = row["tokens_per_second"] / record["light_tokens_per_second"]
         assert row["light_share"] == pytest.approx(light)
     speed = {row["candidate"]: row["tokens_per_second"] for row in record["rows"]}
-    ratio = record["ratios"]["ours, muon / plain GPT, adamw"]
-    assert ratio == pytest.approx(speed["ours, muon"] / speed["plain GPT, adamw"])
+    ratio = record["ratios"]["ours, muon / nanoGPT, adamw"]
+    assert ratio == pytest.approx(speed["ours, muon"] / speed["nanoGPT, adamw"])
+    assert beside == ["started"] * 2
     assert record["device"] == "cpu"
     assert record["surroundings"]["spectra_worker_seconds"] > 0
     assert not [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.parametrize("name", ["plain GPT, adamw", "baseline, stacked muon", "baseline, muon"])
+def test_the_others_learn_the_rows_that_they_are_timed_on(name):
+    step = train_cpu.theirs(train_cpu.Task(name, "nano", 300, 16, 64), compiled=False)
+    losses = [step() for _ in range(4)]
+    assert losses[0] == pytest.approx(math.log(300), abs=train_cpu.LOSS_MARGIN)
+    assert losses == sorted(losses, reverse=True)
 
 
 def test_a_file_that_is_not_nanogpts_is_one_sentence(tmp_path):

@@ -56,8 +56,8 @@ def steps_logged_so_far(folder):
     return [line for line in (folder / "metrics.jsonl").read_text().splitlines() if '"train"' in line]
 
 
-UPDATES = 120
-LONG = ("--tokens", str(UPDATES * 256), "--spectra-every", "0", "--eval-every", "120", "--checkpoint-every", "2")
+UPDATES = 60
+LONG = ("--tokens", str(UPDATES * 256), "--spectra-every", "0", "--eval-every", str(UPDATES), "--checkpoint-every", "2")
 
 
 def start(words):
