@@ -23,6 +23,14 @@ def matmul_add_reference(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, b
 
 
 @triton.jit
+def add_product(acc, a, b, WIDEN: tl.constexpr):
+    """acc + a b of two blocks."""
+    if WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
 def accumulate(
     acc,
     a_ptrs,
@@ -48,9 +56,7 @@ def accumulate(
         else:
             a = tl.load(a_ptrs)
             b = tl.load(b_ptrs)
-        if WIDEN:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+        acc = add_product(acc, a, b, WIDEN)
         a_ptrs += step_a
         b_ptrs += step_b
     return acc

@@ -14,13 +14,104 @@ from torch import Tensor
 
 from . import configs
 from .configs import OPS, tl, triton
-from .matmul_add import accumulate, matmul_add_reference
+from .matmul_add import accumulate, add_product, matmul_add_reference
 
 
 def symmetric_matmul_reference(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float) -> Tensor:
     """alpha A B + beta C for (batch, m, k), symmetric to the bit: the lower triangle, mirrored. The CPU path."""
     product = matmul_add_reference(A, B, C, alpha, beta)
     return product.tril() + product.tril(-1).mT
+
+
+@triton.jit
+def store_tile(
+    acc,
+    row_start,
+    col_start,
+    M,
+    pointers,
+    scales,
+    strides,
+    BLOCK: tl.constexpr,
+    HAS_C: tl.constexpr,
+    HAS_D: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Store alpha acc + beta C + gamma D of a square tile, and what lies opposite the diagonal."""
+    c_ptr, d_ptr, out_ptr = pointers
+    alpha, beta, gamma = scales
+    stride_cm, stride_dm, stride_om = strides
+    offs = tl.arange(0, BLOCK).to(tl.int64)
+    mask_m, mask_n = row_start + offs < M, col_start + offs < M
+    inside = mask_m[:, None] & mask_n[None, :]
+    x = acc * alpha
+    if HAS_C:
+        c_ptrs = c_ptr + row_start * stride_cm + col_start + (offs[:, None] * stride_cm + offs[None, :])
+        if MASKED:
+            c = tl.load(c_ptrs, mask=inside, other=0.0)
+        else:
+            c = tl.load(c_ptrs)
+        x += beta * c.to(tl.float32)
+    if HAS_D:
+        d_ptrs = d_ptr + row_start * stride_dm + col_start + (offs[:, None] * stride_dm + offs[None, :])
+        if MASKED:
+            d = tl.load(d_ptrs, mask=inside, other=0.0)
+        else:
+            d = tl.load(d_ptrs)
+        x += gamma * d.to(tl.float32)
+    out = x.to(out_ptr.dtype.element_ty)
+    element = offs[:, None] * stride_om + offs[None, :]
+    tile_ptrs = out_ptr + row_start * stride_om + col_start + element
+    turned = tl.trans(out)
+    if row_start == col_start:
+        # A B of a diagonal tile is not symmetric to the bit by itself: its lower half is taken for both, in registers,
+        # because a store with a mask for each element writes 2 bytes at a time.
+        out = tl.where(offs[:, None] >= offs[None, :], out, turned)
+    else:
+        mirror_ptrs = out_ptr + col_start * stride_om + row_start + element
+        if MASKED:
+            tl.store(mirror_ptrs, turned, mask=mask_n[:, None] & mask_m[None, :])
+        else:
+            tl.store(mirror_ptrs, turned)
+    if MASKED:
+        tl.store(tile_ptrs, out, mask=inside)
+    else:
+        tl.store(tile_ptrs, out)
+
+
+@triton.jit
+def accumulate_lower(
+    a_ptrs,
+    b_ptrs,
+    start,
+    K,
+    stride_am,
+    stride_ak,
+    stride_bk,
+    stride_bm,
+    BLOCK_K: tl.constexpr,
+    HALF: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Upper left, lower left and lower right HALF-square of the tile at (start, start)."""
+    offs = start + tl.arange(0, HALF).to(tl.int64)
+    a_upper, a_lower = a_ptrs + offs[:, None] * stride_am, a_ptrs + (offs + HALF)[:, None] * stride_am
+    b_left, b_right = b_ptrs + offs[None, :] * stride_bm, b_ptrs + (offs + HALF)[None, :] * stride_bm
+    step_a = tl.full((), BLOCK_K, tl.int64) * stride_ak
+    step_b = tl.full((), BLOCK_K, tl.int64) * stride_bk
+    upper_left = tl.zeros((HALF, HALF), dtype=tl.float32)
+    lower_left = tl.zeros((HALF, HALF), dtype=tl.float32)
+    lower_right = tl.zeros((HALF, HALF), dtype=tl.float32)
+    for _ in range(0, tl.cdiv(K, BLOCK_K)):
+        upper, lower, left, right = tl.load(a_upper), tl.load(a_lower), tl.load(b_left), tl.load(b_right)
+        upper_left = add_product(upper_left, upper, left, WIDEN)
+        lower_left = add_product(lower_left, lower, left, WIDEN)
+        lower_right = add_product(lower_right, lower, right, WIDEN)
+        a_upper += step_a
+        a_lower += step_a
+        b_left += step_b
+        b_right += step_b
+    return upper_left, lower_left, lower_right
 
 
 @triton.jit
@@ -53,8 +144,10 @@ def symmetric_matmul_kernel(
     HAS_D: tl.constexpr,
     MASKED: tl.constexpr,
     WIDEN: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
-    """out = alpha A B + beta C + gamma D; columns of C, D and out are adjacent."""
+    """out = alpha A B + beta C + gamma D; columns of C, D and out are adjacent. With SPLIT a tile on the diagonal is
+    computed as three squares of half its side, because its upper right quarter is the mirror of its lower left."""
     tiles = tl.cdiv(M, BLOCK_M)
     tiles_per_matrix = tiles * (tiles + 1) // 2
     pid = tl.program_id(0)
@@ -68,56 +161,28 @@ def symmetric_matmul_kernel(
 
     # 64-bit offsets: beyond 2^31 elements they must be, and with them the compiler folds columns into immediates
     # (108 registers instead of 195 on sm_90 with 128-tiles).
-    offs = tl.arange(0, BLOCK_M).to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
     row_start, col_start = (i * BLOCK_M).to(tl.int64), (j * BLOCK_M).to(tl.int64)
-    mask_m = row_start + offs < M
-    mask_n = col_start + offs < M
-    a_ptrs = a_ptr + batch * stride_ab + (row_start + offs)[:, None] * stride_am + offs_k[None, :] * stride_ak
-    b_ptrs = b_ptr + batch * stride_bb + offs_k[:, None] * stride_bk + (col_start + offs)[None, :] * stride_bm
-
-    acc = tl.zeros((BLOCK_M, BLOCK_M), dtype=tl.float32)
-    acc = accumulate(acc, a_ptrs, b_ptrs, mask_m, mask_n, offs_k, K, stride_ak, stride_bk, BLOCK_K, MASKED, WIDEN)
-
-    x = acc * alpha
-    inside = mask_m[:, None] & mask_n[None, :]
-    if HAS_C:
-        c_ptrs = c_ptr + batch * stride_cb + row_start * stride_cm + col_start
-        c_ptrs = c_ptrs + (offs[:, None] * stride_cm + offs[None, :])
-        if MASKED:
-            c = tl.load(c_ptrs, mask=inside, other=0.0)
-        else:
-            c = tl.load(c_ptrs)
-        x += beta * c.to(tl.float32)
-    if HAS_D:
-        d_ptrs = d_ptr + batch * stride_db + row_start * stride_dm + col_start
-        d_ptrs = d_ptrs + (offs[:, None] * stride_dm + offs[None, :])
-        if MASKED:
-            d = tl.load(d_ptrs, mask=inside, other=0.0)
-        else:
-            d = tl.load(d_ptrs)
-        x += gamma * d.to(tl.float32)
-    out = x.to(out_ptr.dtype.element_ty)
-    element = offs[:, None] * stride_om + offs[None, :]
-    tile_start = batch * stride_ob + row_start * stride_om + col_start
-    if i == j:
-        # A B of a diagonal tile is not symmetric to the bit by itself: its lower half is stored twice.
-        mirrored = offs[None, :] * stride_om + offs[:, None]
-        lower, strict = offs[:, None] >= offs[None, :], offs[:, None] > offs[None, :]
-        if MASKED:
-            lower, strict = lower & inside, strict & inside
-        tl.store(out_ptr + tile_start + element, out, mask=lower)
-        tl.store(out_ptr + tile_start + mirrored, out, mask=strict)
+    a_ptrs = a_ptr + batch * stride_ab + offs_k[None, :] * stride_ak
+    b_ptrs = b_ptr + batch * stride_bb + offs_k[:, None] * stride_bk
+    pointers = c_ptr + batch * stride_cb, d_ptr + batch * stride_db, out_ptr + batch * stride_ob
+    scales, strides = (alpha, beta, gamma), (stride_cm, stride_dm, stride_om)
+    if SPLIT and (i == j):
+        HALF: tl.constexpr = BLOCK_M // 2
+        squares = accumulate_lower(
+            a_ptrs, b_ptrs, row_start, K, stride_am, stride_ak, stride_bk, stride_bm, BLOCK_K, HALF, WIDEN
+        )
+        for s in tl.static_range(3):
+            row, col = row_start + HALF * (s > 0), row_start + HALF * (s > 1)
+            store_tile(squares[s], row, col, M, pointers, scales, strides, HALF, HAS_C, HAS_D, MASKED)
     else:
-        mirror_start = batch * stride_ob + col_start * stride_om + row_start
-        turned = tl.trans(out)
-        if MASKED:
-            inside_turned = mask_n[:, None] & mask_m[None, :]
-            tl.store(out_ptr + tile_start + element, out, mask=inside)
-            tl.store(out_ptr + mirror_start + element, turned, mask=inside_turned)
-        else:
-            tl.store(out_ptr + tile_start + element, out)
-            tl.store(out_ptr + mirror_start + element, turned)
+        offs = tl.arange(0, BLOCK_M).to(tl.int64)
+        mask_m, mask_n = row_start + offs < M, col_start + offs < M
+        a_tile = a_ptrs + (row_start + offs)[:, None] * stride_am
+        b_tile = b_ptrs + (col_start + offs)[None, :] * stride_bm
+        acc = tl.zeros((BLOCK_M, BLOCK_M), dtype=tl.float32)
+        acc = accumulate(acc, a_tile, b_tile, mask_m, mask_n, offs_k, K, stride_ak, stride_bk, BLOCK_K, MASKED, WIDEN)
+        store_tile(acc, row_start, col_start, M, pointers, scales, strides, BLOCK_M, HAS_C, HAS_D, MASKED)
 
 
 def launch_symmetric_matmul(
@@ -150,6 +215,7 @@ def launch_symmetric_matmul(
         HAS_C=C is not None,
         HAS_D=D is not None,
         **configs.tile_constants(tile, masked, A.dtype, square=True),
+        SPLIT=configs.splits(tile, masked),
     )
     return out
 
