@@ -101,12 +101,13 @@ def tiled_launches(shape: Sequence[int], method: str, capability: int = 89) -> l
 
 def tile_work(programs: int, values: dict[str, Any]) -> Work:
     """FLOPs of whole tiles, and bytes between L2 and the SMs: the operands of every step of K, addends, and stores. A
-    symmetric tile is stored twice, on the diagonal once."""
+    symmetric tile is stored twice, on the diagonal once; a split one there leaves out a quarter of its product."""
     m, n, k = values["BLOCK_M"], values.get("BLOCK_N", values["BLOCK_M"]), values["K"]
     symmetric = "BLOCK_N" not in values
     steps = -(-k // values["BLOCK_K"]) * values["BLOCK_K"]
     addends = values["HAS_C"] + values["HAS_D"] if symmetric else 1
     tiles = -(-values["M"] // m)
     stores = 2 * tiles / (tiles + 1) if symmetric else 1
-    moved = (m + n) * steps + (addends + stores) * m * n
-    return Work(flops=programs * 2.0 * m * n * steps, l2_bytes=programs * moved * HALF_BYTES)
+    computed = 1 - 0.25 * 2 / (tiles + 1) if values.get("SPLIT") else 1
+    moved = (m + n) * steps + (addends * computed + stores) * m * n
+    return Work(flops=programs * computed * 2.0 * m * n * steps, l2_bytes=programs * moved * HALF_BYTES)

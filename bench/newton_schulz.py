@@ -115,8 +115,12 @@ def predict() -> None:
         light = flops / device.bf16_flops + MUON_BYTES * parameters / device.bytes_per_second
         print(f"whole 88m step, {gpu}: {1e3 * light:.2f} ms at the speed of light ({MUON_BYTES} B per parameter)")
     if configs.HAS_TRITON:
-        tiled = 1e-6 * sum(map(tiled_us, groups)) + MUON_BYTES * parameters / PREDICTED["RTX 4090"].bytes_per_second
-        print(f"whole 88m step, RTX 4090: {1e3 * tiled:.2f} ms by whole tiles")
+        gpu = PREDICTED["RTX 4090"]
+        passes = MUON_BYTES * parameters / gpu.bytes_per_second
+        tiled = 1e-6 * sum(map(tiled_us, groups)) + passes
+        reference = sum(map(dense_flops, groups)) / gpu.bf16_flops + passes
+        print(f"whole 88m step, RTX 4090: {1e3 * tiled:.2f} ms by whole tiles; the compiled reference with its full")
+        print(f"products needs {1e3 * reference:.2f} ms at the speed of light: {reference / tiled:.2f} times as long")
 
 
 def ideal(X: Tensor, method: str) -> Tensor:

@@ -119,7 +119,7 @@ def variants(capability: int) -> list[Variant]:
     """Every kernel with every tile that the table can choose for this architecture, without repetition."""
     found: dict[Variant, None] = {}
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        for m in (256, 272, 512, 528):  # aligned, and with an edge of 16
+        for m in (128, 144, 256, 272, 512, 528):  # aligned, and with an edge of 16
             found |= dict.fromkeys(_symmetric_variants(capability, dtype, m))
             found |= dict.fromkeys(_matmul_variants(capability, dtype, m))
     tile = Tile(16, 256, 0, 4, 1)

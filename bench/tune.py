@@ -27,7 +27,7 @@ FULL = [
 CASES = {
     "symmetric_small": ((44, 256, 256), SYMMETRIC),
     "symmetric": ((44, 512, 512), SYMMETRIC),
-    "full_small": ((44, 256, 512), FULL),
+    "full_small": ((44, 128, 512), FULL),
     "full": ((44, 512, 2048), FULL),
     "roomy": ((44, 528, 528), [tile for tile in SYMMETRIC if tile.block_m == 128 and tile.num_warps == 8]),
 }

@@ -34,7 +34,8 @@ else:
 OPS = "muon_speedrun" if __package__ == "kernels" else __package__
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run as Python on CPU tensors: for tests
 ALIGNMENT = 16  # elements; rows of such a length load 16 bytes at a time
-SMALL_SIDE = 512  # below it, a row's *_small tiles
+SMALL_SIDE = 512  # below it, a row's symmetric_small tile
+FULL_SMALL_SIDE = 256  # below it, a row's full_small tile
 
 
 class Tile(NamedTuple):
@@ -95,14 +96,14 @@ def symmetric_tile(capability: tuple[int, int], dtype: torch.dtype, m: int, k: i
 def full_tile(capability: tuple[int, int], dtype: torch.dtype, m: int, n: int, k: int) -> tuple[Tile, bool]:
     """The tile of a full (m, k) x (k, n) product, and whether its blocks must be masked."""
     own = row(capability)
-    return _choose(own.full_small if min(m, n) < SMALL_SIDE else own.full, own, dtype, m, n, k)
+    return _choose(own.full_small if min(m, n) < FULL_SMALL_SIDE else own.full, own, dtype, m, n, k)
 
 
 def tail_tile(capability: tuple[int, int], dtype: torch.dtype, m: int, n: int) -> tuple[Tile, bool]:
     """The tile of a full product over a length that only the device knows, and whether the blocks of the (m, n) result
     must be masked. Such a kernel has a second, masked loop for the rest of the length, so it holds more state."""
     own = row(capability)
-    tile = own.full_small if min(m, n) < SMALL_SIDE else own.full
+    tile = own.full_small if min(m, n) < FULL_SMALL_SIDE else own.full
     if INTERPRETED:
         tile = INTERPRETER
     elif dtype == torch.float32:
