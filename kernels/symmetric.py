@@ -5,7 +5,8 @@
 A is (..., m, k), B (..., k, m), C (..., m, m) symmetric; A B is symmetric where B = Aᵀ or where A and B commute.
 Newton-Schulz adds a second addend, gamma D, in the same pass. One launch of exactly batch x t (t + 1) / 2 programs, t =
 ceil(m / tile); each computes one square tile and stores it twice, so the result is symmetric to the bit. FLOPs
-m² k (t + 1) / t instead of 2 m² k; bytes 2 m k + 2 m² items (3 m² with C) if every operand comes from memory once.
+m² k (t + 1) / t instead of 2 m² k, with split diagonal tiles m² k (t + 1/2) / t; bytes 2 m k + 2 m² items (3 m² with C)
+if every operand comes from memory once.
 Bound: a tile of b rows does b / 2 FLOP per byte of L2 traffic.
 """
 
