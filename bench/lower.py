@@ -243,7 +243,7 @@ def surprises(graphs: list[Graph], rows: list[Row], tokens: int, width: int) -> 
             found.append(f"{where}: adds with atomics, in an order that varies from run to run")
         if row.source is None and not row.flops:
             found.append(f"{where}: no Triton kernel, falls back to ATen")
-        if row.flops and "float32" in row.dtypes:
+        if row.flops and row.dtypes == ("float32",):
             found.append(f"{where}: multiplies fp32 operands {row.numel}")
         if row.spills and min(row.spills):
             found.append(f"{where}: every configuration spills, at least {min(row.spills)} B a thread")

@@ -41,6 +41,7 @@ def backward(ending="return (buf3, )"):
     source += kernel("triton_poi_rows_3", ["embedding_dense_backward"], rows, add)
     both = "    tmp0 = tl.load(in_ptr0 + (x0), None)\n    tmp1 = tl.load(in_ptr1 + (x0), None)\n"
     both += "    tl.store(out_ptr0 + (x0), tmp0 + tmp1, None)"
+    head = f"reinterpret_tensor(buf9, ({V}, {D}), ({D}, 1), 0)"
     sum_ = {"in_ptr0": "bf16", "in_ptr1": "fp32", "out_ptr0": "fp32"}
     return (
         source
@@ -58,7 +59,7 @@ def backward(ending="return (buf3, )"):
             f"    triton_poi_zero_2.run(buf2, {V * D}, stream=stream0)\n"
             f"    triton_poi_rows_3.run(tangents_1, primals_2, buf2, {N * D}, stream=stream0)\n"
             f"    buf3 = empty_strided_cuda(({V}, {D}), ({D}, 1), torch.float32)\n"
-            f"    triton_poi_sum_4.run(reinterpret_tensor(buf9, ({V}, {D}), ({D}, 1), 0), buf2, buf3, {V * D}, stream=s)\n"
+            f"    triton_poi_sum_4.run({head}, buf2, buf3, {V * D}, stream=stream0)\n"
             f"    {ending}\n"
         )
     )
