@@ -207,8 +207,8 @@ def compile_variant(variant: Variant) -> Result:
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, attributes)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", variant.capability, 32), options=options)
-    usage, sass = _cuobjdump(compiled.asm["cubin"], "-res-usage"), _cuobjdump(compiled.asm["cubin"], "-sass")
-    registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
+    registers, stack = registers_and_stack(compiled.asm["cubin"])
+    sass = _cuobjdump(compiled.asm["cubin"], "-sass")
     return Result(
         variant.kernel,
         variant.config,
@@ -220,6 +220,12 @@ def compile_variant(variant: Variant) -> Result:
         len(re.findall(r"\bH?G?MMA\.|\bHGMMA|\bQGMMA", sass)),
         len(re.findall(r"\bLDGSTS|\bUTMALDG", sass)),
     )
+
+
+def registers_and_stack(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack of each thread; the stack holds what is spilled."""
+    usage = _cuobjdump(cubin, "-res-usage")
+    return tuple(int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
 
 
 def ctas_per_sm(capability: int, registers: int, shared_bytes: int, num_warps: int) -> int:
