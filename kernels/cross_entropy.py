@@ -5,7 +5,7 @@
 
 x is (N, D), W (V, D). The loss is a mean, so its gradients can be formed at once: each row of logits is turned into its
 dlogits in place, then two matmuls read it. Of the largest tensor of a small model (98 KB per token at V = 49,152 in
-bf16) five passes remain: written, read, written, read, read; PyTorch's compiled cross-entropy makes seven, eager
+bf16) five passes remain: written, read, written, read, read; PyTorch's compiled cross-entropy makes six, eager
 thirteen. The row is read twice, but from L2 the second time. FLOPs 6 N D V, bytes 5 N V items, both for the whole head:
 compute-bound (D = 512: 307 FLOP per byte) everywhere but in the softmax pass itself, which moves 3 of the 5.
 """
