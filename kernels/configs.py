@@ -35,6 +35,7 @@ OPS = "muon_speedrun" if __package__ == "kernels" else __package__
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run as Python on CPU tensors: for tests
 ALIGNMENT = 16  # elements; rows of such a length load 16 bytes at a time
 SMALL_SIDE = 512  # below it, a row's *_small tiles
+HALF_SUM_K = 32  # the most products to sum in fp16; 64 miss the tolerances for a gradient of equal entries
 
 
 class Tile(NamedTuple):
@@ -49,7 +50,8 @@ class Tile(NamedTuple):
 
 class Row(NamedTuple):
     """One architecture: tiles by the smaller side of the result, and the roomy tile for variants with more state
-    (sizes that are not multiples of the tile). `chunked`: it pays to cut a batch into pieces that stay in L2."""
+    (sizes that are not multiples of the tile). `chunked`: it pays to cut a batch into pieces that stay in L2.
+    `half_sums`: GeForce cards multiply at twice the rate where the tensor cores sum in fp16."""
 
     symmetric_small: Tile
     symmetric: Tile
@@ -57,6 +59,7 @@ class Row(NamedTuple):
     full: Tile
     roomy: Tile
     chunked: bool
+    half_sums: bool = False
 
 
 T64 = Tile(64, 64, 64, 4, 3)
@@ -68,10 +71,10 @@ T128_TWO = Tile(128, 128, 32, 4, 4)  # two programs per SM on Ada, where T128 ha
 # SMs below 512. Hopper's tensor cores need 128-tiles throughout. Not measured on any GPU yet.
 TABLE = {
     (8, 0): Row(T64, T128, WIDE, T128, T128, chunked=False),
-    (8, 6): Row(T64, T128_TWO, WIDE, T128_TWO, T128, chunked=False),
-    (8, 9): Row(T64, T128_TWO, WIDE, T128_TWO, T128, chunked=True),
+    (8, 6): Row(T64, T128_TWO, WIDE, T128_TWO, T128, chunked=False, half_sums=True),
+    (8, 9): Row(T64, T128_TWO, WIDE, T128_TWO, T128, chunked=True, half_sums=True),
     (9, 0): Row(T128, T128, T128, Tile(128, 256, 64, 8, 3), T128, chunked=False),
-    (12, 0): Row(T64, T128, WIDE, T128_TWO, T128, chunked=True),
+    (12, 0): Row(T64, T128, WIDE, T128_TWO, T128, chunked=True, half_sums=True),
 }
 DEFAULT = Row(T64, T64, T64, T64, T64, chunked=False)  # fits every GPU since Ampere
 FP32 = Tile(
@@ -110,6 +113,11 @@ def tail_tile(capability: tuple[int, int], dtype: torch.dtype, m: int, n: int) -
     elif tile.block_m == own.roomy.block_m:
         tile = own.roomy
     return tile, _overhangs(tile, m, n, tile.block_k)
+
+
+def sums_in_half(capability: tuple[int, int], dtype: torch.dtype, tile: Tile) -> bool:
+    """Whether a product of Newton-Schulz that tolerates it sums each BLOCK_K products in fp16, and those in fp32."""
+    return row(capability).half_sums and dtype == torch.float16 and tile.block_k <= HALF_SUM_K
 
 
 def _choose(tile: Tile, own: Row, dtype: torch.dtype, m: int, n: int, k: int) -> tuple[Tile, bool]:

@@ -36,8 +36,9 @@ def accumulate(
     BLOCK_K: tl.constexpr,
     MASKED: tl.constexpr,
     WIDEN: tl.constexpr,
+    HALF_SUMS: tl.constexpr = False,
 ):
-    """acc + A B over all of K; the loop of every matmul kernel here."""
+    """acc + A B over all of K; the loop of every matmul kernel here. HALF_SUMS: BLOCK_K products are summed in fp16."""
     step_a = tl.full((), BLOCK_K, tl.int64) * stride_ak  # 32 bits overflow at strides from 2^25 on
     step_b = tl.full((), BLOCK_K, tl.int64) * stride_bk
     for k in range(0, tl.cdiv(K, BLOCK_K)):
@@ -50,7 +51,10 @@ def accumulate(
             b = tl.load(b_ptrs)
         if WIDEN:
             a, b = a.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+        if HALF_SUMS:
+            acc += tl.dot(a, b, out_dtype=tl.float16)
+        else:
+            acc = tl.dot(a, b, acc, input_precision="ieee")
         a_ptrs += step_a
         b_ptrs += step_b
     return acc
@@ -82,6 +86,7 @@ def matmul_add_kernel(
     BLOCK_K: tl.constexpr,
     MASKED: tl.constexpr,
     WIDEN: tl.constexpr,
+    HALF_SUMS: tl.constexpr,
 ):
     """One (BLOCK_M, BLOCK_N) tile of one matrix; columns of out are adjacent."""
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -98,7 +103,9 @@ def matmul_add_kernel(
     b_ptrs = b_ptr + batch * stride_bb + offs_k[:, None] * stride_bk + offs_n[None, :] * stride_bn
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    acc = accumulate(acc, a_ptrs, b_ptrs, mask_m, mask_n, offs_k, K, stride_ak, stride_bk, BLOCK_K, MASKED, WIDEN)
+    acc = accumulate(
+        acc, a_ptrs, b_ptrs, mask_m, mask_n, offs_k, K, stride_ak, stride_bk, BLOCK_K, MASKED, WIDEN, HALF_SUMS
+    )
 
     inside = mask_m[:, None] & mask_n[None, :]
     c_ptrs = c_ptr + batch * stride_cb + offs_m[:, None] * stride_cm + offs_n[None, :] * stride_cn
@@ -118,7 +125,8 @@ def launch_matmul_add(A: Tensor, B: Tensor, C: Tensor, beta: float) -> Tensor:
     """The kernel on (batch, m, k) x (batch, k, n)."""
     batch, m, k = A.shape
     n = B.shape[-1]
-    tile, masked = configs.full_tile(configs.capability(A.device), A.dtype, m, n, k)
+    capability = configs.capability(A.device)
+    tile, masked = configs.full_tile(capability, A.dtype, m, n, k)
     out = configs.empty_matrices(A, batch, m, n)
     configs.launch(
         matmul_add_kernel,
@@ -135,13 +143,15 @@ def launch_matmul_add(A: Tensor, B: Tensor, C: Tensor, beta: float) -> Tensor:
         *B.stride(),
         *C.stride(),
         *out.stride()[:2],
+        HALF_SUMS=configs.sums_in_half(capability, A.dtype, tile),
         **configs.tile_constants(tile, masked, A.dtype),
     )
     return out
 
 
 def matmul_add(A: Tensor, B: Tensor, C: Tensor, beta: float) -> Tensor:
-    """A B + beta C for 3-D tensors of one dtype; fp32 accumulation, returns A's dtype."""
+    """A B + beta C for 3-D tensors of one dtype, returns A's dtype: the operation of Newton-Schulz. Accumulates in
+    fp32, and each 32 products of fp16 numbers in fp16 where that is faster (kernels/configs.py, `half_sums`)."""
     if not configs.runs_triton(A):
         return matmul_add_reference(A, B, C, 1.0, beta)
     return launch_matmul_add(A, B, C, beta)
