@@ -3,9 +3,9 @@
     for launch in tiled_launches((44, 512, 512), "standard"): RTX_4090.cycles(launch.work)
 
 Assumptions, none measured here: an RTX 4090 at 2.52 GHz does 512 FLOP per clock and SM in fp16 with fp32 sums (165.2
-TFLOP/s on its data sheet), 1,024 with fp16 sums, moves 2,048 B per clock from L2 to all SMs, and serves one wavefront of
-128 B of shared memory and 4 instructions per clock and SM. Work is spread evenly over 128 SMs; the busiest part bounds a
-launch.
+TFLOP/s on its data sheet) and 1,024 with fp16 sums, moves 2,048 B per clock from L2 to all SMs, and serves one
+wavefront of 128 B of shared memory and 4 instructions per clock and SM. Work is spread evenly over 128 SMs; the busiest
+part bounds a launch.
 """
 
 from collections.abc import Sequence

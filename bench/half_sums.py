@@ -1,7 +1,7 @@
 """Simulates fp16 sums inside Newton-Schulz on the CPU: errors over 33 kinds of input, or nano trained with them.
 
     python -m bench.half_sums [--shape 128 512] [--k 64] [--every-product] [--toward-zero]
-    python -m bench.half_sums --train 3 --data SHARDS --tokens 4e5
+    python -m bench.half_sums --train 3 --data SHARDS
 
 Iterates are fp16, as on CUDA; the sums of the products with X are fp32, or fp16 over --k products and fp32 over those.
 An fp16 sum takes in 8 products exactly and is rounded to nearest, as an A100's tensor cores do (Fasi et al., "Numerical
@@ -162,8 +162,8 @@ class Arguments(JsonFlag):
     """Round fp16 sums toward zero."""
     train: int = 0
     """Train nano with this many seeds instead, with fp32 and with fp16 sums."""
-    tokens: float = 4e5
-    """Of each training."""
+    tokens: int = 65_536
+    """Of each training, 1,024 to a step."""
     data: Path | None = None
     """Token shards (default: those of make speedrun)."""
 
@@ -193,12 +193,13 @@ def train_nano(a: Arguments) -> list[dict[str, str]]:
     for seed in range(a.train):
         for k in (0, a.k):
             name = f"half-sums-{seed}-{k}"
-            words = ["train.py", "--model", "nano", "--seed", str(seed), "--tokens", str(a.tokens), "--name", name]
+            words = ["train.py", "--model", "nano", "--seed", str(seed), "--tokens", str(int(a.tokens)), "--name", name]
             words += ["--workers", "1", "--compile", "off", "--spectra-every", "0", "--no-plots", "--resume"]
+            words += ["--batch-tokens", "1024", "--eval-every", "1000"]
             words += ["--data", str(a.data)] if a.data else []
             with cuda_arithmetic(k, a.every_product, a.toward_zero), mock.patch.object(sys, "argv", words):
                 train.main()
-            loss = json.loads((files.ROOT / "runs" / name / "summary.json").read_text("utf-8"))["final_val_loss"]
+            loss = json.loads((files.ROOT / "runs" / name / "summary.json").read_text(encoding="utf-8"))["final_val_loss"]
             rows.append({"seed": str(seed), "sums": f"fp16 over {k}" if k else "fp32", "final loss": f"{loss:.4f}"})
     return rows
 
