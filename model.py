@@ -287,7 +287,9 @@ class Transformer(nn.Module):
         # Banks -> for each projection its matrix of every layer.
         per_layer: dict[str, tuple[Tensor, ...]] = {}
         for bank in self.banks():
-            matrices = bank.parameter.to(dtype).unbind(0)  # one cast, and one stack for the gradient; compiled for a GPU a cast per layer
+            matrices = bank.parameter.to(dtype).unbind(
+                0
+            )  # one cast, and one stack for the gradient; compiled for a GPU a cast per layer
             for i, name in enumerate(bank.members):
                 per_layer[name] = matrices[i * c.layers : (i + 1) * c.layers]
 

@@ -65,7 +65,7 @@ def compiled_launches(
 def only_tile(capability: int, tile: Tile) -> Iterator[None]:
     """Every 16-bit product takes this tile, whatever its size; fp32 keeps its own."""
     own = configs.row(divmod(capability, 10))
-    with mock.patch.dict(configs.TABLE, {divmod(capability, 10): Row(*[tile] * 5, chunked=own.chunked)}):
+    with mock.patch.dict(configs.TABLE, {divmod(capability, 10): Row(*[tile] * 5, *own[5:])}):
         yield
 
 

@@ -3,8 +3,9 @@
     for launch in tiled_launches((44, 512, 512), "standard"): RTX_4090.cycles(launch.work)
 
 Assumptions, none measured here: an RTX 4090 at 2.52 GHz does 512 FLOP per clock and SM in fp16 with fp32 sums (165.2
-TFLOP/s on its data sheet), moves 2,048 B per clock from L2 to all SMs, and serves one wavefront of 128 B of shared
-memory and 4 instructions per clock and SM. Work is spread evenly over 128 SMs; the busiest part bounds a launch.
+TFLOP/s on its data sheet) and 1,024 with fp16 sums, moves 2,048 B per clock from L2 to all SMs, and serves one
+wavefront of 128 B of shared memory and 4 instructions per clock and SM. Work is spread evenly over 128 SMs; the busiest
+part bounds a launch.
 """
 
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ class Work(NamedTuple):
     """What a launch asks of each part, all SMs together; DRAM only where operands do not stay in L2."""
 
     flops: float = 0.0
+    half_summed_flops: float = 0.0  # those of `flops` whose sums are fp16
     shared_wavefronts: float = 0.0
     l2_bytes: float = 0.0
     dram_bytes: float = 0.0
@@ -48,7 +50,7 @@ class Rates:
     def cycles(self, work: Work) -> dict[str, float]:
         """Cycles by part; those that are not asked for anything are left out."""
         found = {
-            "tensor": work.flops / self.flops / self.sms,
+            "tensor": (work.flops - work.half_summed_flops / 2) / self.flops / self.sms,
             "shared": work.shared_wavefronts / self.shared_wavefronts / self.sms,
             "L2": work.l2_bytes / self.l2_bytes,
             "DRAM": work.dram_bytes / self.dram_bytes,
@@ -110,4 +112,5 @@ def tile_work(programs: int, values: dict[str, Any]) -> Work:
     stores = 2 * tiles / (tiles + 1) if symmetric else 1
     computed = 1 - 0.25 * 2 / (tiles + 1) if values.get("SPLIT") else 1
     moved = (m + n) * steps + (addends * computed + stores) * m * n
-    return Work(flops=programs * computed * 2.0 * m * n * steps, l2_bytes=programs * moved * HALF_BYTES)
+    flops = programs * computed * 2.0 * m * n * steps
+    return Work(flops, flops * values["HALF_SUMS"], l2_bytes=programs * moved * HALF_BYTES)

@@ -68,7 +68,8 @@ class Variant:
     def config(self) -> str:
         blocks = "x".join(str(v) for k, v in self.constants if k.startswith("BLOCK_"))
         masked = " masked" if dict(self.constants).get("MASKED") else ""
-        return f"{self.dtype} {blocks} w{self.num_warps} s{self.num_stages}{masked}"
+        half_sums = " half sums" if dict(self.constants).get("HALF_SUMS") else ""
+        return f"{self.dtype} {blocks} w{self.num_warps} s{self.num_stages}{masked}{half_sums}"
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,9 @@ def _symmetric_variants(capability: int, dtype: torch.dtype, m: int) -> list[Var
         if has_d and dtype != torch.float16:  # inside Newton-Schulz only
             continue
         constants = {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "HAS_C": has_c}
-        constants |= {"HAS_D": has_d, "MASKED": masked, "WIDEN": False, "SPLIT": configs.splits(tile, masked)}
+        half_sums = not has_c and configs.sums_in_half(divmod(capability, 10), dtype, tile)
+        constants |= {"HAS_D": has_d, "MASKED": masked, "WIDEN": False, "HALF_SUMS": half_sums}
+        constants["SPLIT"] = configs.splits(tile, masked, half_sums)
         made.append(_variant(f"symmetric_matmul {name}", capability, dtype, constants, unit, tile))
     return made
 
@@ -161,7 +164,8 @@ def _matmul_variants(capability: int, dtype: torch.dtype, m: int) -> list[Varian
     unit = ("stride_ak", "stride_bk", "stride_hn")
     calls = [(f"relu2_mlp {name}", {"BACKWARD": name == "backward"}, unit, full) for name in ("forward", "backward")]
     if dtype == torch.float16:
-        calls.append(("matmul_add", {}, ("stride_ak", "stride_bn", "stride_cn"), full))
+        half_sums = {"HALF_SUMS": configs.sums_in_half(pair, dtype, full[0])}
+        calls.append(("matmul_add", half_sums, ("stride_ak", "stride_bn", "stride_cn"), full))
     else:
         rows = configs.full_tile(pair, dtype, grouped_matmul.ANY_LENGTH, m, m)
         outer = configs.tail_tile(pair, dtype, 4 * m, m)

@@ -36,6 +36,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run as Python
 ALIGNMENT = 16  # elements; rows of such a length load 16 bytes at a time
 SMALL_SIDE = 512  # below it, a row's symmetric_small tile
 FULL_SMALL_SIDE = 256  # below it, a row's full_small tile
+HALF_SUM_K = 32  # the most products to sum in fp16; 64 miss the tolerances for a gradient of equal entries
 
 
 class Tile(NamedTuple):
@@ -50,7 +51,8 @@ class Tile(NamedTuple):
 
 class Row(NamedTuple):
     """One architecture: tiles by the smaller side of the result, and the roomy tile for variants with more state
-    (sizes that are not multiples of the tile). `chunked`: it pays to cut a batch into pieces that stay in L2."""
+    (sizes that are not multiples of the tile). `chunked`: it pays to cut a batch into pieces that stay in L2.
+    `half_sums`: GeForce cards multiply at twice the rate where the tensor cores sum in fp16."""
 
     symmetric_small: Tile
     symmetric: Tile
@@ -58,6 +60,7 @@ class Row(NamedTuple):
     full: Tile
     roomy: Tile
     chunked: bool
+    half_sums: bool = False
 
 
 T64 = Tile(64, 64, 64, 4, 3)
@@ -69,10 +72,10 @@ T128_TWO = Tile(128, 128, 32, 4, 4)  # two programs per SM on Ada, where T128 ha
 # SMs below 512. Hopper's tensor cores need 128-tiles throughout. Not measured on any GPU yet.
 TABLE = {
     (8, 0): Row(T64, T128, WIDE, T128, T128, chunked=False),
-    (8, 6): Row(T64, T128_TWO, WIDE, T128_TWO, T128, chunked=False),
-    (8, 9): Row(T64, T128_TWO, WIDE, T128_TWO, T128, chunked=True),
+    (8, 6): Row(T64, T128_TWO, WIDE, T128_TWO, T128, chunked=False, half_sums=True),
+    (8, 9): Row(T64, T128_TWO, WIDE, T128_TWO, T128, chunked=True, half_sums=True),
     (9, 0): Row(T128, T128, T128, Tile(128, 256, 64, 8, 3), T128, chunked=False),
-    (12, 0): Row(T64, T128, WIDE, T128_TWO, T128, chunked=True),
+    (12, 0): Row(T64, T128, WIDE, T128_TWO, T128, chunked=True, half_sums=True),
 }
 DEFAULT = Row(T64, T64, T64, T64, T64, chunked=False)  # fits every GPU since Ampere
 FP32 = Tile(
@@ -113,10 +116,16 @@ def tail_tile(capability: tuple[int, int], dtype: torch.dtype, m: int, n: int) -
     return tile, _overhangs(tile, m, n, tile.block_k)
 
 
-def splits(tile: Tile, masked: bool) -> bool:
+def splits(tile: Tile, masked: bool, half_sums: bool) -> bool:
     """Whether a symmetric product computes a tile on the diagonal as three squares of half its side: at 512 a tenth
-    fewer FLOPs. With 8 warps the squares would read shared memory for longer than they multiply."""
-    return tile.block_m >= 128 and tile.num_warps == 4 and not masked
+    fewer FLOPs. With 8 warps the squares would read shared memory for longer than they multiply, and with fp16 sums
+    L2 is the bound, not the tensor cores."""
+    return tile.block_m >= 128 and tile.num_warps == 4 and not masked and not half_sums
+
+
+def sums_in_half(capability: tuple[int, int], dtype: torch.dtype, tile: Tile) -> bool:
+    """Whether a product of Newton-Schulz that tolerates it sums each BLOCK_K products in fp16, and those in fp32."""
+    return row(capability).half_sums and dtype == torch.float16 and tile.block_k <= HALF_SUM_K
 
 
 def _choose(tile: Tile, own: Row, dtype: torch.dtype, m: int, n: int, k: int) -> tuple[Tile, bool]:

@@ -23,11 +23,14 @@ def matmul_add_reference(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, b
 
 
 @triton.jit
-def add_product(acc, a, b, WIDEN: tl.constexpr):
+def add_product(acc, a, b, WIDEN: tl.constexpr, HALF_SUMS: tl.constexpr):
     """acc + a b of two blocks."""
     if WIDEN:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+    if HALF_SUMS:
+        return acc + tl.dot(a, b, out_dtype=tl.float16)
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -44,8 +47,9 @@ def accumulate(
     BLOCK_K: tl.constexpr,
     MASKED: tl.constexpr,
     WIDEN: tl.constexpr,
+    HALF_SUMS: tl.constexpr = False,
 ):
-    """acc + A B over all of K; the loop of every matmul kernel here."""
+    """acc + A B over all of K; the loop of every matmul kernel here. HALF_SUMS: BLOCK_K products are summed in fp16."""
     step_a = tl.full((), BLOCK_K, tl.int64) * stride_ak  # 32 bits overflow at strides from 2^25 on
     step_b = tl.full((), BLOCK_K, tl.int64) * stride_bk
     for k in range(0, tl.cdiv(K, BLOCK_K)):
@@ -56,7 +60,7 @@ def accumulate(
         else:
             a = tl.load(a_ptrs)
             b = tl.load(b_ptrs)
-        acc = add_product(acc, a, b, WIDEN)
+        acc = add_product(acc, a, b, WIDEN, HALF_SUMS)
         a_ptrs += step_a
         b_ptrs += step_b
     return acc
@@ -88,6 +92,7 @@ def matmul_add_kernel(
     BLOCK_K: tl.constexpr,
     MASKED: tl.constexpr,
     WIDEN: tl.constexpr,
+    HALF_SUMS: tl.constexpr,
 ):
     """One (BLOCK_M, BLOCK_N) tile of one matrix; columns of out are adjacent."""
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -104,7 +109,9 @@ def matmul_add_kernel(
     b_ptrs = b_ptr + batch * stride_bb + offs_k[:, None] * stride_bk + offs_n[None, :] * stride_bn
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    acc = accumulate(acc, a_ptrs, b_ptrs, mask_m, mask_n, offs_k, K, stride_ak, stride_bk, BLOCK_K, MASKED, WIDEN)
+    acc = accumulate(
+        acc, a_ptrs, b_ptrs, mask_m, mask_n, offs_k, K, stride_ak, stride_bk, BLOCK_K, MASKED, WIDEN, HALF_SUMS
+    )
 
     inside = mask_m[:, None] & mask_n[None, :]
     c_ptrs = c_ptr + batch * stride_cb + offs_m[:, None] * stride_cm + offs_n[None, :] * stride_cn
@@ -124,7 +131,8 @@ def launch_matmul_add(A: Tensor, B: Tensor, C: Tensor, beta: float) -> Tensor:
     """The kernel on (batch, m, k) x (batch, k, n)."""
     batch, m, k = A.shape
     n = B.shape[-1]
-    tile, masked = configs.full_tile(configs.capability(A.device), A.dtype, m, n, k)
+    capability = configs.capability(A.device)
+    tile, masked = configs.full_tile(capability, A.dtype, m, n, k)
     out = configs.empty_matrices(A, batch, m, n)
     configs.launch(
         matmul_add_kernel,
@@ -141,13 +149,15 @@ def launch_matmul_add(A: Tensor, B: Tensor, C: Tensor, beta: float) -> Tensor:
         *B.stride(),
         *C.stride(),
         *out.stride()[:2],
+        HALF_SUMS=configs.sums_in_half(capability, A.dtype, tile),
         **configs.tile_constants(tile, masked, A.dtype),
     )
     return out
 
 
 def matmul_add(A: Tensor, B: Tensor, C: Tensor, beta: float) -> Tensor:
-    """A B + beta C for 3-D tensors of one dtype; fp32 accumulation, returns A's dtype."""
+    """A B + beta C for 3-D tensors of one dtype, returns A's dtype: the operation of Newton-Schulz. Accumulates in
+    fp32, and each 32 products of fp16 numbers in fp16 where that is faster (kernels/configs.py, `half_sums`)."""
     if not configs.runs_triton(A):
         return matmul_add_reference(A, B, C, 1.0, beta)
     return launch_matmul_add(A, B, C, beta)

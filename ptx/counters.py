@@ -34,6 +34,8 @@ def class_of(instruction: Instruction) -> str:
         return "cp.async" if len(instruction.operands) > 1 else "cp.async.wait"
     if name in ("fma", "add", "mul", "sub") and any(w.startswith(("f32", "f16", "bf16")) for w in words[1:]):
         return "float"
+    if name == "mma" and words[-4] == "f16":
+        return "mma.f16"  # fp16 sums, which some GPUs do at twice the rate
     return CLASSES.get(name, "integer")
 
 

@@ -2,7 +2,9 @@
 
     execute = OPERATIONS["mma"](program, instruction); execute(machine, mask)
 
-Products of 16-bit numbers are exact in fp32, where they are summed; the order of a tensor core's sums is not public.
+Products of 16-bit numbers are exact in fp32, where they are summed; the order of a tensor core's sums is not public. An
+fp16 addend takes in 8 products at a time and is rounded to nearest after them, as an A100 does (Fasi et al., "Numerical
+behavior of NVIDIA tensor cores", 2021).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from .decoder import Execute
     from .machine import Machine
 
+HALF_SUM = 8  # products between two roundings of an fp16 sum
 REDUCTIONS = {"add": np.add, "min": np.minimum, "max": np.maximum}
 REDUCTIONS |= {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 
@@ -70,12 +73,15 @@ def _matrix_product(program: Program, instruction: Instruction) -> Execute:
     """
     shape = next((word for word in instruction.words if re.fullmatch(r"m16n8k\d+", word)), None)
     d_kind, a_kind, b_kind, c_kind = instruction.words[-4:]
-    if shape is None or (d_kind, c_kind) != ("f32", "f32") or a_kind != b_kind or a_kind not in ("f16", "bf16", "tf32"):
+    in_half = d_kind == "f16"
+    summed = a_kind == "f16" if in_half else d_kind == "f32" and a_kind in ("f16", "bf16", "tf32")
+    if shape is None or d_kind != c_kind or a_kind != b_kind or not summed:
         raise instruction.unknown()
     per_register = 4 // WIDTHS[a_kind]
     halves = int(shape.removeprefix("m16n8k")) // (4 * per_register)
     results, a_names, b_names, addends = instruction.operands
-    get_c, put = [source(program, name, "f32") for name in addends], [sink(program, name, "f32") for name in results]
+    kind = "b32" if in_half else "f32"  # two fp16 numbers in a register
+    get_c, put = [source(program, name, kind) for name in addends], [sink(program, name, kind) for name in results]
 
     def fragment(m: Machine, names: list[str], rows_of_eight: int) -> Array:
         """(programs x warps, rows, k) in fp32; computed once while its registers stay the same arrays."""
@@ -97,7 +103,18 @@ def _matrix_product(program: Program, instruction: Instruction) -> Execute:
         for n, (c, write) in enumerate(zip(get_c, put, strict=True)):
             write(m, D[:, :, n >> 1, :, :, n & 1].reshape(m.shape) + c(m), mask)
 
-    return run
+    def run_in_half(m: Machine, mask: Mask) -> None:
+        A, B = fragment(m, a_names, 2), fragment(m, b_names, 1)
+        D = _elements(np.stack([np.broadcast_to(c(m), m.shape) for c in get_c]), "f16")
+        D = D.reshape(2, m.programs * m.warps, 8, 8).swapaxes(0, 1).reshape(-1, 16, 8)
+        for k in range(0, A.shape[2], HALF_SUM):
+            D = D + A[:, :, k : k + HALF_SUM] @ B[:, :, k : k + HALF_SUM].swapaxes(1, 2)
+            D = D.astype(np.float16).astype(np.float32)
+        rows = D.astype(np.float16).reshape(-1, 2, 8, 8)
+        for n, write in enumerate(put):
+            write(m, np.ascontiguousarray(rows[:, n]).view(np.uint32).reshape(m.shape), mask)
+
+    return run_in_half if in_half else run
 
 
 def _elements(registers: Array, kind: str) -> Array:

@@ -5,15 +5,16 @@ import re
 import pytest
 import torch
 
-from kernels import configs, newton_schulz, symmetric
+from kernels import configs, matmul_add, newton_schulz, symmetric
 
 if configs.INTERPRETED or not configs.HAS_TRITON:
     pytest.skip("the interpreter of Triton replaces every kernel", allow_module_level=True)
 
 import ptx
 from bench import compiled, compiled_cases, compiled_counts
-from bench.compiled_launches import compiled_launches, faults_of
+from bench.compiled_launches import compiled_launches, faults_of, only_tile
 from bench.cycles import RTX_4090, Work, tiled_launches
+from bench.half_sums import half_summed
 from kernels.configs import Tile
 from kernels.cross_entropy import launch_softmax_gradient
 
@@ -100,6 +101,32 @@ def test_a_short_row_of_the_softmax_pass_is_held_by_one_warp_and_a_long_one_by_s
     assert faults_of(launches) == []
 
 
+def test_fp16_sums_of_compiled_code_equal_the_simulation_to_the_bit():
+    """Integers, so that fp32 is exact; their sums of 32 products pass 2,048, where fp16 rounds them."""
+    generator = torch.Generator().manual_seed(0)
+    A, B = (torch.randint(-40, 41, shape, generator=generator).half() for shape in ((1, 128, 96), (1, 96, 128)))
+    with compiled_launches(89) as launches, only_tile(89, configs.T128_TWO):
+        found = symmetric.launch_symmetric_matmul(A, A.mT, None, 2.0**-8, 0.0, half_sums=True)
+        exact = symmetric.launch_symmetric_matmul(A, A.mT, None, 2.0**-8, 0.0)
+        full = matmul_add.launch_matmul_add(A, B, torch.zeros_like(found), 0.0)
+    assert faults_of(launches) == []
+    assert [launch.instructions["mma.f16"] > 0 for launch in launches] == [True, False, True]
+    assert torch.equal(found, (half_summed(A, A.mT, 32) * 2.0**-8).half())
+    assert torch.equal(full, half_summed(A, B, 32).half())
+    assert torch.equal(exact, (A.float() @ A.float().mT * 2.0**-8).half())
+    assert not torch.equal(found, exact)
+
+
+@pytest.mark.parametrize(
+    ("capability", "summed"), [(89, [0, 10, 11, 17]), (86, [0, 10, 11, 17]), (120, [10, 17]), (80, []), (90, [])]
+)
+def test_the_products_with_x_sum_in_fp16_on_geforce_cards_alone(capability, summed):
+    """Of the 18 launches of the Gram form; 120's symmetric tile takes 64 of K at once, too many for one sum."""
+    works = [launch.work for launch in tiled_launches((1, 512, 2048), "gram", capability)]
+    assert [n for n, work in enumerate(works) if work.half_summed_flops] == summed
+    assert all(work.half_summed_flops in (0, work.flops) for work in works)
+
+
 @pytest.mark.parametrize(("shape", "method", "steps"), [((1, 128, 256), "gram", 5), ((1, 256, 256), "standard", 1)])
 def test_work_counted_by_tiles_equals_what_the_compiled_code_executes(shape, method, steps, monkeypatch):
     """FLOPs, sectors read and sectors stored; at 256 a tile on the diagonal is three squares of half its side."""
@@ -119,6 +146,8 @@ def test_the_busiest_part_of_a_launch_is_its_time():
     work = Work(flops=512 * 128 * 1000.0, l2_bytes=2048 * 800.0, instructions=4 * 128 * 300.0)
     assert RTX_4090.cycles(work) == {"tensor": 1000, "L2": 800, "issue": 300}
     assert RTX_4090.seconds(work) == 1000 / 2.52e9
+    halved = Work(flops=512 * 128 * 1000.0, half_summed_flops=512 * 128 * 400.0)
+    assert RTX_4090.cycles(halved) == {"tensor": 800}
     assert RTX_4090.flops * RTX_4090.sms * RTX_4090.clock_hz == pytest.approx(165.2e12, rel=1e-3)
 
 

@@ -116,7 +116,7 @@ def test_an_instruction_follows_its_definition(instruction, registers, expected)
         "bar.sync 1, 64",
         "add.cc.u32 %r1, %r2, %r3",
         "cvt.rz.f16.f32 %rs1, %r1",
-        "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%r1, %r2}, {%r1, %r2, %r3, %r4}, {%r1, %r2}, {%r1, %r2}",
+        "mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%r1, %r2}, {%r1, %r2, %r3, %r4}, {%r1, %r2}, {%r1, %r2}",
     ],
 )
 def test_an_instruction_that_is_not_covered_is_refused_by_name(instruction):
