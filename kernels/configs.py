@@ -78,7 +78,7 @@ FP32 = Tile(
     64, 64, 32, 4, 3
 )  # exact fp32 has no tensor cores; with 8 warps it spills on sm_120, with 2 stages on sm_90
 FP32_TAIL = Tile(32, 32, 32, 4, 3)  # with a second, masked loop FP32 spills 750 bytes, 64 x 64 x 16 spills 8
-SMALL = (Tile(32, 64, 0, 2, 4), Tile(64, 32, 0, 4, 4))  # block_m rows and columns of R, block_n columns of X at a time
+SMALL = (Tile(32, 64, 0, 2, 5), Tile(64, 32, 0, 4, 4))  # block_m rows and columns of R, block_n columns of X at a time
 INTERPRETER = Tile(64, 64, 64, 4, 1)  # the interpreter's time grows with the number of blocks
 
 
