@@ -130,12 +130,11 @@ def half_product_cost(shape: Sequence[int], method: str, steps: int) -> tuple[fl
         return batch * steps * (3.0 * m * m * n + m**3), batch * steps * 2.0 * (4 * m * n + 5 * m * m), 3 * steps
     segments = 1 + sum(i < steps for i in restarts_of(m))
     squares = 4 * steps - 3 * segments
+    flops = batch * (segments * 3.0 * m * m * n + squares * m**3)
+    if small.fits(shape):
+        return flops, batch * 2.0 * 2 * m * n, 1
     moved = segments * (3 * m * n + 2 * m * m) + 3.5 * squares * m * m
-    return (
-        batch * (segments * 3.0 * m * m * n + squares * m**3),
-        batch * 2.0 * moved,
-        1 if small.fits(shape) else 2 * segments + squares,
-    )
+    return flops, batch * 2.0 * moved, 2 * segments + squares
 
 
 def iterate(X: Tensor, schedule: list[tuple[float, float, float]], method: str) -> Tensor:
