@@ -49,7 +49,7 @@ speedrun: setup
 # Two tests at a time, each on one thread.
 test: export OMP_NUM_THREADS = 1
 test: setup
-	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --dist worksteal tests/test_symmetric.py tests/test_muon_kernels.py tests/test_cross_entropy.py \
+	TRITON_INTERPRET=1 $(PY) -m pytest -n 2 --dist worksteal tests/test_symmetric.py tests/test_small.py tests/test_muon_kernels.py tests/test_cross_entropy.py \
 	  tests/test_relu2_mlp.py tests/test_grouped_matmul.py
 	$(PY) -m pytest -n 2 --dist worksteal
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import ptx
 from bench.compiled_launches import CAPABILITIES, compiled_launches, faults_of, only_tile
-from kernels import configs, cross_entropy, grouped_matmul, matmul_add, muon, newton_schulz, relu2_mlp, symmetric
+from kernels import configs, cross_entropy, grouped_matmul, matmul_add, muon, newton_schulz, relu2_mlp, small, symmetric
 from kernels.configs import Tile
 from optim import Muon
 
@@ -231,6 +231,23 @@ def orthogonalize_checks(quick: bool) -> Iterator[Check]:
         yield Check(f"{shape} {method} {name}", "" if error < 0.02 else f"relative error {error:.2g}, 0.02 allowed")
 
 
+def small_checks(quick: bool) -> Iterator[Check]:
+    """Whole small matrices in one program against the polynomials in float64."""
+    shapes = [(2, 64, 96), (1, 80, 40), (3, 16, 48)]
+    shapes += [] if quick else [(1, 64, 512), (2, 512, 64), (1, 33, 100), (2, 32, 128), (1, 70, 20), (1, 1, 5)]
+    for shape, steps in itertools.product(shapes, (5,) if quick else (1, 2, 3, 4, 5, 7)):
+        schedule = newton_schulz.coefficient_schedule("polar_express", steps)
+        X = muon.normalize_reference(matrix(*shape, ROWS, FLOAT), 1.0605).to(HALF)
+        restarts = newton_schulz.restarts_of(min(shape[1:]))
+        found = small.launch_small(X, schedule, restarts).double()
+        exact = newton_schulz.iterate_standard(X.double(), schedule)
+        error = ((found - exact).norm() / exact.norm()).item()
+        allowed = 0.02 if min(shape[1:]) > 1 else 0.08
+        yield Check(
+            f"{shape} {steps} steps", "" if error < allowed else f"relative error {error:.2g}, {allowed} allowed"
+        )
+
+
 def muon_checks(quick: bool) -> Iterator[Check]:
     """Whole fused steps over banks against the same steps in PyTorch operations, one of them with found_inf."""
     cases: list[tuple[tuple[int, ...], dict]] = [((4, 48, 80), {"transposed": (False, False, True, True)})]
@@ -266,6 +283,7 @@ OTHERS: dict[str, Callable[[bool], Iterator[Check]]] = {
     "passes of Muon": pass_checks,
     "softmax_gradient": softmax_checks,
     "orthogonalize": orthogonalize_checks,
+    "small matrices": small_checks,
     "Muon's step": muon_checks,
 }
 

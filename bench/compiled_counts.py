@@ -27,7 +27,7 @@ FLOPS_OF_MMA = 2 * 16 * 8 * 16  # m16n8k16, of 16-bit numbers
 SHARED = ("ld.shared", "st.shared", "ldmatrix", "stmatrix", "cp.async.shared")
 READ, WRITTEN = ("ld.global", "cp.async.global"), ("st.global",)
 FOLDED = ("integer", "mov")  # classes of instructions that ptxas mostly folds into others
-COUNTED_GROUPS = tuple(name for name in GROUPS if name.startswith("88m"))
+COUNTED_GROUPS = tuple(name for name in GROUPS if name.startswith("88m") or "heads" in name)
 
 
 @dataclass(frozen=True)

@@ -111,11 +111,13 @@ def product_cases(device: torch.device, shape: tuple[int, ...], dtype: torch.dty
 
 
 def newton_schulz_cases(device: torch.device, shape: tuple[int, ...]) -> list[Case]:
-    """Both methods, and Muon's step with wide and tall matrices."""
+    """Both methods, matrices of a head's size, and Muon's step with wide and tall matrices."""
     G = made(device, torch.float32, *shape)
+    heads = G[:, :48]
     calls = [
         ("orthogonalize, standard", G, lambda: orthogonalize(G, method="standard"), lambda: polynomials(normalized(G))),
         ("orthogonalize, gram", G, lambda: orthogonalize(G, method="gram"), lambda: polynomials(normalized(G))),
+        ("orthogonalize, small", heads, lambda: orthogonalize(heads), lambda: polynomials(normalized(heads))),
         *(("Muon's step", g, partial(stepped, g), partial(first_step, g, 0.95)) for g in (G, G.mT.contiguous())),
     ]
     return [

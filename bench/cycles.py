@@ -104,6 +104,8 @@ def tiled_launches(shape: Sequence[int], method: str, capability: int = 89) -> l
 def tile_work(programs: int, values: dict[str, Any]) -> Work:
     """FLOPs of whole tiles, and bytes between L2 and the SMs: the operands of every step of K, addends, and stores. A
     symmetric tile is stored twice, on the diagonal once; a split one there leaves out a quarter of its product."""
+    if "SEGMENTS" in values:
+        return small_work(programs, values)
     m, n, k = values["BLOCK_M"], values.get("BLOCK_N", values["BLOCK_M"]), values["K"]
     symmetric = "BLOCK_N" not in values
     steps = -(-k // values["BLOCK_K"]) * values["BLOCK_K"]
@@ -114,3 +116,12 @@ def tile_work(programs: int, values: dict[str, Any]) -> Work:
     moved = (m + n) * steps + (addends * computed + stores) * m * n
     flops = programs * computed * 2.0 * m * n * steps
     return Work(flops, flops * values["HALF_SUMS"], l2_bytes=programs * moved * HALF_BYTES)
+
+
+def small_work(programs: int, values: dict[str, Any]) -> Work:
+    """The same of kernels/small.py: each program does every iteration of one matrix, all of it in whole squares."""
+    m, n = values["BLOCK_M"], -(-values["N"] // values["BLOCK_N"]) * values["BLOCK_N"]
+    segments = values["SEGMENTS"]
+    squares = 4 * len(values["A"]) - 3 * segments
+    flops = segments * 4.0 * m * m * n + squares * 2.0 * m**3
+    return Work(flops=programs * flops, l2_bytes=programs * segments * 3.0 * m * n * HALF_BYTES)

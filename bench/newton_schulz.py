@@ -54,11 +54,12 @@ GROUPS = {
     "moe-79m experts": (48, 1536, 384),
     "108m q, k, v, o": (30, 768, 768),
     "108m up, down": (20, 3072, 768),
+    "352 heads of 64x512": (352, 64, 512),  # the 88m model's q, k, v, o, head by head
     "1 x 1024x4096": (1, 1024, 4096),
     "1 x 4096x16384": (1, 4096, 16384),
 }
 SQUARES = {f"32 x {m}x{m}": (32, m, m) for m in (256, 512, 1024)} | {"44 x 512x512": (44, 512, 512)}
-SMALL_GROUPS = {"nano q, o": (8, 128, 128), "nano up, down": (8, 512, 128)}
+SMALL_GROUPS = {"nano q, o": (8, 128, 128), "nano k, v": (8, 64, 128), "nano up, down": (8, 512, 128)}
 SMALL_SQUARES = {"8 x 128x128": (8, 128, 128)}
 PREDICTED = {"RTX 4090": DEVICES["NVIDIA GeForce RTX 4090"], "H200": DEVICES["NVIDIA H200"]}
 LAUNCH_SECONDS = 1.5e-6  # of one kernel inside a CUDA graph, typical

@@ -7,6 +7,7 @@ and reads the machine code. Exits 1 on a spill, on missing tensor-core or asynch
 configuration that does not fit. About a second per variant and core, once; Triton caches the results.
 """
 
+import itertools
 import json
 import os
 import re
@@ -21,8 +22,8 @@ from typing import Any
 import torch
 import tyro
 
-from bench.harness import print_table
-from kernels import configs, cross_entropy, grouped_matmul, matmul_add, muon, relu2_mlp, symmetric
+from bench.harness import NS_COEFFICIENTS, NS_STEPS, print_table
+from kernels import configs, cross_entropy, grouped_matmul, matmul_add, muon, newton_schulz, relu2_mlp, small, symmetric
 from kernels.configs import Tile
 
 
@@ -104,6 +105,7 @@ class Result:
 KERNELS = {
     "symmetric_matmul": symmetric.symmetric_matmul_kernel,
     "matmul_add": matmul_add.matmul_add_kernel,
+    "small": small.small_kernel,
     "momentum": muon.momentum_kernel,
     "rescale": muon.rescale_kernel,
     "update": muon.update_kernel,
@@ -113,7 +115,7 @@ KERNELS = {
     "softmax_gradient": cross_entropy.softmax_gradient_kernel,
 }
 
-MATMULS = ("symmetric_matmul", "matmul_add", "relu2_mlp", "grouped_matmul", "grouped_outer")
+MATMULS = ("small", "symmetric_matmul", "matmul_add", "relu2_mlp", "grouped_matmul", "grouped_outer")
 
 
 def variants(capability: int) -> list[Variant]:
@@ -123,6 +125,7 @@ def variants(capability: int) -> list[Variant]:
         for m in (128, 144, 256, 272, 512, 528):  # aligned, and with an edge of 16
             found |= dict.fromkeys(_symmetric_variants(capability, dtype, m))
             found |= dict.fromkeys(_matmul_variants(capability, dtype, m))
+    found |= dict.fromkeys(_small_variants(capability))
     tile = Tile(16, 256, 0, 4, 1)
     block = {"BLOCK_R": tile.block_m, "BLOCK_C": tile.block_n}
     momentum = {"HAS_MOMENTUM": True, "NESTEROV": True}
@@ -154,6 +157,18 @@ def _symmetric_variants(capability: int, dtype: torch.dtype, m: int) -> list[Var
         constants |= {"HAS_D": has_d, "MASKED": masked, "WIDEN": False, "HALF_SUMS": half_sums}
         constants["SPLIT"] = configs.splits(tile, masked, half_sums)
         made.append(_variant(f"symmetric_matmul {name}", capability, dtype, constants, unit, tile))
+    return made
+
+
+def _small_variants(capability: int) -> list[Variant]:
+    a, b, c = zip(*newton_schulz.coefficient_schedule(NS_COEFFICIENTS, NS_STEPS), strict=True)
+    made = []
+    for tile, tall, masked in itertools.product(configs.SMALL, (False, True), (False, True)):
+        restarts = newton_schulz.restarts_of(tile.block_m)
+        constants = {"A": a, "B": b, "C": c, "SEGMENTS": 1 + sum(i < NS_STEPS for i in restarts)}
+        constants |= {"FIRST": restarts.start, "EVERY": restarts.step, "TALL": tall, "BLOCK_M": tile.block_m}
+        constants |= {"BLOCK_N": tile.block_n, "MASKED": masked}
+        made.append(_variant("small tall" if tall else "small", capability, torch.float16, constants, (), tile))
     return made
 
 

@@ -82,6 +82,7 @@ FP32 = Tile(
     64, 64, 32, 4, 3
 )  # exact fp32 has no tensor cores; with 8 warps it spills on sm_120, with 2 stages on sm_90
 FP32_TAIL = Tile(32, 32, 32, 4, 3)  # with a second, masked loop FP32 spills 750 bytes, 64 x 64 x 16 spills 8
+SMALL = (Tile(32, 64, 0, 2, 5), Tile(64, 32, 0, 4, 4))  # block_m rows and columns of R, block_n columns of X at a time
 INTERPRETER = Tile(64, 64, 64, 4, 1)  # the interpreter's time grows with the number of blocks
 
 
@@ -126,6 +127,11 @@ def splits(tile: Tile, masked: bool, half_sums: bool) -> bool:
 def sums_in_half(capability: tuple[int, int], dtype: torch.dtype, tile: Tile) -> bool:
     """Whether a product of Newton-Schulz that tolerates it sums each BLOCK_K products in fp16, and those in fp32."""
     return row(capability).half_sums and dtype == torch.float16 and tile.block_k <= HALF_SUM_K
+
+
+def small_tile(m: int) -> Tile:
+    """The tile of a program that has a whole matrix whose smaller side is m, at most 64. Spills nowhere."""
+    return next(tile for tile in SMALL if m <= tile.block_m)
 
 
 def _choose(tile: Tile, own: Row, dtype: torch.dtype, m: int, n: int, k: int) -> tuple[Tile, bool]:

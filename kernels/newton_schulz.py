@@ -6,6 +6,7 @@ m x n its smaller and larger side, a = n / m, each of T iterations computes
     standard    A = X Xᵀ, B = b A + c A², X <- a X + B X                           half products: T (3 m² n + m³) FLOPs
     gram        R = X Xᵀ once, then on m x m matrices alone: Z = b R + c R², Q <- Q (aI + Z), R <- (aI + Z) R (aI + Z),
                 and X <- Q X at the end; X and R are computed afresh (a restart) before iterations 3, 5, 7, ...
+                (1, 3, 5, ... up to 32 wide)
 
 All products but the last of each form are symmetric (kernels/symmetric.py). 5 steps at a = 4: 65 m³ against 38 m³ FLOPs
 (dense: 90). Tall G needs no transposed copy. Compute-bound only while R, Z, Q stay in L2: where it pays, a batch is cut
@@ -18,7 +19,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from . import configs
+from . import configs, small
 from .configs import OPS
 from .matmul_add import matmul_add
 from .muon import launch_normalize, normalize_reference
@@ -55,6 +56,9 @@ GRAM_ASPECT = 2  # auto uses gram from this n / m on: at 2 it needs 26 m³ FLOPs
 # The entries of Q grow with the product of the a's since the last restart, and their rounding with them: 30 times over
 # iterations 2 to 4, 7.7 times over 3 and 4, so the published restart before iteration 2 is worse at the same cost.
 RESTARTS = range(3, 1000, 2)
+# Up to 32 wide a rounded R has eigenvalues far enough below zero that three iterations can make them large: 16x64 of a
+# log-uniform spectrum ends at 43, with these at 1.14 (fp16, 33 kinds of input).
+NARROW, NARROW_RESTARTS = 32, range(1, 1000, 2)
 L2_SHARE = 0.75  # of the L2 cache that a chunk's matrices may fill
 
 
@@ -67,6 +71,11 @@ def coefficient_schedule(name: str, steps: int) -> list[tuple[float, float, floa
     rows, safety = COEFFICIENTS[name], SAFETY[name]
     schedule = [rows[min(i, len(rows) - 1)] for i in range(steps)]
     return [(a / safety, b / safety**3, c / safety**5) for a, b, c in schedule[:-1]] + schedule[-1:]
+
+
+def restarts_of(m: int) -> range:
+    """The iterations before which the Gram form starts afresh, for m = the smaller side."""
+    return NARROW_RESTARTS if m <= NARROW else RESTARTS
 
 
 def iterate_standard(X: Tensor, schedule: list[tuple[float, float, float]]) -> Tensor:
@@ -86,7 +95,7 @@ def iterate_gram(X: Tensor, schedule: list[tuple[float, float, float]]) -> Tenso
     and fp16 would round the sum on the diagonal by up to 0.4 %, which later iterations amplify 25 times.
     """
     tall = X.shape[1] > X.shape[2]
-    starts = [0, *(i for i in RESTARTS if i < len(schedule)), len(schedule)]
+    starts = [0, *(i for i in restarts_of(min(X.shape[1:])) if i < len(schedule)), len(schedule)]
     for start, stop in pairwise(starts):
         R = product(X.mT, X) if tall else product(X, X.mT)
         Q, q = None, 1.0
@@ -119,16 +128,21 @@ def half_product_cost(shape: Sequence[int], method: str, steps: int) -> tuple[fl
     batch, m, n = shape[0], min(shape[1:]), max(shape[1:])
     if method == "standard":
         return batch * steps * (3.0 * m * m * n + m**3), batch * steps * 2.0 * (4 * m * n + 5 * m * m), 3 * steps
-    segments = 1 + sum(i < steps for i in RESTARTS)
+    segments = 1 + sum(i < steps for i in restarts_of(m))
     squares = 4 * steps - 3 * segments
+    flops = batch * (segments * 3.0 * m * m * n + squares * m**3)
+    if small.fits(shape):
+        return flops, batch * 2.0 * 2 * m * n, 1
     moved = segments * (3 * m * n + 2 * m * m) + 3.5 * squares * m * m
-    return batch * (segments * 3.0 * m * m * n + squares * m**3), batch * 2.0 * moved, 2 * segments + squares
+    return flops, batch * 2.0 * moved, 2 * segments + squares
 
 
 def iterate(X: Tensor, schedule: list[tuple[float, float, float]], method: str) -> Tensor:
-    """Newton-Schulz on a normalised (batch, rows, cols), in chunks where they pay."""
+    """Newton-Schulz on a normalised (batch, rows, cols): small matrices in one launch, others in chunks that pay."""
     if method == "auto":
         method = method_of(X.shape)
+    if method == "gram" and X.dtype == torch.float16 and configs.runs_triton(X) and small.fits(X.shape):
+        return small.launch_small(X, schedule, restarts_of(min(X.shape[1:])))
     run = iterate_gram if method == "gram" else iterate_standard
     if not (configs.runs_triton(X) and configs.row(configs.capability(X.device)).chunked):
         return run(X, schedule)

@@ -149,7 +149,10 @@ def check_fp16_iterates(name, shape, method):
 
 @pytest.mark.parametrize(
     ("method", "shape"),
-    [("gram", (64, 256)), ("gram", (128, 512)), ("gram", (96, 192)), ("standard", (64, 256)), ("standard", (192, 192))],
+    [
+        *(("gram", shape) for shape in [(64, 256), (128, 512), (96, 192), (16, 64), (32, 64), (32, 128)]),
+        *(("standard", shape) for shape in [(64, 256), (192, 192)]),
+    ],
 )
 @pytest.mark.parametrize("name", zoo(32, 64))
 def test_fp16_iterates_stay_within_the_simulated_tolerances(name, shape, method):
