@@ -112,4 +112,4 @@ def tile_work(programs: int, values: dict[str, Any]) -> Work:
     stores = 2 * tiles / (tiles + 1) if symmetric else 1
     moved = (m + n) * steps + (addends + stores) * m * n
     flops = programs * 2.0 * m * n * steps
-    return Work(flops, flops * values["HALF_SUMS"], l2_bytes=programs * moved * HALF_BYTES)
+    return Work(flops, flops * values.get("HALF_SUMS", False), l2_bytes=programs * moved * HALF_BYTES)

@@ -53,7 +53,6 @@ def symmetric_matmul_kernel(
     HAS_D: tl.constexpr,
     MASKED: tl.constexpr,
     WIDEN: tl.constexpr,
-    HALF_SUMS: tl.constexpr,
 ):
     """out = alpha A B + beta C + gamma D; columns of C, D and out are adjacent."""
     tiles = tl.cdiv(M, BLOCK_M)
@@ -78,9 +77,7 @@ def symmetric_matmul_kernel(
     b_ptrs = b_ptr + batch * stride_bb + offs_k[:, None] * stride_bk + (col_start + offs)[None, :] * stride_bm
 
     acc = tl.zeros((BLOCK_M, BLOCK_M), dtype=tl.float32)
-    acc = accumulate(
-        acc, a_ptrs, b_ptrs, mask_m, mask_n, offs_k, K, stride_ak, stride_bk, BLOCK_K, MASKED, WIDEN, HALF_SUMS
-    )
+    acc = accumulate(acc, a_ptrs, b_ptrs, mask_m, mask_n, offs_k, K, stride_ak, stride_bk, BLOCK_K, MASKED, WIDEN)
 
     x = acc * alpha
     inside = mask_m[:, None] & mask_n[None, :]
@@ -124,19 +121,11 @@ def symmetric_matmul_kernel(
 
 
 def launch_symmetric_matmul(
-    A: Tensor,
-    B: Tensor,
-    C: Tensor | None,
-    alpha: float,
-    beta: float,
-    D: Tensor | None = None,
-    gamma: float = 0.0,
-    half_sums: bool = False,
+    A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, D: Tensor | None = None, gamma: float = 0.0
 ) -> Tensor:
-    """The kernel on (batch, m, k) x (batch, k, m); `half_sums` allows sums in fp16 where they are faster."""
+    """The kernel on (batch, m, k) x (batch, k, m)."""
     batch, m, k = A.shape
-    capability = configs.capability(A.device)
-    tile, masked = configs.symmetric_tile(capability, A.dtype, m, k)
+    tile, masked = configs.symmetric_tile(configs.capability(A.device), A.dtype, m, k)
     out = configs.empty_matrices(A, batch, m, m)
     C, D = (_with_adjacent_columns(addend) for addend in (C, D))
     tiles = triton.cdiv(m, tile.block_m)
@@ -160,7 +149,6 @@ def launch_symmetric_matmul(
         *out.stride()[:2],
         HAS_C=C is not None,
         HAS_D=D is not None,
-        HALF_SUMS=half_sums and configs.sums_in_half(capability, A.dtype, tile),
         **configs.tile_constants(tile, masked, A.dtype, square=True),
     )
     return out
@@ -185,8 +173,8 @@ def product(
     """alpha A B + beta C + gamma D for 3-D tensors whose product is symmetric: the operation of Newton-Schulz.
 
     On the CPU symmetric only to rounding: mirroring would cost as much there as a small product."""
-    if configs.runs_triton(A):  # fp16 sums for Gram matrices only: the other products cancel against their addends
-        return launch_symmetric_matmul(A, B, C, alpha, beta, D, gamma, half_sums=C is None)
+    if configs.runs_triton(A):
+        return launch_symmetric_matmul(A, B, C, alpha, beta, D, gamma)
     if D is None:
         return matmul_add_reference(A, B, C, alpha, beta)
     addends = beta * C.to(torch.promote_types(C.dtype, torch.float32)) + gamma * D
