@@ -115,7 +115,7 @@ def tile_work(programs: int, values: dict[str, Any]) -> Work:
     computed = 1 - 0.25 * 2 / (tiles + 1) if values.get("SPLIT") else 1
     moved = (m + n) * steps + (addends * computed + stores) * m * n
     flops = programs * computed * 2.0 * m * n * steps
-    return Work(flops, flops * values["HALF_SUMS"], l2_bytes=programs * moved * HALF_BYTES)
+    return Work(flops, flops * values.get("HALF_SUMS", False), l2_bytes=programs * moved * HALF_BYTES)
 
 
 def small_work(programs: int, values: dict[str, Any]) -> Work:

@@ -1,9 +1,9 @@
 """Simulates fp16 sums inside Newton-Schulz on the CPU: errors over 33 kinds of input, or nano trained with them.
 
-    python -m bench.half_sums [--shape 128 512] [--k 64] [--every-product] [--toward-zero]
+    python -m bench.half_sums [--shape 128 512] [--k 64] [--products all] [--toward-zero]
     python -m bench.half_sums --train 3 --data SHARDS
 
-Iterates are fp16, as on CUDA; the sums of the products with X are fp32, or fp16 over --k products and fp32 over those.
+Iterates are fp16, as on CUDA; the sums of --products are fp32, or fp16 over --k products and fp32 over those.
 An fp16 sum takes in 8 products exactly and is rounded to nearest, as an A100's tensor cores do (Fasi et al., "Numerical
 behavior of NVIDIA tensor cores", 2021); --toward-zero is the pessimist's rounding. Prints, of the worst kind each, the
 largest singular value, the deviation from the polynomial in directions of s / |X|_F > 1e-2, and what leaks between them
@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 from unittest import mock
 
 import numpy as np
@@ -33,6 +34,7 @@ from kernels.muon import normalize_reference
 from kernels.newton_schulz import METHODS, NORM_MARGIN, coefficient_schedule
 
 AT_ONCE = 8  # products between two roundings of an fp16 sum
+PRODUCTS = {"full": ("full",), "Gram": ("Gram",), "with-X": ("full", "Gram"), "all": ("full", "Gram", "square")}
 
 # One direction carries nearly the whole norm, where the polynomial has a slope of 95, and sits in a few elements, so
 # that their rounding does not average out: the Gram form's amplitude is off by up to 0.21 there (bench/LOG.md).
@@ -107,21 +109,21 @@ def half_summed(A: Tensor, B: Tensor, k: int = HALF_SUM_K, toward_zero: bool = F
 
 
 @contextlib.contextmanager
-def cuda_arithmetic(k: int, every_product: bool = False, toward_zero: bool = False) -> Iterator[None]:
+def cuda_arithmetic(k: int, products: str = "full", toward_zero: bool = False) -> Iterator[None]:
     """Newton-Schulz on the CPU computes as on CUDA: fp16 iterates, symmetric products mirrored. With `k` products to
-    an fp16 sum, 0 for none, in the products with X or in all of them."""
+    an fp16 sum, 0 for none, in some of the products."""
 
-    def multiply(A: Tensor, B: Tensor, with_x: bool) -> Tensor:
-        return half_summed(A, B, k, toward_zero) if k and (with_x or every_product) else A.float() @ B.float()
+    def multiply(A: Tensor, B: Tensor, kind: str) -> Tensor:
+        return half_summed(A, B, k, toward_zero) if k and kind in PRODUCTS[products] else A.float() @ B.float()
 
     def product(A, B, C=None, alpha=1.0, beta=0.0, D=None, gamma=0.0):
-        x = alpha * multiply(A, B, with_x=C is None)
+        x = alpha * multiply(A, B, "Gram" if C is None else "square")
         for addend, factor in ((C, beta), (D, gamma)):
             x = x if addend is None else x + factor * addend.float()
         return (x.tril() + x.tril(-1).mT).half()
 
     def matmul_add(A: Tensor, B: Tensor, C: Tensor, beta: float) -> Tensor:
-        return (multiply(A, B, with_x=True) + beta * C.float()).half()
+        return (multiply(A, B, "full") + beta * C.float()).half()
 
     iterate = newton_schulz.iterate
     changes = {"product": product, "matmul_add": matmul_add, "iterate": lambda X, *rest: iterate(X.half(), *rest)}
@@ -156,8 +158,8 @@ class Arguments(JsonFlag):
     """Newton-Schulz polynomials."""
     k: int = HALF_SUM_K
     """Products to an fp16 sum."""
-    every_product: bool = False
-    """Sum the products without X so too."""
+    products: Literal["full", "Gram", "with-X", "all"] = "full"
+    """Which products sum in fp16: Q X, X Xᵀ, both, or those of small matrices too."""
     toward_zero: bool = False
     """Round fp16 sums toward zero."""
     train: int = 0
@@ -176,7 +178,7 @@ def rows_of(a: Arguments) -> list[dict[str, str]]:
     rows = []
     for method in a.method:
         for k in (0, a.k):
-            with cuda_arithmetic(k, a.every_product, a.toward_zero):
+            with cuda_arithmetic(k, a.products, a.toward_zero):
                 outs = {name: newton_schulz.iterate(X, schedule, method) for name, X in inputs.items()}
             found = {name: departure(X[0], outs[name][0], schedule, margin) for name, X in inputs.items()}
             row = {"form": method, "shape": f"{a.shape[0]}x{a.shape[1]}", "sums": f"fp16 over {k}" if k else "fp32"}
@@ -197,7 +199,7 @@ def train_nano(a: Arguments) -> list[dict[str, str]]:
             words += ["--workers", "1", "--compile", "off", "--spectra-every", "0", "--no-plots", "--resume"]
             words += ["--batch-tokens", "1024", "--eval-every", "1000"]
             words += ["--data", str(a.data)] if a.data else []
-            with cuda_arithmetic(k, a.every_product, a.toward_zero), mock.patch.object(sys, "argv", words):
+            with cuda_arithmetic(k, a.products, a.toward_zero), mock.patch.object(sys, "argv", words):
                 train.main()
             loss = json.loads((files.ROOT / "runs" / name / "summary.json").read_text(encoding="utf-8"))[
                 "final_val_loss"

@@ -89,9 +89,9 @@ def predict() -> None:
     """Least times by counted FLOPs, bytes, tiles and launches: floors, not forecasts."""
     print("PREDICTION from counted FLOPs, bytes and launches; nothing was timed. floor = max(FLOP, byte) + launches;")
     print(
-        "tiles = whole tiles at 512 FLOP per clock and SM or 2,048 B per clock from L2, the slower, + launches: below"
+        "tiles = whole tiles at 512 FLOP per clock and SM (1,024 in fp16 sums) or 2,048 B per clock from L2, the slower,"
     )
-    print("the floor where a chunk's operands stay in L2, which the floor reads from memory in each launch")
+    print("+ launches: below the floor where fp16 sums help, or operands stay in L2 that the floor reads from memory")
     rows = []
     for name, shape in GROUPS.items():
         method = method_of(shape)

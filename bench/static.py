@@ -153,9 +153,7 @@ def _symmetric_variants(capability: int, dtype: torch.dtype, m: int) -> list[Var
         if has_d and dtype != torch.float16:  # inside Newton-Schulz only
             continue
         constants = {"BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "HAS_C": has_c}
-        half_sums = not has_c and configs.sums_in_half(divmod(capability, 10), dtype, tile)
-        constants |= {"HAS_D": has_d, "MASKED": masked, "WIDEN": False, "HALF_SUMS": half_sums}
-        constants["SPLIT"] = configs.splits(tile, masked, half_sums)
+        constants |= {"HAS_D": has_d, "MASKED": masked, "WIDEN": False, "SPLIT": configs.splits(tile, masked)}
         made.append(_variant(f"symmetric_matmul {name}", capability, dtype, constants, unit, tile))
     return made
 

@@ -52,7 +52,7 @@ class Tile(NamedTuple):
 class Row(NamedTuple):
     """One architecture: tiles by the smaller side of the result, and the roomy tile for variants with more state
     (sizes that are not multiples of the tile). `chunked`: it pays to cut a batch into pieces that stay in L2.
-    `half_sums`: GeForce cards multiply at twice the rate where the tensor cores sum in fp16."""
+    `half_sums`: the full product of Newton-Schulz sums in fp16, which GeForce cards do at twice the rate."""
 
     symmetric_small: Tile
     symmetric: Tile
@@ -117,15 +117,14 @@ def tail_tile(capability: tuple[int, int], dtype: torch.dtype, m: int, n: int) -
     return tile, _overhangs(tile, m, n, tile.block_k)
 
 
-def splits(tile: Tile, masked: bool, half_sums: bool) -> bool:
+def splits(tile: Tile, masked: bool) -> bool:
     """Whether a symmetric product computes a tile on the diagonal as three squares of half its side: at 512 a tenth
-    fewer FLOPs. With 8 warps the squares would read shared memory for longer than they multiply, and with fp16 sums
-    L2 is the bound, not the tensor cores."""
-    return tile.block_m >= 128 and tile.num_warps == 4 and not masked and not half_sums
+    fewer FLOPs. With 8 warps the squares would read shared memory for longer than they multiply."""
+    return tile.block_m >= 128 and tile.num_warps == 4 and not masked
 
 
 def sums_in_half(capability: tuple[int, int], dtype: torch.dtype, tile: Tile) -> bool:
-    """Whether a product of Newton-Schulz that tolerates it sums each BLOCK_K products in fp16, and those in fp32."""
+    """Whether the full product of Newton-Schulz sums each BLOCK_K products in fp16, and those sums in fp32."""
     return row(capability).half_sums and dtype == torch.float16 and tile.block_k <= HALF_SUM_K
 
 

@@ -23,7 +23,7 @@ def matmul_add_reference(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, b
 
 
 @triton.jit
-def add_product(acc, a, b, WIDEN: tl.constexpr, HALF_SUMS: tl.constexpr):
+def add_product(acc, a, b, WIDEN: tl.constexpr, HALF_SUMS: tl.constexpr = False):
     """acc + a b of two blocks."""
     if WIDEN:
         a, b = a.to(tl.float32), b.to(tl.float32)

@@ -93,7 +93,6 @@ def accumulate_lower(
     BLOCK_K: tl.constexpr,
     HALF: tl.constexpr,
     WIDEN: tl.constexpr,
-    HALF_SUMS: tl.constexpr,
 ):
     """Upper left, lower left and lower right HALF-square of the tile at (start, start)."""
     offs = start + tl.arange(0, HALF).to(tl.int64)
@@ -106,9 +105,9 @@ def accumulate_lower(
     lower_right = tl.zeros((HALF, HALF), dtype=tl.float32)
     for _ in range(0, tl.cdiv(K, BLOCK_K)):
         upper, lower, left, right = tl.load(a_upper), tl.load(a_lower), tl.load(b_left), tl.load(b_right)
-        upper_left = add_product(upper_left, upper, left, WIDEN, HALF_SUMS)
-        lower_left = add_product(lower_left, lower, left, WIDEN, HALF_SUMS)
-        lower_right = add_product(lower_right, lower, right, WIDEN, HALF_SUMS)
+        upper_left = add_product(upper_left, upper, left, WIDEN)
+        lower_left = add_product(lower_left, lower, left, WIDEN)
+        lower_right = add_product(lower_right, lower, right, WIDEN)
         a_upper += step_a
         a_lower += step_a
         b_left += step_b
@@ -147,7 +146,6 @@ def symmetric_matmul_kernel(
     MASKED: tl.constexpr,
     WIDEN: tl.constexpr,
     SPLIT: tl.constexpr,
-    HALF_SUMS: tl.constexpr,
 ):
     """out = alpha A B + beta C + gamma D; columns of C, D and out are adjacent. With SPLIT a tile on the diagonal is
     computed as three squares of half its side, because its upper right quarter is the mirror of its lower left."""
@@ -173,7 +171,7 @@ def symmetric_matmul_kernel(
     if SPLIT and (i == j):
         HALF: tl.constexpr = BLOCK_M // 2
         squares = accumulate_lower(
-            a_ptrs, b_ptrs, row_start, K, stride_am, stride_ak, stride_bk, stride_bm, BLOCK_K, HALF, WIDEN, HALF_SUMS
+            a_ptrs, b_ptrs, row_start, K, stride_am, stride_ak, stride_bk, stride_bm, BLOCK_K, HALF, WIDEN
         )
         for s in tl.static_range(3):
             row, col = row_start + HALF * (s > 0), row_start + HALF * (s > 1)
@@ -184,27 +182,16 @@ def symmetric_matmul_kernel(
         a_tile = a_ptrs + (row_start + offs)[:, None] * stride_am
         b_tile = b_ptrs + (col_start + offs)[None, :] * stride_bm
         acc = tl.zeros((BLOCK_M, BLOCK_M), dtype=tl.float32)
-        acc = accumulate(
-            acc, a_tile, b_tile, mask_m, mask_n, offs_k, K, stride_ak, stride_bk, BLOCK_K, MASKED, WIDEN, HALF_SUMS
-        )
+        acc = accumulate(acc, a_tile, b_tile, mask_m, mask_n, offs_k, K, stride_ak, stride_bk, BLOCK_K, MASKED, WIDEN)
         store_tile(acc, row_start, col_start, M, pointers, scales, strides, BLOCK_M, HAS_C, HAS_D, MASKED)
 
 
 def launch_symmetric_matmul(
-    A: Tensor,
-    B: Tensor,
-    C: Tensor | None,
-    alpha: float,
-    beta: float,
-    D: Tensor | None = None,
-    gamma: float = 0.0,
-    half_sums: bool = False,
+    A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, D: Tensor | None = None, gamma: float = 0.0
 ) -> Tensor:
-    """The kernel on (batch, m, k) x (batch, k, m); `half_sums` allows sums in fp16 where they are faster."""
+    """The kernel on (batch, m, k) x (batch, k, m)."""
     batch, m, k = A.shape
-    capability = configs.capability(A.device)
-    tile, masked = configs.symmetric_tile(capability, A.dtype, m, k)
-    half_sums = half_sums and configs.sums_in_half(capability, A.dtype, tile)
+    tile, masked = configs.symmetric_tile(configs.capability(A.device), A.dtype, m, k)
     out = configs.empty_matrices(A, batch, m, m)
     C, D = (_with_adjacent_columns(addend) for addend in (C, D))
     tiles = triton.cdiv(m, tile.block_m)
@@ -228,9 +215,8 @@ def launch_symmetric_matmul(
         *out.stride()[:2],
         HAS_C=C is not None,
         HAS_D=D is not None,
-        HALF_SUMS=half_sums,
-        SPLIT=configs.splits(tile, masked, half_sums),
         **configs.tile_constants(tile, masked, A.dtype, square=True),
+        SPLIT=configs.splits(tile, masked),
     )
     return out
 
@@ -254,8 +240,8 @@ def product(
     """alpha A B + beta C + gamma D for 3-D tensors whose product is symmetric: the operation of Newton-Schulz.
 
     On the CPU symmetric only to rounding: mirroring would cost as much there as a small product."""
-    if configs.runs_triton(A):  # fp16 sums for Gram matrices only: the other products cancel against their addends
-        return launch_symmetric_matmul(A, B, C, alpha, beta, D, gamma, half_sums=C is None)
+    if configs.runs_triton(A):
+        return launch_symmetric_matmul(A, B, C, alpha, beta, D, gamma)
     if D is None:
         return matmul_add_reference(A, B, C, alpha, beta)
     addends = beta * C.to(torch.promote_types(C.dtype, torch.float32)) + gamma * D

@@ -162,16 +162,16 @@ def test_fp16_iterates_stay_within_the_simulated_tolerances(name, shape, method)
 
 @pytest.mark.parametrize(("method", "shape"), [("gram", (128, 512)), ("standard", (64, 256))])
 @pytest.mark.parametrize("name", zoo(32, 64))
-def test_so_they_do_with_fp16_sums_of_32_in_the_products_with_x(name, shape, method):
+def test_so_they_do_with_fp16_sums_of_32_in_the_full_products(name, shape, method):
     """As on GeForce cards."""
     with cuda_arithmetic(configs.HALF_SUM_K):
         check_fp16_iterates(name, shape, method)
 
 
 def test_fp16_sums_of_64_or_in_every_product_miss_them():
-    for more in ({"k": 64}, {"k": 32, "every_product": True}):
-        with cuda_arithmetic(**more), pytest.raises(AssertionError):
-            check_fp16_iterates("all ones" if more["k"] == 64 else "power law 2", (128, 512), "gram")
+    for name, k, products in (("all ones", 64, "full"), ("power law 2", 32, "all")):
+        with cuda_arithmetic(k, products), pytest.raises(AssertionError):
+            check_fp16_iterates(name, (128, 512), "gram")
 
 
 @pytest.mark.parametrize("coefficients", COEFFICIENTS)
