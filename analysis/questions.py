@@ -17,9 +17,9 @@ from analysis.plots_spectra import PROJECTION_TITLES, group_grid
 from analysis.runs import Group, Run, group_seeds
 from analysis.stats import chance_spread
 from engine.files import SUBSPACE_RANK
+from engine.norm_watch import NORM_ALARM, NORM_WARNING
 
 FALL = 0.10  # share of its initial effective rank that a matrix must lose to be named
-NORM_WARNING, NORM_ALARM = 4.0, 5.0  # spectral norms that the prior work advises to watch
 ENTROPY_DROP = 0.01  # of the spectral entropy, between 0 and 1
 STANDOUT_KEYS = {"spectral_norm": "spectral norm", "effective_rank": "effective rank", "stable_rank": "stable rank"}
 
