@@ -18,7 +18,7 @@ from analysis.questions import answers
 from analysis.runs import optimizer_name
 from analysis.stats import Contrast, p_words
 from engine.cli import BadInput, make_folder
-from suites import documents
+from suites import documents, power_table
 from suites.advice import HOLDS, NOT, OPEN, Advice, advice, effects
 from suites.claims import Claim, judge_all
 from suites.figures import figures, watched
@@ -323,6 +323,7 @@ def write_suite_report(
             everyone = [link for link in everyone if link[1] != ADVICE]
         for name, page in pages.items():
             write_pages(replace(page, links=everyone), out, name=name, linked=True)
+    power_table.write(known, out / power_table.POWER)
     front = build_page(results, known, later, scale, drawn)
     return write_pages(replace(front, links=everyone) if len(results) > 1 else front, out, linked=True)
 
