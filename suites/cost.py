@@ -14,8 +14,8 @@ from typing import Any
 
 from settings import EVENTS_PER_RUN, NANO, NANO_BATCH_TOKENS, NANO_EVAL_TOKENS
 
-# nano trains 26,500 tokens/s of 9.0 MFLOP on two cores with 8,192 tokens a step: 120 GFLOP/s a core. With 2,048 the
-# optimizer weighs more.
+# nano trains 26,500 tokens/s of 9.0 MFLOP on two cores: 120 GFLOP/s each. A sixth is left for what two runs that share
+# a machine cost each other.
 CORE_FLOPS = 100e9
 START_SECONDS = 5.0  # to import torch, warm up, write the last checkpoint
 VOCABULARY = 4096  # of the shards for nano models
