@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from analysis.plots import setting
 from analysis.plots_conditions import Effect
 from analysis.runs import OPTIMIZER_NAMES, optimizer_name
 from analysis.stats import MARGIN, SIGNIFICANT, Difference, best_rate, difference, mean_over_seeds, t_interval
@@ -57,6 +58,8 @@ RATES = {
     ("moe-lr-muon", "muon"): documents.WRITTEN["S4"]["muon"]["lr"],
     ("moe-lr-adam", "adamw"): documents.WRITTEN["S4"]["adamw"]["lr"],
 }
+RECIPE = ("lr", "adamw_lr", "schedule", "warmup", "min_lr", "weight_decay", "grad_clip")
+MUON_RECIPE = (*RECIPE, "momentum", "nesterov", "ns_steps", "ns_coefficients")
 RATE_WORDS = {
     "speedrun-lr": "short run",
     "lr-sensitivity": "constant schedule",
@@ -215,7 +218,7 @@ def _norms(results: Results) -> Advice | None:
     interval = f", interval {low:.2f} to {high:.2f}" if math.isfinite(low) else ""
     return Advice(
         setting="spectral norms of Muon above 4 to 5",
-        use="watch them; act when the loss turns" if harmless else "lower the rate where they pass 4",
+        use="watch them; act when the loss turns" if harmless else "watch them",
         evidence=f"largest norm {mean:.2f}{interval}; {above} of {len(runs)} runs pass {NORM_WARNING:g}",
         n=len(runs),
         document="exceed 4.0-5.0 in Muon, consider adjusting the learning rate or momentum (S0)",
@@ -223,6 +226,20 @@ def _norms(results: Results) -> Advice | None:
         reason="every run passes it and ends below AdamW all the same" if harmless else "the runs do not decide it",
         suite=results.name,
     )
+
+
+def recipes(results: Mapping[str, Results]) -> list[str]:
+    """The flags of both optimizers in moe-final, which has the winner of every sweep."""
+    if "moe-final" not in results:
+        return []
+    lines = []
+    for outcome in (results["moe-final"].outcome(name) for name in OPTIMIZER_NAMES):
+        if outcome is not None and math.isfinite(outcome.loss):
+            fields, keys = outcome.condition.fields, MUON_RECIPE if outcome.optimizer == "muon" else RECIPE
+            words = ", ".join(setting(key, fields[key]) for key in keys if key in fields)
+            name = optimizer_name(outcome.optimizer)
+            lines.append(f"{name} with the winner of every sweep, final loss {outcome.loss:.4f}: {words}.")
+    return lines
 
 
 def effects(results: Mapping[str, Results]) -> list[Effect]:

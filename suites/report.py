@@ -19,7 +19,7 @@ from analysis.runs import optimizer_name
 from analysis.stats import Contrast, p_words
 from engine.cli import BadInput, make_folder
 from suites import documents, power_table
-from suites.advice import HOLDS, NOT, OPEN, Advice, advice, effects
+from suites.advice import HOLDS, NOT, OPEN, Advice, advice, effects, recipes
 from suites.claims import Claim, judge_all
 from suites.figures import figures, watched
 from suites.judging import DECIDED, NOT_TESTABLE, UNDECIDED, Finding
@@ -136,7 +136,7 @@ def suite_chapters(results: Results, known: Mapping[str, Results], pictures: Seq
     return [chapter for chapter in chapters if chapter.items]
 
 
-def advice_page(rows: Sequence[Advice], scale: str, pictures: Sequence[Picture]) -> Page:
+def advice_page(rows: Sequence[Advice], recipes: Sequence[str], scale: str, pictures: Sequence[Picture]) -> Page:
     """What to use at this scale, and where the documents' advice does not hold."""
     counts = {words: sum(row.holds == words for row in rows) for words in (HOLDS, NOT, OPEN)}
     table = Table.of(
@@ -155,11 +155,12 @@ def advice_page(rows: Sequence[Advice], scale: str, pictures: Sequence[Picture])
         whole=True,
     )
     failing = [f"{row.setting} ({row.document}: {row.reason})" for row in rows if row.holds == NOT]
+    lead = [f"Does not hold here: {'; '.join(failing)}."] if failing else []
     return Page(
         title=f"muon-speedrun experiments, {scale}: advice",
         headline=f"What to use {SCALE_WORDS[scale]}: of {len(rows)} pieces of the documents' advice {counts[HOLDS]} "
         f"hold, {counts[NOT]} do not, {counts[OPEN]} are open",
-        lead=[f"Does not hold here: {'; '.join(failing)}."] if failing else [],
+        lead=[*lead, *recipes],
         tiles=[],
         summary=table,
         notes=ADVICE_NOTES,
@@ -281,7 +282,7 @@ def suite_page(
         lead=lead,
         tiles=[],
         summary=table,
-        notes=NOTES[1:] if own else NOTES[2:],
+        notes=NOTES if own else NOTES[2:],
         warnings=[f"{counted(results.to_go, 'planned run')} to go."] if results.to_go else [],
         chapters=[*claims, *tests, *chapters[1:]],
     )
@@ -318,7 +319,7 @@ def write_suite_report(
         pages = {r.name: suite_page(r, known, judged, scale, drawn[r.name]) for r in results}
         if rows := advice(known):
             pictures = plots.save_all(_advice_figures(known), folder, ("png",))
-            pages[ADVICE] = advice_page(rows, scale, pictures)
+            pages[ADVICE] = advice_page(rows, recipes(known), scale, pictures)
         else:
             everyone = [link for link in everyone if link[1] != ADVICE]
         for name, page in pages.items():
