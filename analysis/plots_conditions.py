@@ -35,6 +35,7 @@ from analysis.stats import MARGIN, balance, t_interval
 CONDITION_COLORS = ("#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000", "#8C8C8C")
 VALUE_COLORS = plt.get_cmap("viridis")  # of conditions with one, from small to large
 REFERENCE_BAND = {"color": REFERENCE_COLOR, "alpha": 0.12, "linewidth": 0}
+FEW_BANDS = 4  # conditions of a panel, up to which bands are drawn
 OFF = 1.5  # where a sensitivity curve draws "off", in multiples of the largest value
 
 
@@ -87,21 +88,24 @@ def looks(series: Sequence[Series]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _seed_lines(ax: plt.Axes, steps: np.ndarray, by_seed: Mapping[int, np.ndarray], look: Mapping[str, Any]) -> None:
-    """Thin lines of the seeds, their mean, and a band from the lowest to the highest."""
+def _seed_lines(
+    ax: plt.Axes, steps: np.ndarray, by_seed: Mapping[int, np.ndarray], look: Mapping[str, Any], band: bool
+) -> None:
+    """Thin lines of the seeds, their mean, and where wanted a band from the lowest to the highest."""
     values = np.array(list(by_seed.values()))
     ax.plot(steps, values.mean(axis=0), linewidth=1.8, zorder=3, **look)
     if len(values) > 1:
         ax.plot(steps, values.T, linewidth=0.5, alpha=0.5, color=look["color"])
-        band = {"color": look["color"], "alpha": 0.12, "linewidth": 0}
-        ax.fill_between(steps, values.min(axis=0), values.max(axis=0), **band)
+    if len(values) > 1 and band:
+        shade = {"color": look["color"], "alpha": 0.12, "linewidth": 0}
+        ax.fill_between(steps, values.min(axis=0), values.max(axis=0), **shade)
 
 
 @captioned(
     "Training curves",
     "Validation loss; the axis is chosen for what comes after a fifth of the run. A thick line is the mean over seeds, "
-    "thin lines are the seeds, the band spans them. Where conditions are tested against a reference, the second panels "
-    "show the loss minus the reference's, seed by seed, which removes what the seeds share; below zero is better.",
+    "thin lines are the seeds, a band spans them where there are few conditions. Second panels show the loss minus that "
+    "of the reference, seed by seed, which removes what the seeds share; below zero is better.",
 )
 def training_curves(series: Sequence[Series]) -> Figure:
     """Validation loss against steps, a panel for each `Series.panel`, and the difference from each one's reference."""
@@ -116,10 +120,11 @@ def training_curves(series: Sequence[Series]) -> Figure:
     styles = looks(series)
     for column, panel in enumerate(panels):
         upper, shown = grid[0, column], []
+        bands = sum(one.panel == panel for one in series) <= FEW_BANDS
         for one in (one for one in series if one.panel == panel):
             steps, losses = one.curves()
             if losses:
-                _seed_lines(upper, steps, losses, styles[one.label])
+                _seed_lines(upper, steps, losses, styles[one.label], bands)
                 shown.append(np.concatenate([line[steps >= 0.2 * steps[-1]] for line in losses.values()]))
         if shown:
             low, high = (float(f([f(values) for values in shown])) for f in (np.nanmin, np.nanmax))
@@ -128,7 +133,7 @@ def training_curves(series: Sequence[Series]) -> Figure:
             if one.panel == panel:
                 steps, gaps = _gaps(one, by_label[one.versus])
                 if gaps:
-                    _seed_lines(grid[1, column], steps, gaps, styles[one.label])
+                    _seed_lines(grid[1, column], steps, gaps, styles[one.label], bands)
         if panel:
             upper.set_title(panel)
     for ax in grid.flat:
