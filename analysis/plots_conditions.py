@@ -104,8 +104,8 @@ def _seed_lines(
 @captioned(
     "Training curves",
     "Validation loss; the axis is chosen for what comes after a fifth of the run. A thick line is the mean over seeds, "
-    "thin lines are the seeds, a band spans them where there are few conditions. Second panels show the loss minus that "
-    "of the reference, seed by seed, which removes what the seeds share; below zero is better.",
+    "thin lines are the seeds, a band spans them where there are few conditions. Second panels show the loss minus the "
+    "reference's, seed by seed, which removes what the seeds share; below zero is better.",
 )
 def training_curves(series: Sequence[Series]) -> Figure:
     """Validation loss against steps, a panel for each `Series.panel`, and the difference from each one's reference."""

@@ -164,7 +164,7 @@ def test_runs_are_named_by_what_they_train_and_shared_between_suites(tmp_path, s
     monkeypatch.setattr(planner.Planner, "winner", lambda self, suite, optimizer: winners(suite, optimizer))
     jobs = {name: {job.name for p in plan.plan(name) for job in p.jobs} for name in MUON_ABLATIONS}
     shared = set.intersection(*(jobs[name] for name in MUON_ABLATIONS if name != "moe-aux-ratio"))
-    assert len(shared) == 3  # S4's own settings, three seeds, once for all
+    assert len(shared) == 6  # S4's own settings, six seeds, once for all
     rate = plan.job((("model", "nano"), ("lr", 0.02)), 0)
     assert rate.name == plan.job((("lr", 0.02), ("model", "nano")), 0).name
     assert rate.name != plan.job((("lr", 0.03), ("model", "nano")), 0).name
