@@ -91,8 +91,8 @@ class Page:
     summary: Table
     notes: Sequence[str]
     warnings: Sequence[str]
-    links: Sequence[tuple[str, str]] = ()  # words and the name of another page in the same folder
     chapters: Sequence[Chapter] = field(default_factory=list)
+    links: Sequence[tuple[str, str]] = ()  # words and the name of another page in the same folder
 
 
 def number(value: float, form: str, unit: str = "") -> str:

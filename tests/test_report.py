@@ -235,7 +235,7 @@ def test_every_string_of_a_page_is_text_and_never_markup(tmp_path):
     ]
     chapters = [pages.Chapter(evil(), items), pages.Chapter(evil(), [], folded=True)]
     tiles = [(evil(), evil())]
-    page = pages.Page(evil(), evil(), [evil()], tiles, table, [evil()], [evil()], chapters)
+    page = pages.Page(evil(), evil(), [evil()], tiles, table, [evil()], [evil()], chapters, [(evil(), "other")])
     (tmp_path / "page.html").write_text(pages.html_page(page, tmp_path))
     read = read_page(tmp_path / "page.html")
     assert "script" not in read.tags
