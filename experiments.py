@@ -9,6 +9,7 @@ Runs are in runs/experiments-<scale>/. A hash of its settings names a run, so su
 never trained twice.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,10 @@ from typing import Annotated, Literal
 import tyro
 
 from engine.cli import AT_LEAST_1, check_limits, exit_with_a_sentence, make_folder
+from engine.cores import own_cores
+from suites import power_table
 from suites.catalog import SCALES, SUITES, with_needs
+from suites.cost import minutes
 from suites.launcher import OVER, Interrupted, Job, LaterStages, free_slots, is_held, run_here, submit
 from suites.planner import NotYet, Planner, Selection, UnknownRates, unique
 
@@ -36,7 +40,7 @@ class RunArguments(Selection):
     """Train the missing runs of a suite, after those of the suites that it needs."""
 
     dry_run: bool = False
-    """Print what would be trained, and stop."""
+    """Print what would be trained, what the seeds can show and the time, and stop."""
     retry: bool = False
     """Try failed runs again."""
     jobs: Annotated[int, AT_LEAST_1] | None = None
@@ -85,17 +89,11 @@ def run(arguments: RunArguments) -> int:
         print(sentence)
     slots = free_slots(arguments.jobs) if arguments.submit is None and not arguments.dry_run else []
     seen: dict[str, Job] = {}
+    if arguments.dry_run:
+        print_plan(planner, stages)
+        return 0
     for number, stage in enumerate(stages):
-        try:
-            jobs = unique([p for name in stage for p in planner.plan(name)])
-        except NotYet as refusal:
-            if not arguments.dry_run:
-                raise
-            print(f"{', '.join(stage)}: cannot be planned yet ({refusal})")
-            break
-        if arguments.dry_run:
-            print_plan(stage, jobs)
-            continue
+        jobs = unique([p for name in stage for p in planner.plan(name)])
         try:
             train_stage(stage, jobs, slots, planner.estimate(stages[number + 1 :]), arguments)
         except Interrupted:
@@ -129,10 +127,32 @@ def train_stage(
         run_here(jobs, slots, later)
 
 
-def print_plan(stage: Sequence[str], jobs: Sequence[Job]) -> None:
-    print(f"{', '.join(stage)}: {len(jobs)} runs, {sum(job.tokens for job in jobs):,} tokens")
-    for job in jobs:
-        print(f"  {job.state():9} {job.name}  {' '.join(job.flags)}")
+def print_plan(planner: Planner, stages: Sequence[Sequence[str]]) -> None:
+    """Every run that can be planned, the size of the stages after them, what n can show, and the time of it all."""
+    seen: dict[str, Job] = {}
+    later = LaterStages()
+    for number, stage in enumerate(stages):
+        try:
+            jobs = unique([p for name in stage for p in planner.plan(name)])
+        except NotYet as refusal:
+            later = planner.estimate(stages[number:])
+            names = ", ".join(name for stage in stages[number:] for name in stage)
+            print(f"{names}: cannot be planned yet ({refusal}): about {later.runs} runs, {later.tokens:,} tokens")
+            break
+        print(f"{', '.join(stage)}: {len(jobs)} runs, {sum(job.tokens for job in jobs):,} tokens")
+        for job in jobs:
+            print(f"  {job.state():9} {job.name}  {' '.join(job.flags)}")
+        seen |= {job.name: job for job in jobs}
+    for line in power_table.table(planner):
+        print(line)
+    left = [job for job in seen.values() if job.state() not in OVER]
+    slots = planner.chosen.jobs or len(own_cores())
+    whole, rest = (minutes([*(job.seconds for job in jobs), later.seconds], slots) for jobs in (seen.values(), left))
+    total = f"{len(seen) + later.runs} runs, {sum(job.tokens for job in seen.values()) + later.tokens:,} tokens"
+    if math.isnan(whole):
+        print(f"{total}; no estimate of the time: no run of this scale was timed yet")
+    else:
+        print(f"{total}; about {whole:.0f} minutes on {slots} idle cores, {rest:.0f} of them to go")
 
 
 def status(arguments: StatusArguments) -> None:

@@ -16,7 +16,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -173,17 +173,17 @@ class Event:
 
 
 class SpectraRecorder:
-    """Writes one line per projection to `path` at each event, and hands the lines to `listener`; close it, or its last
-    events are lost. `seconds_blocked` is how long its calls held up the loop."""
+    """Writes one line per projection to `path` at each event, and hands the lines to each of `listeners`; close it, or
+    its last events are lost. `seconds_blocked` is how long its calls held up the loop."""
 
     def __init__(
         self,
         model: Transformer,
         path: Path,
-        listener: Callable[[Sequence[dict[str, Any]]], None] | None = None,
+        listeners: Iterable[Callable[[Sequence[dict[str, Any]]], None]] = (),
         seconds_blocked: float = 0.0,
     ) -> None:
-        self.model, self.writer, self.listener = model, JsonlWriter(path), listener
+        self.model, self.writer, self.listeners = model, JsonlWriter(path), list(listeners)
         self.device = model.embedding.device
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.seconds_blocked = seconds_blocked
@@ -298,12 +298,12 @@ class SpectraRecorder:
                 line["expert"] = place.expert
             lines.append(line | projection_record(of_weight, of_update, grad_norm))
         self.writer.write(*lines)
-        if self.listener is not None:
+        for listener in tuple(self.listeners):
             try:
-                self.listener(lines)
+                listener(lines)
             except Exception as failure:  # a live view is no reason to lose a run
-                print(f"the live view of the spectra ends here: {type(failure).__name__}: {failure}", file=sys.stderr)
-                self.listener = None
+                print(f"a live view of the spectra ends here: {type(failure).__name__}: {failure}", file=sys.stderr)
+                self.listeners.remove(listener)
 
 
 def decompose_bank(bank: Tensor) -> Spectrum:

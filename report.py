@@ -39,6 +39,8 @@ class Arguments:
     """Run folders to show, or folders that hold runs."""
     out: Path = Path("runs/report")
     """Folder for report.html, report.md and plots/; an earlier report there is replaced."""
+    layers: tuple[int, int] | None = None
+    """Compare the spectra of these two layers, as in --layers 3 9 (default: the two that differ most)."""
     watch: float | None = None
     """Rewrite the report at this interval in seconds (default 30) until all runs are over."""
 
@@ -137,8 +139,8 @@ def provenance(runs: Sequence[Run], names: Sequence[str]) -> list[Table | Sectio
     return [*items, Section("Commands to reproduce", words), Code(lines)]
 
 
-def build_page(runs: Sequence[Run], pictures: Sequence[Picture]) -> Page:
-    """Every word of the report, around the pictures that were drawn."""
+def build_page(runs: Sequence[Run], pictures: Sequence[Picture], layers: tuple[int, int] | None = None) -> Page:
+    """Every word of the report, around the pictures that were drawn; `layers` are the two that it compares."""
     names = plots.run_labels(runs)
     groups = plots.group_labels(group_seeds(runs))
     title = " and ".join(groups) if len(groups) <= 2 else f"{len(groups)} settings"
@@ -157,7 +159,7 @@ def build_page(runs: Sequence[Run], pictures: Sequence[Picture]) -> Page:
         chapters.insert(0, Chapter("Verdicts", verdicts))
     if spectra:
         two = [run for group in representative(group_seeds(spectra), 2) for run in group.runs]
-        chapters.append(Chapter("Findings in the spectra", [Section(*reply) for reply in answers(two)]))
+        chapters.append(Chapter("Findings in the spectra", [Section(*reply) for reply in answers(two, layers)]))
         chapters.append(Chapter("Spectra", [picture for picture in pictures if picture.stem not in curves]))
     chapters.append(Chapter("Settings and provenance", provenance(runs, names), folded=True))
     cautions = warnings(runs)
@@ -184,11 +186,15 @@ def check_out(out: Path) -> None:
 
 
 def write_report(
-    runs: Sequence[Run], out: Path, refresh_seconds: float | None = None, only: Collection[str] | None = None
+    runs: Sequence[Run],
+    out: Path,
+    refresh_seconds: float | None = None,
+    only: Collection[str] | None = None,
+    layers: tuple[int, int] | None = None,
 ) -> Path:
     """Draw the figures, or `only` those, and write both pages; returns the path of report.html."""
     pictures = draw(runs, out / "plots", ("png", "svg"), only)
-    return write_pages(build_page(runs, pictures), out, refresh_seconds)
+    return write_pages(build_page(runs, pictures, layers), out, refresh_seconds)
 
 
 def load(paths: Sequence[Path]) -> list[Run]:
@@ -203,14 +209,14 @@ def is_over(run: Run) -> bool:
     return time.time() - latest > SILENT_SECONDS
 
 
-def watch(paths: Sequence[Path], out: Path, seconds: float) -> list[Run]:
+def watch(paths: Sequence[Path], out: Path, seconds: float, layers: tuple[int, int] | None = None) -> list[Run]:
     """Rewrite the report every `seconds` until all runs are over; returns these runs."""
     while True:
         runs = load(paths)
         over = all(is_over(run) for run in runs)
         if any(run.val for run in runs):
             began = time.monotonic()
-            page = write_report(runs, out, None if over else seconds)
+            page = write_report(runs, out, None if over else seconds, layers=layers)
             words = ", ".join(f"{run.name} {run.steps_done}/{run.config['steps']}" for run in runs[:4])
             more = f" and {len(runs) - 4} more" if len(runs) > 4 else ""
             print(f"{page}: {words}{more}, drawn in {time.monotonic() - began:.0f} s", flush=True)
@@ -247,11 +253,16 @@ def main() -> None:
         raise BadInput(f"--watch {arguments.watch:g}: a number of seconds above 0")
     check_out(arguments.out)
     runs = load(arguments.runs)
+    deepest = max((run.layers for run in runs), default=0)
+    if arguments.layers and not (0 <= min(arguments.layers) < max(arguments.layers) < max(deepest, 1)):
+        raise BadInput(f"--layers {' '.join(map(str, arguments.layers))}: two layers from 0 to {max(deepest - 1, 0)}")
     if arguments.watch is not None:
-        runs = watch(arguments.runs, arguments.out, arguments.watch)
+        runs = watch(arguments.runs, arguments.out, arguments.watch, arguments.layers)
     if not any(run.val for run in runs):
         raise BadInput(f"{runs[0].path}: has logged no validation yet")
-    page = arguments.out / "report.html" if arguments.watch is not None else write_report(runs, arguments.out)
+    if arguments.watch is None:
+        write_report(runs, arguments.out, layers=arguments.layers)
+    page = arguments.out / "report.html"
     for verdict in judge(runs):
         for sentence in verdict.sentences():
             print(f"{verdict.title}: {sentence}" if verdict.title else sentence)

@@ -34,6 +34,7 @@ from engine.cli import BadInput, CannotWrite, TrainingFailed, exit_with_a_senten
 from engine.compiling import mark_warm
 from engine.files import finite
 from engine.memory import MemoryCount, available_bytes, choose_micro_batch
+from engine.norm_watch import NormWatch
 from engine.ranks import Rank, join_ranks
 from engine.run_folder import RunFolder, is_lost_rank, reason_of
 from engine.shared_memory import sharding_of
@@ -135,9 +136,10 @@ def run(s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> int:
                 folder.open(progress.step)
             threads.callback(folder.close)
             if rank.index == 0 and s.spectra_every:
-                listener = folder.live and folder.live.write_spectra
+                listeners = [NormWatch(folder.out.say, s.optimizer)]
+                listeners += [folder.live.write_spectra] if folder.live else []
                 path, blocked = folder.path / files.SPECTRA, progress.spectra_seconds_blocked
-                spectra = SpectraRecorder(model, path, listener, blocked)
+                spectra = SpectraRecorder(model, path, listeners, blocked)
                 threads.callback(spectra.close)
             threads.callback(loader.close)
             stop_on(signals)

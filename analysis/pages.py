@@ -2,8 +2,9 @@
 
     write_pages(page, Path("runs/report"))
 
-The templates are in templates/. The HTML file holds its pictures and its style and loads nothing else; it reads well on
-a phone and on a wide screen. Every string of a page is text: HTML escapes it always, Markdown by its own filters.
+The templates are in templates/. The HTML file holds its style and, unless it is linked to them, its pictures; it
+reads well on a phone and on a wide screen. Every string of a page is text: HTML escapes it always, Markdown by its own
+filters.
 """
 
 import base64
@@ -91,6 +92,7 @@ class Page:
     notes: Sequence[str]
     warnings: Sequence[str]
     chapters: Sequence[Chapter] = field(default_factory=list)
+    links: Sequence[tuple[str, str]] = ()  # words and the name of another page in the same folder
 
 
 def number(value: float, form: str, unit: str = "") -> str:
@@ -122,18 +124,21 @@ TEMPLATES = jinja2.Environment(
 TEMPLATES.filters |= {"slug": _slug, "plain": _plain, "cell": lambda text: _plain(text).replace("|", "\\|")}
 
 
-def html_page(page: Page, plots: Path, refresh_seconds: float | None = None) -> str:
-    """The whole file; with `refresh_seconds` a browser reloads it that often."""
+def html_page(page: Page, plots: Path, refresh_seconds: float | None = None, linked: bool = False) -> str:
+    """The whole file; with `refresh_seconds` a browser reloads it that often; `linked` leaves pictures in plots/."""
 
-    def embedded(stem: str) -> tuple[int, str]:
-        """Width in CSS pixels and a data address: of the PNG or the SVG file, whichever is smaller."""
-        png, svg = (plots / f"{stem}.png").read_bytes(), (plots / f"{stem}.svg").read_bytes()
+    def source(stem: str) -> tuple[int, str]:
+        """Width in CSS pixels and an address: of the PNG file, or the content of PNG or SVG, whichever is smaller."""
+        png = (plots / f"{stem}.png").read_bytes()
         width = int.from_bytes(png[16:20], "big") // 2  # PNG files are drawn at twice the size at which they are shown
+        if linked:
+            return width, f"plots/{stem}.png"
+        svg = (plots / f"{stem}.svg").read_bytes()
         kind, content = min(("png", png), ("svg+xml", svg), key=lambda pair: len(pair[1]))
         return width, f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
     seconds = refresh_seconds and max(1, round(refresh_seconds))
-    return TEMPLATES.get_template("page.html").render(page=page, embedded=embedded, refresh_seconds=seconds)
+    return TEMPLATES.get_template("page.html").render(page=page, source=source, refresh_seconds=seconds)
 
 
 def markdown_page(page: Page) -> str:
@@ -141,9 +146,13 @@ def markdown_page(page: Page) -> str:
     return TEMPLATES.get_template("page.md").render(page=page)
 
 
-def write_pages(page: Page, out: Path, refresh_seconds: float | None = None) -> Path:
-    """Write out/report.md and out/report.html around the pictures in out/plots; returns the path of the latter."""
-    texts = {"report.md": markdown_page(page), "report.html": html_page(page, out / "plots", refresh_seconds)}
-    for name, text in texts.items():
-        files.write_whole(out / name, lambda file, text=text: file.write(text.encode()))
-    return out / "report.html"
+def write_pages(
+    page: Page, out: Path, refresh_seconds: float | None = None, name: str = "report", linked: bool = False
+) -> Path:
+    """Write out/<name>.md and out/<name>.html around the pictures in out/plots; returns the path of the latter, which
+    holds the pictures unless it is `linked` to them."""
+    html_text = html_page(page, out / "plots", refresh_seconds, linked)
+    texts = {f"{name}.md": markdown_page(page), f"{name}.html": html_text}
+    for file_name, text in texts.items():
+        files.write_whole(out / file_name, lambda file, text=text: file.write(text.encode()))
+    return out / f"{name}.html"

@@ -42,6 +42,7 @@ METRIC_TITLES = {
     "spectral_norm": "Spectral norm, the largest singular value",
     "spectral_entropy": "Spectral entropy of s² / Σs², 1 = all singular values s equal",
     "effective_rank": "Effective rank, exp of the entropy of s / Σs (s: singular values)",
+    "entropy": "Entropy of s / Σs in nats (s: singular values)",
     "left_alignment": "Alignment of update and weight, top-5 output directions",
     "right_alignment": "Alignment of update and weight, top-5 input directions",
     "weight_norm": "Frobenius norm of the weight",
@@ -180,12 +181,20 @@ def depth_profiles(runs: Sequence[Run], key: str = "spectral_entropy", steps: Se
     return figure
 
 
-@captioned(
-    "Effective rank over time",
+_OVER_TIME = (
     "Averaged over layers and seeds; the band spans the lowest to the highest layer. The dotted line is the value of "
     "the random initial weights, which depends on the shape alone: differences between projections that exist there "
-    "were not learned.",
+    "were not learned."
 )
+OVER_TIME_CAPTIONS = {
+    "spectral_entropy": Caption(
+        "Spectral entropy over time",
+        f"1 means that all singular values are equal. {_OVER_TIME} A line that falls is rank collapse.",
+    ),
+}
+
+
+@captioned("Effective rank over time", _OVER_TIME)
 def metric_over_time(runs: Sequence[Run], key: str = "effective_rank") -> Figure:
     """A metric averaged over layers and seeds against steps, a panel per projection; band = least to greatest layer.
 
@@ -269,7 +278,7 @@ def alignment_with_chance(runs: Sequence[Run], side: str = "left") -> Figure:
     return figure
 
 
-def _only_outer_ticks(axes: np.ndarray) -> None:
+def only_outer_ticks(axes: np.ndarray) -> None:
     """No ticks between the panels of a grid: they repeat the outer ones, and most of the drawing time is theirs."""
     for ax in axes[:-1].flat:
         ax.xaxis.set_visible(False)
@@ -277,7 +286,7 @@ def _only_outer_ticks(axes: np.ndarray) -> None:
         ax.yaxis.set_visible(False)
 
 
-def _heat(ax: plt.Axes, steps: np.ndarray, values: np.ndarray, **style: object) -> ScalarMappable:
+def heat(ax: plt.Axes, steps: np.ndarray, values: np.ndarray, **style: object) -> ScalarMappable:
     """Rows x events as an image whose cells are centred on their events."""
     mesh = ax.pcolormesh(steps, np.arange(len(values)), values, shading="nearest", rasterized=True, **style)
     ax.grid(False)
@@ -335,7 +344,7 @@ def metric_heatmap(runs: Sequence[Run], key: str) -> Figure:
         mark = float(np.nanmean(start)) if np.isfinite(start).any() else None
         scale = known if mark is None else [*known, mark]
         for row, (steps, values) in enumerate(grids):
-            mesh = _heat(axes[row, column], steps, values, vmin=min(scale), vmax=max(scale), cmap=HEATMAP_COLORS)
+            mesh = heat(axes[row, column], steps, values, vmin=min(scale), vmax=max(scale), cmap=HEATMAP_COLORS)
         bar = figure.colorbar(
             mesh, ax=axes[:, column], location="bottom", aspect=12, shrink=0.95, fraction=0.15 / len(runs), pad=0.02
         )
@@ -346,7 +355,7 @@ def metric_heatmap(runs: Sequence[Run], key: str) -> Figure:
             marked = True
             bar.ax.axvline(mark, color="white", linewidth=3.0)
             bar.ax.axvline(mark, color="black", linewidth=1.4)
-    _only_outer_ticks(axes)
+    only_outer_ticks(axes)
     words = "colour shared down each column"
     if marked:
         words += f"; line on each bar: {'chance' if is_alignment else 'the value at initialisation'}"
@@ -376,7 +385,7 @@ def quick_scan(runs: Sequence[Run]) -> Figure:
     size = (max(6.0, 1.6 + 1.75 * len(runs)), 5.4)
     figure, axes = plt.subplots(1, len(runs), figsize=size, sharex=True, squeeze=False)
     for ax, run, label, (steps, values) in zip(axes[0], runs, run_labels(runs), scans, strict=True):
-        mesh = _heat(ax, steps, values, vmin=low, vmax=high, cmap=HEATMAP_COLORS)
+        mesh = heat(ax, steps, values, vmin=low, vmax=high, cmap=HEATMAP_COLORS)
         ax.set_title(label.replace(", ", "\n"), fontsize=9)
         ax.set_xlabel("step")
         ax.invert_yaxis()
@@ -415,7 +424,7 @@ def rank_grid(runs: Sequence[Run]) -> Figure:
                 ax.set_visible(False)
                 continue
             run = group.runs[column]
-            mesh = _heat(ax, *grids[run.path], vmin=low, vmax=high, cmap=HEATMAP_COLORS)
+            mesh = heat(ax, *grids[run.path], vmin=low, vmax=high, cmap=HEATMAP_COLORS)
             ax.set_title(f"seed {run.config['seed']}")
             ax.set_xlabel("step") if row == len(groups) - 1 else None
         axes[row, 0].set_ylabel(f"{label}\nlayer")
@@ -441,10 +450,10 @@ def pair_grid(a: Run, b: Run, key: str = "effective_rank") -> Figure:
         values_a, values_b = values_a[:, np.isin(steps_a, steps)], values_b[:, np.isin(steps_b, steps)]
         both = np.concatenate([values_a, values_b])
         scale = {"vmin": np.nanmin(both), "vmax": np.nanmax(both), "cmap": HEATMAP_COLORS}
-        mesh = _heat(axes[0, column], steps, values_a, **scale)
-        _heat(axes[1, column], steps, values_b, **scale)
+        mesh = heat(axes[0, column], steps, values_a, **scale)
+        heat(axes[1, column], steps, values_b, **scale)
         bar = figure.colorbar(mesh, ax=axes[:2, column], location="bottom", aspect=12, shrink=0.95)
-        gap = _heat(axes[2, column], steps, values_a - values_b, norm=CenteredNorm(), cmap=DIFFERENCE_COLORS)
+        gap = heat(axes[2, column], steps, values_a - values_b, norm=CenteredNorm(), cmap=DIFFERENCE_COLORS)
         gap_bar = figure.colorbar(gap, ax=axes[2, column], location="bottom", aspect=12, shrink=0.95)
         reach = max(reach, float(np.nanmax(np.abs(values_a - values_b) / np.nanmean(both))))
         for one in (bar, gap_bar):
@@ -453,7 +462,7 @@ def pair_grid(a: Run, b: Run, key: str = "effective_rank") -> Figure:
             one.update_ticks()
         axes[0, column].set_title(PROJECTION_TITLES[name])
         axes[2, column].set_xlabel("step")
-    _only_outer_ticks(axes)
+    only_outer_ticks(axes)
     for ax, label in zip(axes[:, 0], (label_a, label_b, "difference"), strict=True):
         ax.set_ylabel(f"{label}\nlayer")
     figure.suptitle(

@@ -2,10 +2,13 @@
 
     for question, sentences in answers(runs): print(question, *sentences)
 
-Which layer stands out, when effective rank falls and where, Q against V, first sign of collapse, where entropy drops,
-spectral norms above 4, whether updates are aligned beyond chance. The sentences give measurements, not causes.
+Which layer stands out, how two layers differ, when effective rank falls and where, Q against V, first sign of collapse,
+where entropy drops, spectral norms above 4, whether updates are aligned beyond chance. The sentences give measurements,
+not causes.
 """
 
+import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -15,11 +18,11 @@ from analysis.pages import counted
 from analysis.plots import group_labels
 from analysis.plots_spectra import PROJECTION_TITLES, group_grid
 from analysis.runs import Group, Run, group_seeds
-from analysis.stats import chance_spread
+from analysis.stats import chance_spread, t_interval
 from engine.files import SUBSPACE_RANK
+from engine.norm_watch import NORM_ALARM, NORM_WARNING
 
 FALL = 0.10  # share of its initial effective rank that a matrix must lose to be named
-NORM_WARNING, NORM_ALARM = 4.0, 5.0  # spectral norms that the prior work advises to watch
 ENTROPY_DROP = 0.01  # of the spectral entropy, between 0 and 1
 STANDOUT_KEYS = {"spectral_norm": "spectral norm", "effective_rank": "effective rank", "stable_rank": "stable rank"}
 
@@ -28,12 +31,14 @@ def place(proj: str, layer: int) -> str:
     return f"{PROJECTION_TITLES[proj]} of layer {layer}"
 
 
-def answers(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """(question, a sentence for each group) for groups of runs that have logged spectra."""
+def answers(runs: Sequence[Run], layers: tuple[int, int] | None = None) -> list[tuple[str, list[str]]]:
+    """(question, a sentence for each group) for groups of runs that have logged spectra; `layers` are the two to
+    compare (default: those that differ most)."""
     groups = group_seeds(runs)
     named = list(zip(groups, group_labels(groups), strict=True))
     questions = (
         ("Which layer stands out?", standout),
+        ("How do two layers differ?", functools.partial(layers_apart, layers=layers)),
         ("When does effective rank fall by 10 %, and where?", rank_fall),
         ("What is the first sign of collapse?", collapse),
         ("How do Q and V differ?", q_against_v),
@@ -88,6 +93,38 @@ def standout(group: Group) -> str:
     if _too_early(group):
         return f"{sentence}; {TOO_EARLY}"
     return f"{sentence}; at initialisation it differed by {_percent(means[0][layer])}."
+
+
+def layers_apart(group: Group, layers: tuple[int, int] | None = None) -> str:
+    """Two layers against each other, by default those that differ most: by how much, since when, where most, and how
+    sure that is over seeds. The distance is the mean |ln ratio| over projections and three metrics."""
+    events = {(proj, key): _events(group, key)[proj] for key in STANDOUT_KEYS for proj in group.runs[0].projections()}
+    steps = next(iter(events.values()))[0]
+    logs = {place: np.log(values) for place, (_, values) in events.items() if (values > 0).all()}
+    count = min((len(values) for values in logs.values()), default=0)
+    if count < 2 or (layers and max(layers) >= count):
+        return f"with {counted(group.runs[0].layers, 'layer')} there is no such pair."
+
+    def distance(a: int, b: int) -> np.ndarray:
+        return np.mean([np.abs(values[a] - values[b]) for values in logs.values()], axis=0)
+
+    a, b = layers or max(itertools.combinations(range(count), 2), key=lambda pair: distance(*pair)[-1])
+    apart = distance(a, b)
+    proj, key = max(logs, key=lambda place: abs(logs[place][a, -1] - logs[place][b, -1]))
+    last = [values[:, -1] for values in (run.grid(proj, key)[1] for run in group.pool())]
+    mean, low, high = t_interval([math.log(values[a] / values[b]) for values in last])
+    ends = [float(np.mean([values[layer] for values in last])) for layer in (a, b)]
+    sure = f", 95 % interval {math.exp(low):.3g} to {math.exp(high):.3g}, n = {len(last)}" if math.isfinite(low) else ""
+    which = "" if layers else ", which differ most,"
+    since = ""
+    if len(steps) > 1 and apart[-1] > apart[0]:
+        half = int(np.flatnonzero(apart - apart[0] >= (apart[-1] - apart[0]) / 2)[0])
+        since = f", and half of the rise was there by step {int(steps[half])}"
+    return (
+        f"layers {a} and {b}{which} are {_percent(apart[-1])} apart on average over projections, spectral norm, "
+        f"effective and stable rank ({_percent(apart[0])} at initialisation{since}); most in {PROJECTION_TITLES[proj]} "
+        f"{STANDOUT_KEYS[key]}, {ends[0]:.3g} against {ends[1]:.3g} (ratio {math.exp(mean):.3g}{sure})."
+    )
 
 
 def _percent(log_ratio: float) -> str:

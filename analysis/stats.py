@@ -20,6 +20,7 @@ from analysis.runs import Group, Run
 
 CONFIDENCE = 0.95
 SIGNIFICANT = 0.05  # a difference with a p value below this is called significant
+MARGIN = 0.01  # share of the loss within which two settings count as equally good
 STEADY = 1.2  # slowest over fastest median step of one setting's seeds, up to which times count
 PAIRED, WELCH, OVER_SEEDS, REGRESSION = "paired t-test", "Welch's t-test", "t-test over seeds", "regression over runs"
 BySeed = Mapping[int, float]

@@ -7,8 +7,6 @@
 both tracks come from the same runs. `check` trusts nothing that it can compute: exit code 1 and a line for each fault.
 """
 
-import gzip
-import json
 import math
 import re
 import shlex
@@ -39,7 +37,6 @@ from suites import launcher
 from suites.catalog import OPTIMIZERS
 
 KEPT = (files.CONFIG, files.METRICS, files.SUMMARY, files.LOG)
-SPECTRA_DIGITS = 5
 MOST_BYTES = 4 * 2**20  # of a record's folder: every clone carries it
 
 
@@ -194,7 +191,7 @@ def write_record(
         for name in KEPT:
             shutil.copyfile(folder / name, part / folder.name / name)
         if (folder / files.SPECTRA).exists():
-            pack(folder / files.SPECTRA, part / folder.name / (files.SPECTRA + files.PACKED))
+            files.pack(folder / files.SPECTRA, part / folder.name)
     runs = [load_run(part / folder.name) for folder in folders]
     write_report(part, runs)
     config = runs[0].config
@@ -206,20 +203,6 @@ def write_record(
     files.write_json(part / RECORD, record)
     (part / "README.md").write_text(pages.record_page(pages.as_written(record)), encoding="utf-8")
     part.rename(out)
-
-
-def pack(source: Path, target: Path) -> None:
-    """Spectra with five digits, compressed, the same bytes whenever it is done: a quarter of the file."""
-    lines = [json.dumps(_rounded(line), allow_nan=False) for line in files.read_jsonl(source)]
-    target.write_bytes(gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.{SPECTRA_DIGITS}g}")
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return {key: _rounded(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def check(folder: Path) -> list[str]:

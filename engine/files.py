@@ -20,7 +20,7 @@ from engine.cli import BadInput, CannotWrite, first_line
 ROOT = Path(__file__).resolve().parent.parent  # of the source tree
 CONFIG, SUMMARY, LOG = "config.json", "summary.json", "log.txt"
 METRICS, SPECTRA = "metrics.jsonl", "manifold_stats.jsonl"
-PACKED = ".gz"  # how a record keeps spectra
+PACKED, PACKED_DIGITS = ".gz", 5  # how a record keeps spectra
 SUBSPACE_RANK = 5  # dimension of the singular subspaces whose alignment manifold_stats.jsonl holds
 CHECKPOINT, PREVIOUS_CHECKPOINT, BEST = "checkpoint.pt", "checkpoint.prev.pt", "best.pt"
 
@@ -137,6 +137,22 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             raise BadInput(f"{path}: line {number} holds a JSON {type(record).__name__}, not an object")
         records.append(record)
     return records
+
+
+def pack(source: Path, folder: Path, digits: int = PACKED_DIGITS) -> None:
+    """Write folder/<name of source>.gz: the lines of a JSONL file with rounded numbers, the same bytes whenever it is
+    done; a quarter of the file."""
+    lines = [json.dumps(_rounded(line, digits), allow_nan=False) for line in read_jsonl(source)]
+    content = gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0)
+    (folder / (source.name + PACKED)).write_bytes(content)
+
+
+def _rounded(value: Any, digits: int) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}")
+    if isinstance(value, list):
+        return [_rounded(item, digits) for item in value]
+    return {key: _rounded(item, digits) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def load_json(path: Path, most_bytes: int = 2**24) -> dict[str, Any]:

@@ -8,6 +8,7 @@ The names of the files are in files.py, checkpoints in checkpoint.py.
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -265,24 +266,27 @@ class TensorBoard:
 
 
 class Output:
-    """Prints what rank 0 says: to the terminal, around the progress bar if there is one, and to log.txt."""
+    """Prints what rank 0 says: to the terminal, around the progress bar if there is one, and to log.txt. The loop and
+    the spectra's worker may both speak."""
 
     def __init__(self, speaks: bool) -> None:
         self.speaks, self.log, self.bar = speaks, None, None
+        self.turn = threading.Lock()
 
     def say(self, line: str, terminal: bool = True) -> None:
         if not self.speaks:
             return
-        if terminal and self.bar is not None:
-            self.bar.write(line)
-        elif terminal:
-            print(line, flush=True)
-        if self.log is not None:
-            log, self.log = self.log, None  # not tried again after a failure
-            with writing(log.name):
-                log.write(line + "\n")
-                log.flush()
-            self.log = log
+        with self.turn:
+            if terminal and self.bar is not None:
+                self.bar.write(line)
+            elif terminal:
+                print(line, flush=True)
+            if self.log is not None:
+                log, self.log = self.log, None  # not tried again after a failure
+                with writing(log.name):
+                    log.write(line + "\n")
+                    log.flush()
+                self.log = log
 
     def start_bar(self, done: int, total: int) -> None:
         if self.speaks and sys.stderr.isatty():

@@ -46,7 +46,9 @@ class Scale:
     moe_long: Fields
     moe_short: Fields  # S4's fast sweep, 200 of its 500 steps
     rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by suite and optimizer
+    claim_seeds: tuple[int, ...] | None = None  # of the other suites on which a claim hangs
     fresh_seeds: tuple[int, ...] | None = None  # of the suites whose settings other seeds chose
+    written: Fields = field(default_factory=dict)  # what conditions as written measure
     corpora: Mapping[str, documents.Corpus] = field(default_factory=dict)  # by document
 
 
@@ -56,7 +58,7 @@ def _budget(steps: int, batch_tokens: int) -> dict[str, int]:
 
 _S2 = {"schedule": "cosine", "min_lr": 0.1, "warmup": 0.05, "dropout": 0.1, "weight_decay": 0.1}
 _S4 = _S2 | {"momentum": 0.9, "ns_coefficients": "quintic", "spectra_every": 0}
-_NANO = {"eval_every": 8, "eval_tokens": 8192}
+_NANO = {"eval_every": 16, "eval_tokens": 8192, "spectra_every": 16}
 
 SCALES = {
     "full": Scale(
@@ -84,11 +86,11 @@ SCALES = {
         corpora=documents.CORPORA,
     ),
     "nano": Scale(
-        dense=_NANO | {"model": "nano", **_budget(64, 2048)},
-        baseline=_NANO | {"model": "nano", **_budget(192, 2048), "eval_every": 24},
-        search=_NANO | {"model": "nano", **_budget(64, 2048), "schedule": "constant", "spectra_every": 0},
+        dense=_NANO | {"model": "nano", **_budget(128, 2048)},
+        baseline=_NANO | {"model": "nano", **_budget(256, 2048), "eval_every": 32, "spectra_every": 32},
+        search=_NANO | {"model": "nano", **_budget(128, 2048), "schedule": "constant", "spectra_every": 0},
         sizes={
-            name: _NANO | _S2 | {"model": "nano", **_budget(64, 2048), "spectra_every": 0} | shape
+            name: _NANO | _S2 | {"model": "nano", **_budget(128, 2048), "spectra_every": 0} | shape
             for name, shape in {
                 "64 wide": {"d_model": 64, "layers": 2, "heads": 2, "kv_heads": 2, "d_ff": 256},
                 "96 wide": {"d_model": 96, "layers": 3, "heads": 3, "kv_heads": 3, "d_ff": 384},
@@ -96,9 +98,9 @@ SCALES = {
                 "192 wide": {"d_model": 192, "layers": 4, "heads": 6, "kv_heads": 6, "d_ff": 768},
             }.items()
         },
-        moe=_NANO | _S4 | {"model": "moe-nano", **_budget(64, 2048)},
-        moe_long=_budget(128, 2048) | {"eval_every": 16},
-        moe_short=_budget(26, 2048),
+        moe=_NANO | _S4 | {"model": "moe-nano", **_budget(128, 2048)},
+        moe_long=_budget(384, 2048) | {"eval_every": 48},
+        moe_short=_budget(51, 2048),
         rates={
             "lr-sensitivity muon": (0.003, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2),
             "lr-sensitivity adamw": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
@@ -107,6 +109,9 @@ SCALES = {
             "moe-lr-muon": (0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.25),
             "moe-lr-adam": (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.04),
         },
+        claim_seeds=(0, 1, 2, 3, 4, 5),
+        fresh_seeds=(6, 7, 8, 9, 10, 11),
+        written={"spectra_every": 0},
     ),
 }
 
@@ -116,6 +121,7 @@ class Suite:
     """One experiment: `varies` names the setting that it varies, `needs` the suites whose winners it uses.
 
     `extra_tests` counts the tests that claims make on its runs beyond its own pairs; every correction includes them.
+    `claimed`: a document makes a claim about it.
     """
 
     name: str
@@ -125,12 +131,15 @@ class Suite:
     seeds: tuple[int, ...]
     needs: tuple[str, ...]
     extra_tests: int
+    claimed: bool
     plan: Callable[[Scale, Winners], list[Condition]]
 
     def seeds_at(self, scale: Scale) -> tuple[int, ...]:
-        """The documents' own seeds at full scale, where a sweep has not used them up."""
-        fresh = self.seeds in (FRESH_SEEDS, FINAL_SEEDS)
-        return scale.fresh_seeds if fresh and scale.fresh_seeds else self.seeds
+        """The scale's seeds: at full scale the documents' own, where a sweep has not used them up; at nano scale six
+        for every suite on which a claim hangs."""
+        if self.seeds in (FRESH_SEEDS, FINAL_SEEDS):
+            return scale.fresh_seeds or self.seeds
+        return scale.claim_seeds if scale.claim_seeds and self.claimed else self.seeds
 
 
 SUITES: dict[str, Suite] = {}
@@ -148,11 +157,12 @@ def suite(
     seeds: tuple[int, ...] = SEEDS,
     needs: tuple[str, ...] = (),
     extra_tests: int = 0,
+    claimed: bool = True,
 ) -> Callable[[Plan], Plan]:
     """Register a function as a suite."""
 
     def register(plan: Plan) -> Plan:
-        SUITES[name] = Suite(name, source, question, varies, seeds, needs, extra_tests, plan)
+        SUITES[name] = Suite(name, source, question, varies, seeds, needs, extra_tests, claimed, plan)
         return plan
 
     return register
@@ -177,12 +187,12 @@ def both(base: Fields, rate_of: Callable[[str], float], label: str = "") -> list
     ]
 
 
-def as_written(base: Fields, source: str, label: str = "") -> list[Condition]:
+def as_written(base: Fields, source: str, label: str = "", **measured: Any) -> list[Condition]:
     """Both optimizers with the settings of a document, so that its result can be seen beside the fair ones."""
     return [
         Condition(
             f"{optimizer}{label} {AS_WRITTEN}",
-            {**base, "optimizer": optimizer, **documents.WRITTEN[source][optimizer]},
+            {**base, "optimizer": optimizer, **documents.WRITTEN[source][optimizer], **measured},
             f"adamw{label} {AS_WRITTEN}" if optimizer == "muon" else None,
         )
         for optimizer in OPTIMIZERS
@@ -194,7 +204,8 @@ def as_written(base: Fields, source: str, label: str = "") -> list[Condition]:
     "Which learning rate is best for each optimizer on the short run?",
     source="S0",
     varies="lr",
-    seeds=(0,),
+    seeds=SEEDS,
+    claimed=False,
 )
 def speedrun_lr(scale: Scale, winners: Winners) -> list[Condition]:
     base = {**scale.dense, "spectra_every": 0}
@@ -212,7 +223,7 @@ def speedrun_lr(scale: Scale, winners: Winners) -> list[Condition]:
 )
 def speedrun_2m(scale: Scale, winners: Winners) -> list[Condition]:
     fair = both(scale.dense, lambda optimizer: winners("speedrun-lr", optimizer)["lr"])
-    return fair + as_written(scale.dense, "S0")
+    return fair + as_written(scale.dense, "S0", **scale.written)
 
 
 @suite(
@@ -226,7 +237,7 @@ def speedrun_2m(scale: Scale, winners: Winners) -> list[Condition]:
 )
 def baseline(scale: Scale, winners: Winners) -> list[Condition]:
     fair = both(scale.baseline, lambda optimizer: winners("speedrun-lr", optimizer)["lr"])
-    return fair + as_written(scale.baseline, "S3")
+    return fair + as_written(scale.baseline, "S3", **scale.written)
 
 
 @suite(
@@ -374,6 +385,7 @@ ablation("moe-min-lr", "How far should the rate fall?", min_lr=(0.01, 0.1, 0.5),
     "Which polynomial should Newton-Schulz iterate?",
     source="S4",
     varies="condition",
+    claimed=False,
     needs=("moe-lr-muon",),
 )
 def moe_ns_polynomial(scale: Scale, winners: Winners) -> list[Condition]:

@@ -20,7 +20,6 @@ CONFIRMED, REFUTED, EQUIVALENT = "confirmed", "refuted", "equivalent"
 UNDECIDED, NOT_TESTABLE = "undecided", "not testable here"
 DECIDED = (CONFIRMED, REFUTED, EQUIVALENT)
 FEWEST_SEEDS = 3
-MARGIN = 0.01  # share of the loss within which two settings count as equally good
 MOST_SHOWN = 3  # comparisons of one claim that are all printed
 
 

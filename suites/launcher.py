@@ -8,6 +8,7 @@ a launcher was killed and its runs are still alive, the next launcher waits for 
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -42,6 +43,7 @@ class Job:
     steps: int
     tokens: int
     runs_dir: Path
+    seconds: float = math.nan  # on one idle core, as far as that is known
 
     @property
     def folder(self) -> Path:
@@ -208,6 +210,7 @@ class LaterStages:
 
     runs: int = 0
     tokens: int = 0
+    seconds: float = 0.0  # on one idle core
 
 
 def run_here(jobs: Sequence[Job], slots: Sequence[dict[str, str]], later: LaterStages = LaterStages()) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from analysis.runs import Run
 from analysis.stats import (
+    MARGIN,
     best_rate,
     difference,
     finite_only,
@@ -22,7 +23,6 @@ from analysis.stats import (
 )
 from suites.judging import (
     CONFIRMED,
-    MARGIN,
     NOT_TESTABLE,
     REFUTED,
     UNDECIDED,

@@ -21,6 +21,7 @@ from engine.identity import MEASUREMENT, NOT_LEARNED, config_hash
 from engine.ranks import Rank
 from settings import Settings, identity, resolve
 from suites.catalog import SCALES, SUITES, Condition, Fields, with_needs
+from suites.cost import run_seconds
 from suites.launcher import OVER, Job, LaterStages
 from suites.results import Results
 
@@ -99,12 +100,17 @@ class Planner:
             steps=resolved.steps,
             tokens=resolved.tokens,
             runs_dir=self.chosen.folder,
+            seconds=run_seconds(given, resolved.tokens),
         )
+
+    def seeds(self, name: str) -> tuple[int, ...]:
+        """Those of --seeds for a chosen suite, else the suite's own at this scale."""
+        named = name in self.chosen.suites()
+        return self.chosen.seeds if named and self.chosen.seeds is not None else SUITES[name].seeds_at(self.scale)
 
     def plan(self, name: str) -> list[Planned]:
         """The conditions of a suite with their runs; NotYet if a suite that it needs has runs to go."""
-        suite, named = SUITES[name], name in self.chosen.suites()
-        seeds = self.chosen.seeds if named and self.chosen.seeds is not None else suite.seeds_at(self.scale)
+        suite, named, seeds = SUITES[name], name in self.chosen.suites(), self.seeds(name)
         corpus = self.scale.corpora.get(suite.source)
         where = {"data": corpus.folder} if corpus is not None and corpus.folder.exists() else {}
         conditions = suite.plan(self.scale, self.winner)
@@ -149,14 +155,16 @@ class Planner:
         return best.condition.fields
 
     def estimate(self, stages: Sequence[Sequence[str]]) -> LaterStages:
-        """The size of stages whose settings are not known yet."""
-        runs = tokens = 0
+        """The size of stages whose settings are not known yet. Runs that suites share count once."""
+        defaults = {f.name: f.default for f in dataclasses.fields(Settings)}
+        runs: dict[tuple, Fields] = {}
         for name in (name for stage in stages for name in stage):
-            conditions = SUITES[name].plan(self.scale, lambda suite, optimizer: UnknownRates())
-            seeds = len(self.chosen.seeds or SUITES[name].seeds_at(self.scale))
-            runs += seeds * len(conditions)
-            tokens += seeds * sum(self.chosen.tokens or c.fields["tokens"] for c in conditions)
-        return LaterStages(runs, tokens)
+            for condition in SUITES[name].plan(self.scale, lambda suite, optimizer: UnknownRates()):
+                settings = tuple(sorted((k, str(v)) for k, v in {**defaults, **condition.fields}.items()))
+                runs |= {(settings, seed): condition.fields for seed in self.seeds(name)}
+        tokens = [self.chosen.tokens or fields["tokens"] for fields in runs.values()]
+        seconds = sum(run_seconds(fields, budget) for fields, budget in zip(runs.values(), tokens, strict=True))
+        return LaterStages(len(runs), sum(tokens), seconds)
 
     def stages(self) -> list[list[str]]:
         return with_needs(self.chosen.suites())

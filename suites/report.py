@@ -1,73 +1,33 @@
-"""Suites -> one page: the claims of the documents, then each suite with its tests, figures and fairness.
+"""Suites -> pages: the claims of the documents, the advice, and a page for each suite.
 
 page = write_suite_report([Results.load(...), ...], later=[], scale="nano", out=Path("runs/experiments-nano/report"))
+
+One suite makes one page. Several make report.html with the claims, advice.html, and <suite>.html for each; all share
+the pictures in plots/, which no page holds itself.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from matplotlib.figure import Figure
-
-from analysis import plots, plots_settings, plots_spectra
+from analysis import plots, plots_conditions
 from analysis.pages import Chapter, Page, Picture, Section, Table, counted, number, write_pages
 from analysis.plots import Drawing, drawing
+from analysis.questions import answers
 from analysis.runs import optimizer_name
-from analysis.stats import Contrast, p_words, t_interval, unsteadiness
+from analysis.stats import Contrast, p_words
 from engine.cli import BadInput, make_folder
-from suites import documents
-from suites import plots as suite_plots
+from suites import documents, power_table
+from suites.advice import HOLDS, NOT, OPEN, Advice, advice, effects, recipes
 from suites.claims import Claim, judge_all
+from suites.figures import figures, watched
 from suites.judging import DECIDED, NOT_TESTABLE, UNDECIDED, Finding
 from suites.results import TOLERANCES, Outcome, Results
+from suites.tables import conditions_table, experts_table, sizes_table, tests_table
 
 SCALE_WORDS = {"full": "at full size", "nano": "at nano scale, on models for two CPU cores"}
-
-
-def p_cell(value: float) -> str:
-    return "-" if math.isnan(value) else p_words(value).removeprefix("p = ").removeprefix("p ")
-
-
-def conditions_table(results: Results) -> Table:
-    rows = []
-    for outcome in results.outcomes:
-        losses = list(outcome.losses().values())
-        mean, low, high = t_interval(losses)
-        accuracy = outcome.values(lambda run: 100 * float(run.val["val_accuracy"][-1]))
-        rough = outcome.values(unsteadiness)
-        to_go = f" (+{outcome.to_go} to go)" if outcome.to_go else ""
-        row = {
-            "condition": outcome.name,
-            "learning rate": f"{outcome.condition.fields['lr']:g}",
-            "runs": f"{len(losses)}{', single seed' if outcome.planned == 1 else ''}{to_go}",
-            "mean loss": number(mean, ".4f"),
-            "std. dev.": f"{np.std(losses, ddof=1):.4f}" if len(losses) > 1 else "-",
-            "95 % interval": f"{low:.4f} to {high:.4f}" if math.isfinite(low) else "-",
-            "accuracy": f"{np.mean(list(accuracy.values())):.2f} %" if accuracy else "-",
-            "failed": f"{outcome.failed} of {outcome.planned}",
-            "unsteadiness": number(float(np.mean(list(rough.values()))) if rough else math.nan, ".3f"),
-        }
-        rows.append(row)
-    return Table.of(rows)
-
-
-def tests_table(tests: Sequence[Contrast]) -> Table:
-    rows = [
-        {
-            "difference of final loss": f"{test.name_a} - {test.name_b}",
-            "n": " and ".join(str(n) for n in dict.fromkeys(test.n)),
-            "nats": number(test.difference, "+.4f"),
-            "corrected interval": f"{test.low:+.4f} to {test.high:+.4f}" if math.isfinite(test.low) else "no test",
-            "p paired": p_cell(test.p_value if test.paired else math.nan),
-            "p Welch": p_cell(test.p_welch),
-            "p Holm": p_cell(test.p_holm),
-            "Hedges' g": number(test.effect, "+.2f"),
-        }
-        for test in tests
-    ]
-    return Table.of(rows)
+ADVICE = "advice"  # the name of its page and of its figure
 
 
 def findings(results: Results) -> list[str]:
@@ -139,66 +99,74 @@ def reached_sentence(results: Results, a: Outcome, b: Outcome) -> str:
     return f"Time to {b.name}'s mean final loss of {b.loss:.4f}: {time_of('a', a)}; {time_of('b', b)}."
 
 
-def figures(results: Results) -> list[Drawing]:
-    """The suite's figures, as far as there are runs for them."""
-    finished = [run for outcome in results.outcomes for run in outcome.finished()]
-    if not finished:
-        return []
-    fair = [run for outcome in results.outcomes if not outcome.as_written for run in outcome.finished()]
-
-    def of_suite(kind: str, plot: Callable[..., Figure], *arguments: Any, about: str = "") -> Drawing:
-        return drawing(plot, *arguments, stem=f"{results.name}_{kind}", about=about)
-
-    if results.suite.varies == "lr":
-        plot = plots_settings.learning_rate_sensitivity
-        return [of_suite("rates", plot, results.runs())] if plots_settings.has_rates(finished) else []
-    crosses, by_size = results.crosses(), results.suite.varies == "params"
-    found = [of_suite("bars", suite_plots.condition_bars, results)]
-    if by_size:
-        found.append(of_suite("sizes", plots_settings.model_scaling, fair))
-    elif crosses:
-        found.append(of_suite("curves", plots.loss_curves, finished))
-        if all(len(run.val["step"]) > 2 for run in finished):
-            found.append(of_suite("time_to_loss", suite_plots.time_to_loss, results, *crosses[-1]))
-    if results.suite.varies == "schedule":
-        found.append(of_suite("schedules", plots.learning_rate_schedules, finished))
-    if crosses and any(run.experts for run in finished):
-        for outcome in crosses[-1]:
-            about = f"{optimizer_name(outcome.optimizer)}, first seed"
-            kind = f"experts_{outcome.optimizer}"
-            found.append(of_suite(kind, plots.expert_utilization, outcome.finished()[0], about=about))
-    watched = [run for run in fair if run.projections()]
-    if crosses and watched:
-        found.append(of_suite("alignment", plots_spectra.alignment_with_chance, watched))
-        found.append(of_suite("rank", plots_spectra.metric_over_time, watched))
-    return found
-
-
-def suite_chapter(results: Results, known: Mapping[str, Results], pictures: Sequence[Picture]) -> Chapter:
-    items: list[Table | Picture | Section] = [
-        Section(
-            f"{results.suite.question} ({results.suite.source})", findings(results) or ["No run has finished yet."]
-        ),
-        conditions_table(results),
-    ]
-    tests = results.tests()
-    if tests and (results.suite.varies != "lr" or any(test.tested for test in tests)):
-        items.append(tests_table(tests))
-    if from_sweeps := results.settings_from_sweeps(known):
-        items.append(Section("Settings taken from sweeps", from_sweeps))
-    if fairness := results.fairness():
-        items.append(Section("Fairness", fairness))
-    if rows := documents.DEVIATIONS.get(results.suite.source):
-        items.append(Table(("what", f"{results.suite.source} says", "its code ran", "here"), list(rows)))
-    return Chapter(results.name, [*items, *pictures])
-
-
 def claims_table(judged: Sequence[tuple[Claim, Finding]]) -> Table:
     header = ("document", "claim", "its words and figures", "finding", "our numbers", "test", "suite")
     rows = [
         (c.source, c.statement, "; ".join(c.quotes) or "-", f.verdict, f.numbers, f.test, c.suite) for c, f in judged
     ]
     return Table(header, rows, whole=True)
+
+
+def suite_chapters(results: Results, known: Mapping[str, Results], pictures: Sequence[Picture]) -> list[Chapter]:
+    """Everything about one suite: answer, tables, figures, spectra in sentences, fairness."""
+    title = f"{results.suite.question} ({results.suite.source})"
+    numbers: list[Table | Section] = [
+        Section(title, findings(results) or ["No run has finished yet."]),
+        conditions_table(results),
+    ]
+    tests = results.tests()
+    if tests and (results.suite.varies != "lr" or any(test.tested for test in tests)):
+        numbers.append(tests_table(results))
+    if results.suite.varies == "params" and (table := sizes_table(results)):
+        numbers += [Section("Both optimizers side by side", []), table]
+    if results.crosses() and (table := experts_table(results)):
+        numbers += [Section("Balance of the experts at the end, every seed", []), table]
+    chapters = [Chapter(results.name, numbers), Chapter("Figures", list(pictures))]
+    if runs := watched(results):
+        chapters.append(Chapter("Findings in the spectra", [Section(*reply) for reply in answers(runs)]))
+    conditions: list[Table | Section] = []
+    if from_sweeps := results.settings_from_sweeps(known):
+        conditions.append(Section("Settings taken from sweeps", from_sweeps))
+    if fairness := results.fairness():
+        conditions.append(Section("Fairness", fairness))
+    if rows := documents.DEVIATIONS.get(results.suite.source):
+        conditions.append(Section("What the document says, and what runs here", []))
+        conditions.append(Table(("what", f"{results.suite.source} says", "its code ran", "here"), list(rows)))
+    chapters.append(Chapter("Conditions", conditions))
+    return [chapter for chapter in chapters if chapter.items]
+
+
+def advice_page(rows: Sequence[Advice], recipes: Sequence[str], scale: str, pictures: Sequence[Picture]) -> Page:
+    """What to use at this scale, and where the documents' advice does not hold."""
+    counts = {words: sum(row.holds == words for row in rows) for words in (HOLDS, NOT, OPEN)}
+    table = Table.of(
+        [
+            {
+                "setting": row.setting,
+                "use": row.use,
+                "evidence": row.evidence,
+                "n": str(row.n),
+                "the document": row.document,
+                "its advice": f"{row.holds}{': ' * bool(row.reason)}{row.reason}",
+                "suite": row.suite,
+            }
+            for row in rows
+        ],
+        whole=True,
+    )
+    failing = [f"{row.setting} ({row.document}: {row.reason})" for row in rows if row.holds == NOT]
+    lead = [f"Does not hold here: {'; '.join(failing)}."] if failing else []
+    return Page(
+        title=f"muon-speedrun experiments, {scale}: advice",
+        headline=f"What to use {SCALE_WORDS[scale]}: of {len(rows)} pieces of the documents' advice {counts[HOLDS]} "
+        f"hold, {counts[NOT]} do not, {counts[OPEN]} are open",
+        lead=[*lead, *recipes],
+        tiles=[],
+        summary=table,
+        notes=ADVICE_NOTES,
+        warnings=[],
+        chapters=[Chapter("Every setting", list(pictures))] if pictures else [],
+    )
 
 
 NOTES = (
@@ -214,6 +182,17 @@ NOTES = (
     "A learning rate's tolerance is the width in decades around the best rate where the loss is within 1 % or 5 % of "
     "the best, linear in the logarithm of the rate between grid points; 'at least': the grid ended first.",
     "Unsteadiness is the spread of the last tenth of the training losses around their linear trend, in nats.",
+)
+
+
+ADVICE_NOTES = (
+    "'Use' is the condition with the lowest mean loss, or the range of rates within 1 % of the best loss. Conditions "
+    "named behind it are as good within 1 %, shown by two one-sided tests: choose the cheapest of them.",
+    "A document's advice holds if its choice has the lowest mean loss or is as good within 1 %; it does not hold if "
+    "another ends lower and the interval, corrected for all tests of the suite, excludes zero; else it is open.",
+    "The best of several conditions looks better than it is: the choice favours luck. moe-final trains the choices on "
+    "fresh seeds. A rate's interval is over seeds, each with the vertex of a parabola through its best rates.",
+    "These are short runs of small models. What they say about larger ones is for the suites at full scale.",
 )
 
 
@@ -256,8 +235,10 @@ def build_page(
         f"{suite}, {condition}: {counted(count, 'run')} failed." for (suite, condition), count in failed.items()
     ]
     chapters = [Chapter("Claims of the documents and our findings", [claims_table(judged)])] if judged else []
-    chapters += [suite_chapter(r, known, pictures[r.name]) for r in results]
-    suite = results[0].name if len(results) == 1 else "everything"
+    alone = len(results) == 1
+    if alone:
+        chapters += suite_chapters(results[0], known, pictures[results[0].name])
+    suite = results[0].name if alone else "everything"
     made = [
         f"Runs: {finished} finished, {hours:.1f} hours of training in all on {', '.join(devices)}.",
         f"Commits: {', '.join(commits)}. Each run's config.json has its settings, versions and data fingerprint.",
@@ -273,6 +254,37 @@ def build_page(
         notes=NOTES,
         warnings=warnings,
         chapters=chapters,
+    )
+
+
+def links(results: Sequence[Results]) -> list[tuple[str, str]]:
+    """The pages of a report on several suites."""
+    return [("Claims", "report"), ("Advice", ADVICE), *((r.name, r.name) for r in results)]
+
+
+def suite_page(
+    results: Results,
+    known: Mapping[str, Results],
+    judged: Sequence[tuple[Claim, Finding]],
+    scale: str,
+    pictures: Sequence[Picture],
+) -> Page:
+    """One suite of several."""
+    chapters = suite_chapters(results, known, pictures)
+    table, *rest = chapters[0].items[1:]
+    lead = list(chapters[0].items[0].sentences)
+    own = [pair for pair in judged if pair[0].suite == results.name]
+    claims = [Chapter("Claims of the documents and our findings", [claims_table(own)])] if own else []
+    tests = [Chapter("Tests", rest)] if rest else []
+    return Page(
+        title=f"muon-speedrun experiments, {scale}: {results.name} ({results.suite.source})",
+        headline=results.suite.question,
+        lead=lead,
+        tiles=[],
+        summary=table,
+        notes=NOTES if own else NOTES[2:],
+        warnings=[f"{counted(results.to_go, 'planned run')} to go."] if results.to_go else [],
+        chapters=[*claims, *tests, *chapters[1:]],
     )
 
 
@@ -299,5 +311,24 @@ def write_suite_report(
         raise BadInput(later[0] if later else "no run of this suite has finished yet: python experiments.py run")
     folder = out / "plots"
     make_folder(folder, exist_ok=True)
-    drawn = {r.name: plots.save_all(figures(r), folder) for r in results}
-    return write_pages(build_page(results, known, later, scale, drawn), out)
+    for old in (*folder.glob("*.png"), *folder.glob("*.svg")):
+        old.unlink()
+    drawn = {r.name: plots.save_all(figures(r), folder, ("png",)) for r in results}
+    if len(results) > 1:
+        judged, everyone = judge_all(known), links(results)
+        pages = {r.name: suite_page(r, known, judged, scale, drawn[r.name]) for r in results}
+        if rows := advice(known):
+            pictures = plots.save_all(_advice_figures(known), folder, ("png",))
+            pages[ADVICE] = advice_page(rows, recipes(known), scale, pictures)
+        else:
+            everyone = [link for link in everyone if link[1] != ADVICE]
+        for name, page in pages.items():
+            write_pages(replace(page, links=everyone), out, name=name, linked=True)
+    power_table.write(known, out / power_table.POWER)
+    front = build_page(results, known, later, scale, drawn)
+    return write_pages(replace(front, links=everyone) if len(results) > 1 else front, out, linked=True)
+
+
+def _advice_figures(known: Mapping[str, Results]) -> list[Drawing]:
+    found = effects(known)
+    return [drawing(plots_conditions.effects, found, stem=ADVICE)] if found else []

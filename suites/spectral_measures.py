@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from analysis.runs import Run
-from analysis.stats import balance, common_slope, tail_index
-from suites.judging import MARGIN, Context, Evidence, Lacking, Spread, Unit
+from analysis.stats import MARGIN, balance, common_slope, tail_index
+from suites.judging import Context, Evidence, Lacking, Spread, Unit
 from suites.measures import HUNDREDTHS, LOG_RATIO, TIMES, Measure, Number, per_seed, versus
 
 NEAR_ONE = math.log(2)  # a norm between a half and two counts as near one

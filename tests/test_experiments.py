@@ -1,5 +1,6 @@
 """Suites as processes: killed, interrupted, failed and resumed; one run per free GPU; the settings on an old GPU."""
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -23,7 +24,7 @@ from settings import Settings, chosen_kernels, resolve
 from suites import launcher, planner
 from tests.processes import children_of, steps_logged
 
-SLIVER = ("run", "moe-lr-muon", "--scale", "nano", "--tokens", "8192")
+SLIVER = ("run", "moe-lr-muon", "--scale", "nano", "--tokens", "8192", "--seeds", "0")
 RUNS, STEPS = 3, 4  # the rates 0.01, 0.02 and 0.04
 
 
@@ -116,6 +117,8 @@ summary = json.loads((folder / "summary.json").read_text()) | {"final_val_loss":
 def test_everything_is_planned_in_stages_trained_once_and_reported(tmp_path, shards_folder, run_main, monkeypatch):
     fake_training(tmp_path, monkeypatch, FAKE_TRAINING.replace("ROOT", repr(str(ROOT))))
     monkeypatch.setattr(launcher, "POLL_SECONDS", 0.01)
+    few = dataclasses.replace(planner.SCALES["nano"], claim_seeds=None, fresh_seeds=None)
+    monkeypatch.setitem(planner.SCALES, "nano", few)
     where = ("--scale", "nano", "--runs-dir", tmp_path / "runs", "--data", shards_folder)
     code, out, err = run_main(experiments.main, "run", "everything", *where, "--jobs", "4")
     assert code == 0, err

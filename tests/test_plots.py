@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from PIL import Image
 
 from analysis import plots, plots_layer, plots_settings, plots_spectra, report_figures
 from analysis.runs import group_seeds, load_run
@@ -192,6 +193,17 @@ def test_files_of_a_figure_are_the_same_each_time(runs, tmp_path):
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     width = int.from_bytes((tmp_path / "a.png").read_bytes()[16:20], "big")
     assert width == 2 * 100 * plots.WIDTH
+
+
+def test_png_files_are_small_and_keep_their_colours(runs, tmp_path):
+    figure = plots_spectra.metric_heatmap(runs, "effective_rank")
+    plots.save(figure, tmp_path, "heatmap", ("png",))
+    figure.savefig(tmp_path / "full.png")
+    small, full = (Image.open(tmp_path / f"{name}.png") for name in ("heatmap", "full"))
+    assert small.mode == "P"
+    assert (tmp_path / "heatmap.png").stat().st_size < 0.7 * (tmp_path / "full.png").stat().st_size
+    away = np.abs(np.asarray(small.convert("RGB"), dtype=int) - np.asarray(full.convert("RGB"), dtype=int))
+    assert away.max() <= 255 / 25
 
 
 DRAW_ON_TWO_CORES = """

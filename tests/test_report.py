@@ -106,6 +106,17 @@ def test_the_report_of_six_runs_is_one_file_that_says_who_won_and_why_one_may_be
         assert sentence in markdown
 
 
+def test_two_layers_are_compared_on_request(run_main, no_drawing, tmp_path):
+    run = write_run(tmp_path / "run", layers=4)
+    code, _, _ = run_main(report.main, run, "--out", tmp_path / "r", "--layers", 1, 3)
+    assert code == 0
+    assert "layers 1 and 3 are" in (tmp_path / "r" / "report.md").read_text()
+    for pair in ((1, 4), (2, 2)):
+        code, _, error = run_main(report.main, run, "--out", tmp_path / "r", "--layers", *pair)
+        assert code == 2
+        assert error.strip() == f"error: --layers {pair[0]} {pair[1]}: two layers from 0 to 3"
+
+
 def test_a_report_of_sixty_runs_stays_readable(run_main, no_drawing, tmp_path):
     (tmp_path / "runs").mkdir()
     for i in range(60):
@@ -224,7 +235,7 @@ def test_every_string_of_a_page_is_text_and_never_markup(tmp_path):
     ]
     chapters = [pages.Chapter(evil(), items), pages.Chapter(evil(), [], folded=True)]
     tiles = [(evil(), evil())]
-    page = pages.Page(evil(), evil(), [evil()], tiles, table, [evil()], [evil()], chapters)
+    page = pages.Page(evil(), evil(), [evil()], tiles, table, [evil()], [evil()], chapters, [(evil(), "other")])
     (tmp_path / "page.html").write_text(pages.html_page(page, tmp_path))
     read = read_page(tmp_path / "page.html")
     assert "script" not in read.tags

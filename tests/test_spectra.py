@@ -12,6 +12,7 @@ import torch
 import metrics
 import settings
 from engine import run_folder
+from engine.norm_watch import NormWatch
 from engine.ranks import Sharding
 from engine.step import WARMUP_STEPS, TrainingStep
 from metrics import QUEUE_EVENTS, SpectraRecorder, WorkerFailed, decompose, projection_record
@@ -167,21 +168,75 @@ def test_waiting_for_a_slow_worker_counts_as_blocked_and_as_training_time(train_
 
 
 def test_a_live_view_that_fails_does_not_end_the_run(tmp_path, capsys):
-    calls = []
+    calls, heard = [], []
 
     def listener(lines):
         calls.append(len(lines))
         raise OSError("disk full")
 
-    recorder = SpectraRecorder(small_model(), tmp_path / "s.jsonl", listener)
+    recorder = SpectraRecorder(small_model(), tmp_path / "s.jsonl", [listener, heard.append])
     for step in range(2):
         recorder.record(step, 0)
     recorder.flush()
     recorder.close()
     recorder.flush()  # after the end there is nothing to wait for
     assert calls == [12]
+    assert len(heard) == 2  # the other listener stays
     assert len(lines_of(tmp_path / "s.jsonl")) == 24
     assert "live view of the spectra ends here: OSError: disk full" in capsys.readouterr().err
+
+
+def norms(step, by_matrix):
+    """Lines of an event as far as a watch of the norms reads them: {(proj, layer): norm}."""
+    return [{"step": step, "proj": p, "layer": i, "spectral_norm": norm} for (p, i), norm in by_matrix.items()]
+
+
+def test_a_matrix_whose_norm_passes_4_or_5_is_named_once_for_each():
+    said = []
+    watch = NormWatch(said.append)
+    watch(norms(0, {("q", 0): 3.9, ("q", 1): None, ("up", 0): 3.0}))
+    assert said == []
+    watch(norms(10, {("q", 0): 4.25, ("q", 1): 4.5, ("up", 0): 3.0}))
+    assert said == [
+        "step 10: spectral norm above 4 in q of layers 0, 1 (largest 4.50, q of layer 1); prior work advises to adjust "
+        "--lr or --momentum: try a lower --lr first"
+    ]
+    watch(norms(20, {("q", 0): 4.9, ("q", 1): 3.0, ("up", 0): 3.0}))
+    watch(norms(30, {("q", 0): 4.9, ("q", 1): 4.6, ("up", 0): 3.0}))  # a second time
+    assert len(said) == 1
+    watch(norms(40, {("q", 0): 5.5, ("q", 1): 4.6, ("up", 0): 6.0}))  # up passes both levels at once
+    assert said[1:] == ["step 40: spectral norm above 5 in q of layer 0; up of layer 0 (largest 6.00, up of layer 0)"]
+
+
+def test_many_experts_share_a_line():
+    said = []
+    lines = [
+        {"step": 3, "proj": proj, "layer": layer, "expert": expert, "spectral_norm": 4.5 + 0.01 * expert}
+        for proj in ("up", "down")
+        for layer in range(6)
+        for expert in range(8)
+    ]
+    NormWatch(said.append, "adamw")(lines)
+    (line,) = said
+    assert line.startswith("step 3: spectral norm above 4 in down of layers 0, 1, 2, 3, 4, 5; up of layers 0, 1")
+    assert "expert 7" in line
+    assert "--weight-decay" in line
+
+
+def test_high_norms_warn_while_the_run_trains(train_small):
+    _, folder, out, _ = train_small("run", "--tokens", 2048, "--spectra-every", 1, "--lr", 3.0, "--grad-clip", 1)
+    log = (folder / "log.txt").read_text().splitlines()
+    warned = [i for i, line in enumerate(log) if "spectral norm above" in line]
+    assert warned, log
+    assert warned[0] < max(i for i, line in enumerate(log) if line.startswith("step:"))  # not after the end
+    assert "--lr" in log[warned[0]]
+    assert log[warned[0]] in out
+    first = {
+        (line["step"], line["layer"], line["proj"])
+        for line in lines_of(folder / "manifold_stats.jsonl")
+        if line["spectral_norm"] and line["spectral_norm"] > 4
+    }
+    assert log[warned[0]].startswith(f"step {min(first)[0]}: ")
 
 
 def tensorboard_stand_in(monkeypatch):

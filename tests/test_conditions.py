@@ -1,0 +1,285 @@
+"""Figures, tables and advice of conditions: made-up runs whose numbers are known."""
+
+import matplotlib
+import numpy as np
+import pytest
+
+from analysis import plots, plots_conditions, plots_seeds
+from analysis.plots_conditions import Effect, Series
+from analysis.questions import layers_apart
+from analysis.runs import Group, load_run
+from bench.synthetic import write_run
+from suites import advice, tables
+from suites.catalog import SCALES, SUITES
+from suites.figures import figures, series
+from suites.report import write_suite_report
+from tests.test_suites import results_of, winners
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    matplotlib.pyplot.close("all")
+
+
+def runs_of(folder, finals, **settings):
+    """A run for each final loss, seeds 0, 1, ..."""
+    settings = {"spectra": False, **settings}
+    made = [write_run(folder / f"{seed}", seed=seed, final=final, **settings) for seed, final in enumerate(finals)]
+    return tuple(load_run(path) for path in made)
+
+
+@pytest.fixture
+def momentum(tmp_path):
+    """0.9 is the reference; 0.95 is 0.1 and 0.3 higher, seed by seed, 0.85 is 0.2 lower."""
+    reference = Series("momentum 0.9", runs_of(tmp_path / "a", (3.0, 3.4)), value=0.9)
+    higher = Series("momentum 0.95", runs_of(tmp_path / "b", (3.1, 3.7)), "momentum 0.9", value=0.95)
+    lower = Series("momentum 0.85", runs_of(tmp_path / "c", (2.8, 3.2)), "momentum 0.9", value=0.85)
+    return [lower, reference, higher]
+
+
+def test_curves_show_the_mean_every_seed_and_the_difference_seed_by_seed(momentum):
+    figure = plots_conditions.training_curves(momentum)
+    losses, gaps = figure.axes
+    drawn = [line.get_ydata() for line in losses.lines]
+    assert len(drawn) == 9  # a mean and two seeds for each of three
+    steps = np.arange(11) / 10
+    mean, first, second = drawn[3:6]
+    np.testing.assert_allclose(first, 5 + (3.0 - 5) * steps)
+    np.testing.assert_allclose(second, 5 + (3.4 - 5) * steps)
+    np.testing.assert_allclose(mean, (first + second) / 2)
+    ends = [line.get_ydata()[-1] for line in gaps.lines if len(line.get_ydata()) == 11]
+    np.testing.assert_allclose(ends, [-0.2, -0.2, -0.2, 0.2, 0.1, 0.3])
+    words = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert words == ["momentum 0.85", "momentum 0.9 (reference)", "momentum 0.95"]
+
+
+def test_sizes_have_a_panel_each_and_the_optimizers_their_colours(tmp_path):
+    made = []
+    for size, lead in (("64 wide", 0.1), ("96 wide", 0.2)):
+        for optimizer, final in (("adamw", 3.5), ("muon", 3.5 - lead)):
+            runs = runs_of(tmp_path / f"{optimizer}{size}", (final,), optimizer=optimizer)
+            versus = f"adamw {size}" if optimizer == "muon" else None
+            made.append(Series(f"{optimizer} {size}", runs, versus, size))
+    figure = plots_conditions.training_curves(made)
+    assert [ax.get_title() for ax in figure.axes[:2]] == ["64 wide", "96 wide"]
+    assert [[line.get_color() for line in ax.lines] for ax in figure.axes[:2]] == [["#D55E00", "#0072B2"]] * 2
+    assert [ax.lines[0].get_ydata()[-1] for ax in figure.axes[2:]] == pytest.approx([-0.1, -0.2])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["AdamW (reference)", "Muon"]
+
+
+def test_a_sensitivity_curve_has_each_value_its_interval_and_the_band_of_one_per_cent(momentum):
+    figure = plots_conditions.sensitivity(momentum, "momentum")
+    left, right = figure.axes
+    mean = next(line for line in left.lines if line.get_linewidth() == 1.8)
+    np.testing.assert_allclose(mean.get_xydata(), [(0.85, 3.0), (0.9, 3.2), (0.95, 3.4)])
+    thin = [line.get_ydata() for line in right.lines if line.get_linewidth() == 0.6]
+    np.testing.assert_allclose(thin, [[-0.2, 0, 0.1], [-0.2, 0, 0.3]])
+    (band,) = right.patches
+    assert band.get_y() + band.get_height() == pytest.approx(0.032)
+    assert [text.get_text() for text in right.get_xticklabels()] == ["0.85", "0.9", "0.95"]
+
+
+def test_no_clipping_is_drawn_beyond_the_largest_value(tmp_path):
+    values = {"0.5": 0.5, "1": 1.0, "off": np.inf}
+    made = [
+        Series(name, runs_of(tmp_path / name, (3.0, 3.1)), None if name == "1" else "1", value=value)
+        for name, value in values.items()
+    ]
+    left = plots_conditions.sensitivity(made, "norm").axes[0]
+    assert [text.get_text() for text in left.get_xticklabels()] == list(values)
+    assert list(left.get_xticks()) == [0.5, 1.0, 1.5]
+
+
+def test_experts_of_every_seed_with_their_balance(tmp_path):
+    runs = runs_of(tmp_path, (3.0, 3.1, 3.2), experts=4, layers=2)
+    figure = plots_conditions.experts_by_seed(runs)
+    panels = figure.axes[:6]
+    assert [ax.get_title() for ax in panels] == ["layer 0", "layer 1", "", "", "", ""]
+    np.testing.assert_allclose(np.asarray(panels[0].collections[0].get_array())[:, 0], [0.4, 0.2, 0.2, 0.2])
+    assert len({ax.collections[0].get_clim() for ax in panels}) == 1
+    p = np.array([0.4, 0.2, 0.2, 0.2])
+    evenness = -(p * np.log(p)).sum() / np.log(4)
+    (words,) = [text.get_text() for text in panels[1].texts]
+    assert words == f"evenness {evenness:.3f}\nmax / mean 1.60\ndead 0"
+
+
+def test_seeds_and_optimizers_share_a_scale_and_so_do_their_differences(tmp_path):
+    groups = []
+    for optimizer, decay in (("muon", 0.0), ("adamw", 0.05)):
+        runs = runs_of(tmp_path / optimizer, (3.0, 3.1), optimizer=optimizer, decay=decay, spectra=True)
+        groups.append(Group(runs))
+    muon, adamw = groups
+    figure = plots_seeds.seed_grid(muon, adamw, "effective_rank")
+    rows = [figure.axes[6 * row : 6 * row + 6] for row in range(7)]
+    values = [row[0].collections[0] for row in rows]
+    assert len({mesh.get_clim() for mesh in values[:4]}) == 1
+    assert len({mesh.get_clim() for mesh in values[4:]}) == 1
+    low, high = values[6].get_clim()
+    assert low == -high
+    of = [np.mean([run.grid("q", "effective_rank")[1] for run in group.runs], axis=0) for group in groups]
+    np.testing.assert_allclose(np.asarray(values[6].get_array()), of[0] - of[1])
+    np.testing.assert_allclose(np.asarray(values[4].get_array()), 0, atol=1e-12)  # decay makes no seed differ
+    assert np.asarray(values[6].get_array())[:, -1].min() > 0.1
+    assert [row[0].get_ylabel() for row in rows][5:] == ["AdamW\nseed − seed", "Muon −\nAdamW"]
+
+
+def test_effects_are_filled_where_the_interval_excludes_zero():
+    found = [
+        Effect("momentum", "0.85", "muon", -0.5, -1.0, 0.2, 3),
+        Effect("momentum", "0.99", "muon", 2.0, 1.5, 2.5, 3),
+        Effect("decay", "0", "adamw", 1.0, np.nan, np.nan, 1),
+    ]
+    (ax,) = plots_conditions.effects(found).axes
+    dots = [line for line in ax.lines if line.get_marker() == "o"]
+    assert [float(dot.get_xdata()[0]) for dot in dots] == [-0.5, 2.0, 1.0]
+    assert [dot.get_markerfacecolor() for dot in dots] == ["white", "#0072B2", "white"]
+    assert dots[2].get_color() == "#D55E00"
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["0.85 (n = 3)", "0.99 (n = 3)", "0 (n = 1)"]
+
+
+def test_two_layers_are_told_apart_by_how_much_since_when_and_how_surely(tmp_path):
+    runs = runs_of(tmp_path, (3.0, 3.1, 3.2), spectra=True)
+    for run, factor in zip(runs, (1.9, 2.0, 2.1), strict=True):
+        for line in run.spectra:
+            if line["layer"] == 2 and line["step"] == 10:
+                line["spectral_norm"] *= factor
+    words = layers_apart(Group(runs))
+    assert words.startswith("layers 0 and 2, which differ most, are ")
+    # a factor of 2 in one of three metrics: exp(ln 2 / 3) - 1, averaged over the seeds' grids (mean factor 2.0)
+    assert f"are {100 * (2 ** (1 / 3) - 1):.1f} % apart" in words
+    assert "(0.0 % at initialisation, and half of the rise was there by step 10)" in words
+    logs = -np.log([1.9, 2.0, 2.1])
+    half = 4.302653 * np.std(logs, ddof=1) / np.sqrt(3)  # t quantile with two degrees of freedom
+    low, high = np.exp(np.mean(logs) - half), np.exp(np.mean(logs) + half)
+    assert f"(ratio {np.exp(np.mean(logs)):.3g}, 95 % interval {low:.3g} to {high:.3g}, n = 3)" in words
+    assert layers_apart(Group(runs), (0, 1)).startswith("layers 0 and 1 are 0.0 % apart")
+    assert "no such pair" in layers_apart(Group(runs), (0, 9))
+
+
+def test_the_tables_hold_train_best_and_final_loss_accuracy_time_and_relative_difference(tmp_path):
+    finals = {"muon": (3.0, 3.2), "adamw": (4.0, 4.4)}
+    results = results_of(tmp_path, "moe-long", finals, experts=4, step_ms=250.0)
+    muon = dict(zip(*_cells(tables.conditions_table(results), 0), strict=True))
+    assert muon["final val. loss"] == "3.1000"
+    assert muon["best val. loss"] == "3.1000"
+    assert muon["train loss"] == f"{5 + (3.1 - 5) * 0.9:.4f}"  # the batch before the last step
+    assert (muon["accuracy"], muon["ms/step"], muon["s/run"]) == ("10.00 %", "250.0", "2.5")
+    test = dict(zip(*_cells(tables.tests_table(results), 0), strict=True))
+    assert test["nats"] == "-1.1000"
+    assert test["relative"] == f"{-110 / 4.2:+.2f} %"
+    balance = tables.experts_table(results)
+    assert [row[1] for row in balance.rows] == ["0", "1", "0", "1"]
+    assert balance.rows[0][3] == "1.60, 1.60, 1.60"
+
+
+def _cells(table, row):
+    return table.header, table.rows[row]
+
+
+def test_sizes_side_by_side_with_the_improvement(tmp_path):
+    finals = {"adamw 64 wide": (4.0, 4.1), "muon 64 wide": (3.0, 3.1)}
+    table = tables.sizes_table(results_of(tmp_path, "model-size", finals, params=5000))
+    row = dict(zip(*_cells(table, 0), strict=True))
+    assert (row["size"], row["parameters"], row["seeds"]) == ("64 wide", "5,000", "2 and 2")
+    assert (row["AdamW loss"], row["Muon loss"]) == ("4.0500", "3.0500")
+    assert row["relative loss"] == f"{100 * (3.05 / 4.05 - 1):+.2f} %"
+    assert row["improvement"] == "+0.0 %"  # both have the same made-up accuracy
+
+
+def test_every_suite_has_curves_and_the_numeric_settings_a_sensitivity_curve(tmp_path):
+    numeric = {"moe-momentum", "moe-weight-decay", "moe-ns-steps", "moe-warmup", "moe-clip", "moe-min-lr"}
+    for name in (*sorted(numeric), "moe-schedule", "moe-aux-ratio", "moe-nesterov", "moe-adam"):
+        suite = SUITES[name]
+        conditions = suite.plan(SCALES["nano"], winners)
+        results = results_of(tmp_path, name, {c.name: (3.0, 3.1) for c in conditions}, spectra=False)
+        kinds = {drawing.picture.stem.removeprefix(f"{name}_") for drawing in figures(results)}
+        assert {"bars", "curves"} <= kinds, name
+        assert ("sensitivity" in kinds) == (name in numeric | {"moe-aux-ratio"}), name
+        assert len(series(results)) == len(conditions)
+
+
+def test_the_page_of_two_optimizers_has_all_that_the_documents_draw(tmp_path):
+    finals = {"muon": (3.0, 3.1, 2.9), "adamw": (3.5, 3.6, 3.4)}
+    drawings = figures(results_of(tmp_path, "speedrun-2m", finals, gap=True))
+    kinds = {drawing.picture.stem.removeprefix("speedrun-2m_") for drawing in drawings}
+    spectral = {"norm", "entropy", "alignment", "spectrum", "rank"}
+    seeds = {"seeds_entropy", "seeds_left_alignment", "seeds_effective_rank"}
+    assert kinds == {"bars", "curves", "losses", "time_to_loss"} | spectral | seeds
+    assert all(drawing.picture.how_to_read.endswith(".") for drawing in drawings)
+
+
+@pytest.mark.parametrize(
+    ("finals", "holds", "use"),
+    [
+        ({"momentum 0.9": (3.0, 3.01, 2.99), "momentum 0.85": (3.2, 3.22, 3.19)}, advice.HOLDS, "momentum 0.9"),
+        ({"momentum 0.9": (3.2, 3.22, 3.19), "momentum 0.85": (3.0, 3.01, 2.99)}, advice.NOT, "momentum 0.85"),
+        ({"momentum 0.9": (3.005, 3.014, 2.996), "momentum 0.85": (3.0, 3.01, 2.99)}, advice.HOLDS, "momentum 0.85"),
+        ({"momentum 0.9": (3.1, 3.3, 2.9), "momentum 0.85": (3.0, 2.8, 3.2)}, advice.OPEN, "momentum 0.85"),
+    ],
+    ids=["the best", "clearly worse", "within 1 %", "unclear"],
+)
+def test_advice_holds_where_it_is_best_or_as_good(tmp_path, finals, holds, use):
+    results = results_of(tmp_path, "moe-momentum", finals, spectra=False)
+    (row,) = advice.advice({"moe-momentum": results})
+    assert (row.holds, row.n, row.setting) == (holds, 3, "momentum of Muon")
+    assert row.use.split(" (")[0] == use
+    assert "nats" in row.evidence
+    assert "interval" in row.evidence
+
+
+def test_advice_on_a_rate_gives_its_range_and_what_the_documents_rate_costs(tmp_path):
+    valley = {"adamw lr 0.0005": 5.6, "adamw lr 0.001": 5.5, "adamw lr 0.002": 5.0, "adamw lr 0.005": 5.3}
+    finals = {name: (loss, loss + 0.01, loss - 0.01) for name, loss in valley.items()}
+    results = results_of(tmp_path, "moe-lr-adam", finals, spectra=False)
+    (row,) = advice.advice({"moe-lr-adam": results})
+    assert row.setting == "learning rate of AdamW, mixture of experts"
+    assert row.holds == advice.NOT  # S4's 0.001 ends a tenth higher than 0.002
+    assert row.reason.startswith("it costs 10.0 %")
+    assert row.n == 3
+    low = 0.002 * 0.5 ** (0.05 / 0.5)  # 1 % of 5 is a tenth of the way down to 0.001, in logarithms
+    assert row.use.startswith(f"{low:.2g} to ")
+
+
+def test_a_report_on_several_suites_has_a_page_for_each_and_one_of_advice(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        plots, "save", lambda figure, folder, stem, formats: drawn.append(stem) or save_stub(folder, stem)
+    )
+    momentum = {f"momentum {value}": (3.0 + rise, 3.01 + rise, 2.99 + rise) for value, rise in RISES.items()}
+    made = [
+        results_of(tmp_path, "moe-momentum", momentum, spectra=False),
+        results_of(tmp_path, "speedrun-2m", {"muon": (3.0, 3.1, 2.9), "adamw": (3.5, 3.6, 3.4)}),
+    ]
+    out = tmp_path / "out"
+    (out / "plots").mkdir(parents=True)
+    (out / "plots" / "older.png").write_bytes(b"")
+    front = write_suite_report(made, {r.name: r for r in made}, [], "nano", out)
+    assert front == out / "report.html"
+    pages = {path.stem for path in out.glob("*.html")}
+    assert pages == {"report", "advice", "moe-momentum", "speedrun-2m"} == {path.stem for path in out.glob("*.md")}
+    assert not (out / "plots" / "older.png").exists()
+    text = (out / "speedrun-2m.html").read_text()
+    for words in (
+        "How do two layers differ?",
+        "time per step",
+        "Two seeds: effective rank",
+        "Muon ends the 2M-token run",
+    ):
+        assert words in text
+    assert 'src="plots/speedrun-2m_norm.png"' in text
+    assert "data:image" not in text
+    assert [f'href="{page}.html"' in text for page in sorted(pages)] == [True] * 4
+    assert "[Advice](advice.md)" in (out / "report.md").read_text()
+    advised = (out / "advice.md").read_text()
+    assert "momentum of Muon" in advised
+    assert "plots/advice.png" in advised
+    assert {"advice", "moe-momentum_sensitivity", "speedrun-2m_seeds_entropy"} <= set(drawn)
+    assert (out / "power.json").exists()
+
+
+RISES = {0.9: 0.0, 0.85: 0.2, 0.95: 0.1}
+
+
+def save_stub(folder, stem):
+    (folder / f"{stem}.png").write_bytes(b"\x89PNG" + 60 * b"\0")
