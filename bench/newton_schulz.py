@@ -88,7 +88,7 @@ def predict() -> None:
     """Least times by counted FLOPs, bytes, tiles and launches: floors, not forecasts."""
     print("PREDICTION from counted FLOPs, bytes and launches; nothing was timed. floor = max(FLOP, byte) + launches;")
     print(
-        "tiles = whole tiles at 512 FLOP per clock and SM (1,024 in fp16 sums) or 2,048 B per clock from L2, the slower,"
+        "tiles = whole tiles at 512 FLOP per clock and SM (fp16 sums: 1,024) or 2,048 B per clock from L2, the slower,"
     )
     print("+ launches: below the floor where fp16 sums help, or operands stay in L2 that the floor reads from memory")
     rows = []
