@@ -9,7 +9,7 @@ R experts per token, X experts, V vocabulary.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -185,10 +185,11 @@ class Transformer(nn.Module):
 
     `kernels` names the fused kernels (of KERNELS or CPU_KERNELS) that training uses; validation uses none, so that no
     kernel flatters a score. With `document_start`, the token that begins each document, attention stays within a
-    document.
+    document. Projections named in `apart` share no bank with others, so that another optimizer can have them; initial
+    weights stay the same.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+    def __init__(self, config: ModelConfig, vocab_size: int, apart: Collection[str] = ()) -> None:
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
         self.compute_dtype, self.kernels = torch.float32, frozenset()
@@ -206,9 +207,14 @@ class Transformer(nn.Module):
             if config.experts and name in EXPERT_PROJECTIONS:
                 shape = (config.experts, *shape)
             members.setdefault(shape, []).append(name)
-        self.weights = nn.ParameterDict(
-            {"_".join(names): torch.empty(len(names) * L, *shape) for shape, names in members.items()}
-        )
+        nn.init.normal_(self.embedding, std=INIT_STD)
+        weights: dict[str, Tensor] = {}
+        for shape, names in sorted(members.items(), key=lambda bank: bank[1]):
+            drawn = nn.init.normal_(torch.empty(len(names), L, *shape), std=INIT_STD)
+            for together in ([n for n in names if n not in apart], [n for n in names if n in apart]):
+                if together:
+                    weights["_".join(together)] = drawn[[names.index(n) for n in together]].flatten(0, 1)
+        self.weights = nn.ParameterDict(weights)
         self.attention_gain = nn.Parameter(torch.ones(L, D))
         self.ffn_gain = nn.Parameter(torch.ones(L, D))
         self.final_gain = nn.Parameter(torch.ones(D))
@@ -218,8 +224,6 @@ class Transformer(nn.Module):
         cos, sin = rotary_table(config.seq_len, E)
         self.register_buffer("cos_TE", cos, persistent=False)
         self.register_buffer("sin_TE", sin, persistent=False)
-        for matrix in (self.embedding, *self.weights.values()):
-            nn.init.normal_(matrix, std=INIT_STD)
         if config.experts:
             self.router = nn.Parameter(torch.empty(L, config.experts, D).normal_(std=INIT_STD))
             # Choices per expert in the last forward pass.

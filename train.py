@@ -42,8 +42,8 @@ from engine.step import PendingStats, TrainingStep, evaluate, prepare_torch
 from engine.workers import workers
 from kernels.configs import capability
 from metrics import SpectraRecorder, WorkerFailed
-from model import ModelConfig, Transformer
-from optim import build_optimizers, lr_multiplier, parameter_layout, set_lr, step_cost
+from model import PROJECTIONS, ModelConfig, Transformer
+from optim import build_optimizers, lr_multiplier, muon_names, parameter_layout, set_lr, step_cost
 from settings import Settings, chosen_kernels, compiled_code, describe, optimizer_options, resolve
 
 VALIDATION_TOKENS = {"cuda": 8192, "cpu": 1024}  # per forward pass, whose fp32 logits are held whole
@@ -83,23 +83,25 @@ def run(s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> int:
     torch.manual_seed(s.seed)
 
     # Model. Initialised on the CPU, so that every device starts from the same weights.
-    model = Transformer(config, shards.vocab_size).to(device)
+    on_muon = muon_names(s.muon_on, config)
+    model = Transformer(config, shards.vocab_size, apart=frozenset(PROJECTIONS).difference(on_muon)).to(device)
     model.compute_dtype = torch.bfloat16 if s.precision == "bf16" else torch.float32
     model.kernels = chosen_kernels(s.kernels, capability(device))
     model.document_start = shards.eot_id if s.doc_mask else None
     sequences, compiled = s.batch_tokens // (s.seq_len * rank.count), s.compile == "on"
     code = compiled_code(s, config, shards)  # as `resolve` names it
-    memory = MemoryCount(model, s.optimizer, sequences, s.seq_len, compiled=compiled)
+    layout = parameter_layout(model, s.optimizer, s.decay_on, s.muon_on)
+    orthogonalised = sum(p.numel() for group in layout[0] for p in group)
+    memory = MemoryCount(model, s.optimizer, sequences, s.seq_len, compiled=compiled, on_muon=orthogonalised)
     # GPUs may have different amounts of memory free: the smallest decides.
     s = dataclasses.replace(s, micro_batch=rank.least(choose_micro_batch(memory, s.micro_batch, device), device))
 
     # Optimizers. Each rank owns a share of every parameter and optimizes that alone.
-    sharding = sharding_of(model, rank)
+    sharding = sharding_of(model, rank, whole=[model.embedding] if "embedding" in on_muon else [])
     optimizers = build_optimizers(model, s.optimizer, sharding=sharding, **optimizer_options(s))
     work = TrainingStep(
         model, optimizers, micro_batch=s.micro_batch, grad_clip=s.grad_clip, compiled=compiled, sharding=sharding
     )
-    layout = parameter_layout(model, s.optimizer, s.decay_on)
     speed = Speed(model, step_cost(optimizers), s.batch_tokens, s.seq_len, device_name(device), rank.count)
 
     # Data. Every rank reads its slice of the same global batches.

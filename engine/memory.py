@@ -29,6 +29,8 @@ class MemoryCount:
     sequences: int
     seq_len: int
     compiled: bool = False
+    on_muon: int | None = None
+    """Elements with one moment instead of two, unless they are those of the banks."""
 
     def bytes_by_purpose(self, micro_batch: int) -> dict[str, int]:
         """Bytes with `micro_batch` sequences per forward pass."""
@@ -36,7 +38,8 @@ class MemoryCount:
         item = torch.empty((), dtype=model.compute_dtype).element_size()
         parameters = model.parameter_count()
         in_banks = sum(bank.parameter.numel() for bank in model.banks())
-        moments = 2 * parameters - (in_banks if self.optimizer == "muon" else 0)
+        on_muon = in_banks if self.on_muon is None else self.on_muon
+        moments = 2 * parameters - (on_muon if self.optimizer == "muon" else 0)
         # Per layer: both residual inputs and their norms, queries, keys and values before and after norm and rotation,
         # the attention's output, and the feed-forward before and after its activation (the kernel keeps the latter).
         heads_width = c.head_width * (c.heads + 2 * c.kv_heads)
