@@ -111,6 +111,8 @@ class Settings:
     """How Newton-Schulz is computed: auto, standard or gram."""
     lr_scale: Annotated[str, one_of(LR_SCALES)] = "spectral"
     """Scale of Muon's update by shape: spectral, rms or none."""
+    ns_before_momentum: bool = False
+    """Orthogonalise each gradient and average the results, instead of orthogonalising the average."""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     """Decoupled weight decay of the block matrices, times the learning rate per step."""
     decay_on: Literal["blocks", "matrices"] = "blocks"
@@ -335,7 +337,7 @@ def describe(s: Settings, shards: Shards, model: Transformer, ranks: int, device
 
 def optimizer_options(s: Settings) -> dict[str, Any]:
     """The settings that `optim.build_optimizers` takes."""
-    muon = ("momentum", "nesterov", "ns_steps", "ns_coefficients", "ns_method", "lr_scale")
+    muon = ("momentum", "nesterov", "ns_steps", "ns_coefficients", "ns_method", "lr_scale", "ns_before_momentum")
     both = ("lr", "adamw_lr", "weight_decay", "decay_on", "muon_on", "adam_eps")
     return {key: getattr(s, key) for key in (*both, *muon)} | {"betas": (s.beta1, s.beta2)}
 

@@ -32,7 +32,7 @@ from suites.catalog import AS_WRITTEN, OPTIMIZERS, Condition, Suite
 TOLERANCES = (0.01, 0.05)  # shares of the best loss by which a good rate may miss it
 # Settings without a meaning for one of the two optimizers.
 NOT_SHARED = {"optimizer", "lr", "momentum", "nesterov", "ns_steps", "ns_coefficients", "ns_method", "lr_scale"}
-NOT_SHARED |= {"muon_on"}
+NOT_SHARED |= {"muon_on", "ns_before_momentum"}
 
 
 @dataclass(frozen=True)

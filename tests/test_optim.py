@@ -1,6 +1,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -114,6 +115,32 @@ def test_agrees_with_a_plain_fp32_loop(nesterov, coefficients):
             scale = 1.0 if i == 1 else (40 / 24) ** 0.5
             expected[i] = (1 - 0.02 * 0.5) * expected[i] - 0.02 * scale * x.T
     assert (bank - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_newton_schulz_before_momentum_is_the_documents_loop_at_a_rate_scaled_by_its_sum(nesterov):
+    """S4, appendix C.1: g <- NS(g), buf <- m buf + g, W <- W - lr (g + m buf), whose buf sums where ours averages."""
+    torch.manual_seed(0)
+    bank = torch.nn.Parameter(torch.randn(2, 12, 20))
+    expected, buffer = bank.detach().double().numpy(), np.zeros((2, 12, 20))
+    options = {"nesterov": nesterov, "ns_coefficients": "cubic", "ns_steps": 25, "ns_before_momentum": True}
+    optimizer = Muon([bank], lr=0.05, momentum=0.9, **options)
+    for _ in range(5):
+        bank.grad = torch.randn(2, 12, 20)
+        optimizer.step()
+        U, _, Vh = np.linalg.svd(bank.grad.double().numpy(), full_matrices=False)
+        buffer = 0.9 * buffer + U @ Vh
+        expected = expected - 0.05 * (1 - 0.9) * (U @ Vh + 0.9 * buffer if nesterov else buffer)
+    np.testing.assert_allclose(bank.detach().numpy(), expected, rtol=0, atol=1e-5)
+
+
+def test_muon_takes_a_state_that_was_saved_before_the_option():
+    optimizer = Muon([torch.nn.Parameter(torch.randn(4, 6))])
+    state = optimizer.state_dict()
+    del state["param_groups"][0]["ns_before_momentum"]
+    optimizer.load_state_dict(state)
+    optimizer.param_groups[0]["params"][0].grad = torch.randn(4, 6)
+    optimizer.step()
 
 
 def test_the_update_of_every_projection_is_orthogonal():
