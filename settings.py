@@ -73,6 +73,8 @@ class Settings:
     """Standard deviation of the noise that training adds to the router's logits."""
     dropout: Annotated[float, BELOW_1] = 0.0
     """Probability of dropping an element of the embedding and of each block's outputs."""
+    inner_dropout: Annotated[float, BELOW_1] = 0.0
+    """Probability of dropping an attention weight, and a hidden unit of the feed-forward layer or of an expert."""
     doc_mask: bool = False
     """Attention stays within a document, in training and validation; off = all earlier tokens of the sequence."""
     optimizer: Literal["muon", "adamw"] = "muon"

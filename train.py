@@ -228,7 +228,9 @@ def train(
     while step < s.steps and not stop and not (signals and rank.count == 1):
         multiplier = lr_multiplier(step, s.steps, s.schedule, s.warmup, s.min_lr)
         set_lr(work.optimizers, multiplier)
-        if s.dropout or s.router_noise:  # drawn from (seed, step, rank) alone, so a resumed run draws the same
+        if (
+            s.dropout or s.inner_dropout or s.router_noise
+        ):  # drawn from (seed, step, rank) alone, so a resumed run draws the same
             torch.manual_seed(int(np.random.SeedSequence([s.seed, step, rank.index]).generate_state(1)[0]))
 
         # One step on one global batch; nothing here waits for the GPU.

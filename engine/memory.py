@@ -45,7 +45,9 @@ class MemoryCount:
         heads_width = c.head_width * (c.heads + 2 * c.kv_heads)
         ffn_widths = 1 if "relu2_mlp" in model.kernels and c.ffn == "relu2" else 4 if c.ffn == "swiglu" else 2
         widths = 5 * c.d_model + 2 * heads_width + ffn_widths * c.d_ff * (c.top_k if c.experts else 1)
-        if "attention" in model.kernels and self.seq_len <= MAX_T:  # half of the probabilities
+        if c.inner_dropout:  # the probabilities, whole, before and after some are dropped; and the hidden layer
+            widths += 2 * c.heads * self.seq_len + c.d_ff * (c.top_k if c.experts else 1)
+        elif "attention" in model.kernels and self.seq_len <= MAX_T:  # half of the probabilities
             widths += c.heads * self.seq_len // 2
         if c.experts:  # also the routed inputs and outputs, and the router's input in fp32
             widths += 2 * c.top_k * c.d_model + 4 * c.d_model // item
