@@ -170,8 +170,8 @@ def fuses_masks(x: Tensor) -> bool:
 def document_mask(tokens_BT: Tensor, start: int, fused: bool) -> BlockMask | Tensor:
     """The keys that each token attends to: itself and the earlier tokens of its document.
 
-    Returns blocks for FlexAttention (`fused`), or (B, 1, T, T) booleans for SDPA. A document begins at each `start`; the
-    tokens before the first `start` of a row are the rest of a document.
+    Returns blocks for FlexAttention (`fused`), or (B, 1, T, T) booleans for SDPA. A document begins at each `start`;
+    the tokens before the first `start` of a row are the rest of a document.
     """
     B, T = tokens_BT.shape
     document_BT = (tokens_BT == start).cumsum(1)  # numbers the documents of a row: +1 at each start
@@ -231,6 +231,7 @@ class Transformer(nn.Module):
             self.router = nn.Parameter(torch.empty(L, config.experts, D).normal_(std=INIT_STD))
             # Choices per expert in the last forward pass.
             self.register_buffer("expert_counts", torch.zeros(L, config.experts, dtype=torch.long), persistent=False)
+            self.register_buffer("balance_loss", torch.zeros(()), persistent=False)  # of the last forward pass, weighed
             # The shares f_e over all micro-batches and ranks, where a step sets them (engine/step.py).
             self.register_buffer("batch_shares", torch.zeros(L, config.experts), persistent=False)
 
@@ -266,13 +267,14 @@ class Transformer(nn.Module):
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
         """Logits (B, T, V), or with targets the mean cross-entropy in nats, a 0-D fp32 tensor.
 
-        In training the loss of a mixture includes the load-balancing loss of every layer. `expert_counts` is
-        overwritten in place.
+        In training the loss of a mixture includes the load-balancing loss of every layer. `expert_counts` and
+        `balance_loss` are overwritten in place.
         """
         c, dtype = self.config, self.compute_dtype
         x, counts, balance = self._trunk(tokens_BT)
         if c.experts:
             self.expert_counts.copy_(counts)
+            self.balance_loss.copy_(balance.detach())
         # The tied head: logits are inner products with the rows of the embedding.
         if targets_BT is not None and "cross_entropy" in self.kernels and self.training:
             loss = linear_cross_entropy(x.flatten(0, 1), self.embedding.to(dtype), targets_BT.flatten())

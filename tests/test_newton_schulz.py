@@ -67,8 +67,8 @@ def test_the_classical_cubic_converges_to_the_polar_factor():
 
 @pytest.mark.parametrize("shape", [(12, 12), (8, 20), (20, 8)])
 def test_the_iteration_that_a_document_gives_inverts_and_does_not_orthogonalise(shape):
-    """X <- X (2I - A X), which S4 (2.1.3) calls Muon's iteration, ends at the inverse: singular values 1 / s in the shape
-    of the transpose, so an update by it would be as badly conditioned as A."""
+    """X <- X (2I - A X), which S4 (2.1.3) calls Muon's iteration, ends at the inverse: singular values 1 / s in the
+    shape of the transpose, so an update by it would be as badly conditioned as A."""
     A = torch.randn(shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     X = A.mT / (torch.linalg.matrix_norm(A, 1) * torch.linalg.matrix_norm(A, torch.inf))
     for _ in range(40):
