@@ -41,7 +41,7 @@ from engine.speed import Point, Speed, Stopwatch, Times, device_name, point, sec
 from engine.step import PendingStats, TrainingStep, evaluate, prepare_torch
 from engine.workers import workers
 from kernels.configs import capability
-from metrics import SpectraRecorder, WorkerFailed
+from metrics import MuonStep, SpectraRecorder, WorkerFailed
 from model import PROJECTIONS, ModelConfig, Transformer
 from optim import build_optimizers, lr_multiplier, muon_names, parameter_layout, set_lr, step_cost
 from settings import Settings, chosen_kernels, compiled_code, describe, optimizer_options, resolve
@@ -240,9 +240,10 @@ def train(
         if spectra is not None:
             spectra.check()
         if measures:
-            norms = work.sharding.bank_norms()  # every rank takes part
+            gradients = work.sharding.bank_gradients()  # every rank takes part
             if spectra is not None:
-                spectra.before_update(norms)
+                spectra.before_update(gradients, muon_step(s, work.model.config, multiplier))
+            del gradients
             work.sharding.settle()
         times = work.apply()
         step += 1
@@ -283,6 +284,13 @@ def train(
     clock.stop()
     read_clocks(progress, clock, spectra)
     save(work, layout, loader, folder, progress)
+
+
+def muon_step(s: Settings, config: ModelConfig, multiplier: float) -> MuonStep | None:
+    """What Muon makes its next update with."""
+    if s.optimizer != "muon":
+        return None
+    return MuonStep(muon_names(s.muon_on, config), s.lr * multiplier, s.weight_decay, s.lr_scale)
 
 
 def is_due(step: int, every: int, s: Settings) -> bool:

@@ -277,19 +277,14 @@ class Sharding:
             messages += 2 if share.split else 1
         return total, messages
 
-    def bank_norms(self) -> list[Tensor]:
-        """The Frobenius norm of every matrix's gradient, for each bank (B,), in float64, on every rank."""
-        return [self._matrix_norms(p) for p in self.banks]
-
-    def _matrix_norms(self, p: Tensor) -> Tensor:
-        share = self.share_of[id(p)]
-        norms = torch.zeros(len(unit_view(p)), dtype=torch.float64, device=self.device)
-        if share.own is not None:
-            own = torch.linalg.vector_norm(unit_view(share.own.grad), dim=(-2, -1), dtype=torch.float64)
-            norms[share.start : share.stop] = own
-        if share.split:
-            dist.all_reduce(norms)
-        return norms
+    def bank_gradients(self) -> list[Tensor]:
+        """A copy of every bank's gradient on every rank, which all must ask for."""
+        found = []
+        for p in self.banks:
+            share = self.share_of[id(p)]
+            own = None if share.own is None else share.own.grad
+            found.append(self.whole(share, own) if share.split else own.clone())
+        return found
 
     def whole(self, share: Share, own: Tensor | None) -> Tensor:
         """A tensor like the parameter from every rank's tensor like its part of it."""
