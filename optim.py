@@ -6,6 +6,7 @@ Matrices in the blocks go to Muon, embedding, gains and router to AdamW, at a ra
 Muon costs one batched Newton-Schulz per bank and step: about 2 % of the model's FLOPs at 65k tokens per step.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -48,6 +49,39 @@ def lr_multiplier(step: int, steps: int, schedule: str, warmup: float, min_lr: f
     if schedule == "constant":
         return 1.0
     raise ValueError(f"unknown schedule {schedule!r}; choose from {', '.join(SCHEDULES)}")
+
+
+def ns_schedule(ns_steps: int | str) -> list[tuple[int, float]]:
+    """Newton-Schulz iterations and the share of the run until which each number holds, the last one until 1.
+
+    5 is five throughout; "3:0.5,5" is three in the first half and then five. ValueError for anything else.
+    """
+    found: list[tuple[int, float]] = []
+    *early, last = str(ns_steps).split(",")
+    for words in (*early, f"{last}:1"):
+        count, _, until = words.partition(":")
+        try:
+            found.append((int(count), float(until)))
+        except ValueError:
+            raise ValueError("must be a number of iterations, or numbers with shares of the run, as 3:0.5,5") from None
+    shares = [0.0, *(share for _, share in found)]
+    if not all(a < b for a, b in itertools.pairwise(shares)) or shares[-1] != 1.0:
+        raise ValueError("shares of the run must rise between 0 and 1")
+    if min(count for count, _ in found) < 1:
+        raise ValueError("must be at least 1")
+    return found
+
+
+def ns_steps_at(step: int, steps: int, ns_steps: int | str) -> int:
+    """Newton-Schulz iterations of step 0 .. steps-1."""
+    return next(count for count, until in ns_schedule(ns_steps) if step < until * steps)
+
+
+def set_ns_steps(optimizers: Sequence[torch.optim.Optimizer], ns_steps: int) -> None:
+    """Let Muon make `ns_steps` iterations from now on. It captures its step anew where the number changes."""
+    for o in optimizers:
+        for group in o.param_groups if isinstance(o, Muon) else ():
+            group["ns_steps"] = ns_steps
 
 
 def step_cost(optimizers: Sequence[torch.optim.Optimizer]) -> tuple[float, float]:

@@ -28,7 +28,7 @@ from engine.ranks import Rank
 from kernels.newton_schulz import COEFFICIENTS, METHODS
 from kernels.optimizer import LR_SCALES
 from model import CPU_KERNELS, FLEX_MIN_HEAD_WIDTH, KERNELS, SIZES, ModelConfig, Transformer
-from optim import BLOCKS, SCHEDULES, muon_names
+from optim import BLOCKS, SCHEDULES, muon_names, ns_schedule
 
 RUN_NAME = Limit("must be letters, digits, '.', '_' and '-', not starting with a dot", is_safe_name)
 NANO = ("nano", "moe-nano")  # for a first look on a CPU
@@ -105,8 +105,8 @@ class Settings:
     """Muon's momentum."""
     nesterov: bool = True
     """Nesterov momentum in Muon."""
-    ns_steps: Annotated[int, AT_LEAST_1] = 5
-    """Newton-Schulz iterations."""
+    ns_steps: int | str = 5
+    """Newton-Schulz iterations; 3:0.5,5 is three until half of the run, then five."""
     ns_coefficients: Annotated[str, one_of(COEFFICIENTS)] = "polar_express"
     """Newton-Schulz polynomials: polar_express, quintic or cubic."""
     ns_method: Annotated[str, one_of(METHODS)] = "auto"
@@ -212,6 +212,10 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
         raise BadInput(str(wrong)) from None
 
     s = dataclasses.replace(s, muon_on=chosen_for_muon(s, config))
+    try:
+        ns_schedule(s.ns_steps)
+    except ValueError as wrong:
+        raise BadInput(f"--ns-steps {s.ns_steps}: {wrong}") from None
     workers, threads = chosen_workers(s, rank, before)
     s = dataclasses.replace(s, workers=workers, threads=threads)
     ranks, what = rank.count * s.workers, "rank" if s.workers == 1 else "worker"
@@ -341,7 +345,8 @@ def optimizer_options(s: Settings) -> dict[str, Any]:
     """The settings that `optim.build_optimizers` takes."""
     muon = ("momentum", "nesterov", "ns_steps", "ns_coefficients", "ns_method", "lr_scale", "ns_before_momentum")
     both = ("lr", "adamw_lr", "weight_decay", "decay_on", "muon_on", "adam_eps")
-    return {key: getattr(s, key) for key in (*both, *muon)} | {"betas": (s.beta1, s.beta2)}
+    first, _ = ns_schedule(s.ns_steps)[0]
+    return {key: getattr(s, key) for key in (*both, *muon)} | {"betas": (s.beta1, s.beta2), "ns_steps": first}
 
 
 def chosen_kernels(flag: str, capability: tuple[int, int]) -> frozenset[str]:

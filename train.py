@@ -43,7 +43,16 @@ from engine.workers import workers
 from kernels.configs import capability
 from metrics import MuonStep, SpectraRecorder, WorkerFailed
 from model import PROJECTIONS, ModelConfig, Transformer
-from optim import build_optimizers, lr_multiplier, muon_names, parameter_layout, set_lr, step_cost
+from optim import (
+    build_optimizers,
+    lr_multiplier,
+    muon_names,
+    ns_steps_at,
+    parameter_layout,
+    set_lr,
+    set_ns_steps,
+    step_cost,
+)
 from settings import Settings, chosen_kernels, compiled_code, describe, optimizer_options, resolve
 
 VALIDATION_TOKENS = {"cuda": 8192, "cpu": 1024}  # per forward pass, whose fp32 logits are held whole
@@ -228,9 +237,8 @@ def train(
     while step < s.steps and not stop and not (signals and rank.count == 1):
         multiplier = lr_multiplier(step, s.steps, s.schedule, s.warmup, s.min_lr)
         set_lr(work.optimizers, multiplier)
-        if (
-            s.dropout or s.inner_dropout or s.router_noise
-        ):  # drawn from (seed, step, rank) alone, so a resumed run draws the same
+        set_ns_steps(work.optimizers, ns_steps_at(step, s.steps, s.ns_steps))
+        if s.dropout or s.inner_dropout or s.router_noise:  # drawn from (seed, step, rank) alone: a resumed run's too
             torch.manual_seed(int(np.random.SeedSequence([s.seed, step, rank.index]).generate_state(1)[0]))
 
         # One step on one global batch; nothing here waits for the GPU.

@@ -11,7 +11,7 @@ from kernels import Muon, orthogonalize
 from kernels.newton_schulz import coefficient_schedule
 from kernels.optimizer import update_scale
 from model import SIZES, Bank, ModelConfig, Transformer
-from optim import SCHEDULES, build_optimizers, lr_multiplier, set_lr
+from optim import SCHEDULES, build_optimizers, lr_multiplier, ns_schedule, ns_steps_at, set_lr
 
 SMALL = ModelConfig(32, 2, 4, 2, 64, seq_len=16)
 
@@ -65,6 +65,34 @@ def test_update_scale_follows_out_and_in():
     assert update_scale(512, 2048, "spectral") == 1.0
     assert update_scale(512, 2048, "rms") == pytest.approx(0.2 * 2048**0.5)
     assert update_scale(512, 2048, "none") == 1.0
+
+
+def test_newton_schulz_iterations_change_at_shares_of_the_run():
+    assert [ns_steps_at(t, 4, 5) for t in range(4)] == [5, 5, 5, 5]
+    assert [ns_steps_at(t, 8, "3:0.5,5") for t in range(8)] == [3, 3, 3, 3, 5, 5, 5, 5]
+    assert [ns_steps_at(t, 10, "1:0.25,7:0.3,2") for t in range(10)] == [1, 1, 1, 2, 2, 2, 2, 2, 2, 2]
+    assert ns_schedule("3:0.5,5") == [(3, 0.5), (5, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        ("three", "must be a number of iterations"),
+        ("3:0.5", "must be a number of iterations"),
+        ("3,5", "must be a number of iterations"),
+        ("3.5", "must be a number of iterations"),
+        ("", "must be a number of iterations"),
+        ("3:0.5,5:0.4,7", "shares of the run must rise between 0 and 1"),
+        ("3:0,5", "shares of the run must rise"),
+        ("3:1,5", "shares of the run must rise"),
+        ("3:nan,5", "shares of the run must rise"),
+        ("0:0.5,5", "must be at least 1"),
+        (0, "must be at least 1"),
+    ],
+)
+def test_iterations_that_make_no_sense_are_refused(words, fault):
+    with pytest.raises(ValueError, match=fault):
+        ns_schedule(words)
 
 
 @pytest.mark.parametrize("shape", [(48, 96), (96, 48), (64, 64)])

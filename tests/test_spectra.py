@@ -108,6 +108,28 @@ def test_a_run_records_the_residual_of_its_newton_schulz(train_small):
     assert set(residuals["adamw"]) == {None}
 
 
+def test_iterations_that_change_do_so_in_the_run_and_after_a_resume(train_small, before_step, monkeypatch):
+    """Seen in what Muon subtracts: one iteration of the cubic leaves much, forty leave nothing."""
+    words = ("--tokens", 6 * 256, "--spectra-every", 1, "--ns-coefficients", "cubic", "--ns-steps", "1:0.5,40")
+    _, whole, _, _ = train_small("whole", *words)
+    residuals = [[] for _ in range(7)]
+    for line in lines_of(whole / "manifold_stats.jsonl"):
+        residuals[line["step"]].append(line["ns_residual"])
+    assert min(min(values) for values in residuals[1:4]) > 0.5
+    assert max(max(values) for values in residuals[4:]) < 1e-3
+    take_back = before_step(4, ask_to_stop)
+    train_small("parts", *words)
+    take_back()
+    code, parts, out, _ = train_small("parts", *words, "--resume")
+    assert (code, "resuming at step 5" in out) == (0, True)
+    assert lines_of(parts / "manifold_stats.jsonl") == lines_of(whole / "manifold_stats.jsonl")
+    from analysis.runs import load_run
+
+    assert load_run(whole).config["ns_steps"] == "1:0.5,40"
+    code, _, _, err = train_small("wrong", "--ns-steps", "3:2,5")
+    assert (code, err.startswith("error: --ns-steps 3:2,5: shares of the run must rise")) == (2, True)
+
+
 def test_every_projection_of_the_batched_worker_equals_one_measured_alone(tmp_path):
     model = small_model()
     recorder = SpectraRecorder(model, tmp_path / "s.jsonl")
