@@ -11,16 +11,17 @@ never trained twice.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from engine.cli import AT_LEAST_1, check_limits, exit_with_a_sentence, make_folder
-from suites.catalog import SCALES, SUITES, with_needs
+from suites.catalog import MOST_GROWTH, SUITES, with_needs
 from suites.launcher import OVER, Interrupted, Job, LaterStages, free_slots, is_held, run_here, submit
 from suites.planner import NotYet, Planner, Selection, UnknownRates, unique
+from suites.scales import SCALES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,17 +88,17 @@ def run(arguments: RunArguments) -> int:
     seen: dict[str, Job] = {}
     for number, stage in enumerate(stages):
         try:
-            jobs = unique([p for name in stage for p in planner.plan(name)])
+            jobs = jobs_of(planner, stage)
         except NotYet as refusal:
             if not arguments.dry_run:
                 raise
             print(f"{', '.join(stage)}: cannot be planned yet ({refusal})")
             break
         if arguments.dry_run:
-            print_plan(stage, jobs)
+            print_plan(stage, jobs, planner)
             continue
         try:
-            train_stage(stage, jobs, slots, planner.estimate(stages[number + 1 :]), arguments)
+            jobs = train_with_growth(planner, stage, jobs, slots, planner.estimate(stages[number + 1 :]), arguments)
         except Interrupted:
             print("interrupted; run the same command to continue", file=sys.stderr)
             return 130
@@ -108,6 +109,29 @@ def run(arguments: RunArguments) -> int:
         elif job.state() != "finished":
             print(f"not finished: {job.name}; see {job.log}")
     return 0 if all(job.state() == "finished" for job in seen.values()) else 1
+
+
+def jobs_of(planner: Planner, stage: Sequence[str]) -> list[Job]:
+    return unique([p for name in stage for p in planner.plan(name)])
+
+
+def train_with_growth(
+    planner: Planner,
+    stage: Sequence[str],
+    jobs: list[Job],
+    slots: Sequence[dict[str, str]],
+    later: LaterStages,
+    arguments: RunArguments,
+) -> list[Job]:
+    """Train a stage, then what the grids of its sweeps have grown by meanwhile; returns all of its runs."""
+    while True:
+        train_stage(stage, jobs, slots, later, arguments)
+        more = jobs_of(planner, stage)
+        if len(more) == len(jobs):
+            return jobs
+        jobs, arguments = more, replace(arguments, retry=False)
+        for sentence in filter(None, map(planner.grown_sentence, stage)):
+            print(sentence)
 
 
 def train_stage(
@@ -129,8 +153,14 @@ def train_stage(
         run_here(jobs, slots, later)
 
 
-def print_plan(stage: Sequence[str], jobs: Sequence[Job]) -> None:
+def print_plan(stage: Sequence[str], jobs: Sequence[Job], planner: Planner) -> None:
     print(f"{', '.join(stage)}: {len(jobs)} runs, {sum(job.tokens for job in jobs):,} tokens")
+    for name in stage:
+        seeds, confirms = ", ".join(map(str, planner.seeds(name))), SUITES[name].confirms
+        print(f"  {name}: seeds {seeds}{', others than those that chose its settings' * confirms}")
+        if planner.grows(name):
+            rule = f"  {name}: up to {MOST_GROWTH} rates more for an optimizer whose best is on the edge of its grid"
+            print(planner.grown_sentence(name) or rule)
     for job in jobs:
         print(f"  {job.state():9} {job.name}  {' '.join(job.flags)}")
 
@@ -173,7 +203,8 @@ def report(arguments: ReportArguments) -> None:
 
     planner = Planner(arguments)
     results, not_yet = {}, [f"{sentence}." for sentence in planner.missing_corpora()]
-    for name in (name for stage in planner.stages() for name in stage):
+    names = [name for stage in planner.stages() for name in stage]
+    for name in dict.fromkeys([*names, *(other for shown in names for other in SUITES[shown].beside)]):
         try:
             results[name] = planner.results(name)
         except NotYet as refusal:

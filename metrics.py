@@ -197,14 +197,17 @@ class MuonStep(NamedTuple):
     lr_scale: str
 
 
-def ns_residuals(weights: Tensor, updates: Tensor, bank: Bank, muon: MuonStep) -> Tensor:
+def ns_residuals(weights: Tensor, updates: Tensor, spectrum: Spectrum, bank: Bank, muon: MuonStep) -> Tensor:
     """|O Oᵀ - I|_F / sqrt(r) on the small side for each matrix of a bank, O what Muon subtracted from the weights over
-    rate and scale: 0 where it is orthogonal, 1 where it is 0. In fp32, whose Gram matrices are good to 1e-6 of I."""
+    rate and scale: 0 where it is orthogonal, 1 where it is 0. `spectrum` is that of the updates: without weight decay
+    they are O already; with it the decay is taken out, and the Gram matrix made in fp32, good to 1e-6 of I."""
     W, dW = weights.flatten(0, -3), updates.flatten(0, -3)
-    decayed = muon.lr * muon.weight_decay
-    O = torch.add(dW, W - dW, alpha=decayed) / muon.lr if decayed else dW / muon.lr  # noqa: E741 as in formulas
-    scale = W.new_tensor(scales_of(W.shape, {"lr_scale": muon.lr_scale, "transposed": bank.transposed}))
-    small = (O.mT if O.shape[1] > O.shape[2] else O) / scale.view(-1, 1, 1)
+    scales = scales_of(W.shape, {"lr_scale": muon.lr_scale, "transposed": bank.transposed})
+    step = muon.lr * torch.tensor(scales, dtype=torch.float64)[:, None]
+    if not muon.weight_decay:
+        return ((spectrum.singular_values / step).square() - 1).square().mean(-1).sqrt()
+    small = torch.add(dW, W - dW, alpha=muon.lr * muon.weight_decay) / step[:, None].float()
+    small = small.mT if small.shape[1] > small.shape[2] else small
     excess = small @ small.mT - torch.eye(small.shape[1])
     return torch.linalg.matrix_norm(excess) / small.shape[1] ** 0.5
 
@@ -338,7 +341,7 @@ class SpectraRecorder:
         of_weights = [decompose_bank(bank) for bank in event.weights]
         of_updates = event.updates and [decompose_bank(bank) for bank in event.updates]
         of_gradients = event.gradients and [torch.cat(measure_bank(bank, singular_values)) for bank in event.gradients]
-        residuals = self._residuals(event)
+        residuals = self._residuals(event, of_updates)
         lines = []
         for place in self.model.places():
             of_weight = of_weights[place.bank].of(place.index)
@@ -359,13 +362,13 @@ class SpectraRecorder:
                 print(f"the live view of the spectra ends here: {type(failure).__name__}: {failure}", file=sys.stderr)
                 self.listener = None
 
-    def _residuals(self, event: Event) -> list[Tensor | None]:
+    def _residuals(self, event: Event, of_updates: list[Spectrum] | None) -> list[Tensor | None]:
         """`ns_residuals` of each bank; None for one that Muon does not train."""
         muon, banks = event.muon, self.model.banks()
-        if muon is None or event.updates is None:
+        if muon is None or of_updates is None:
             return [None] * len(banks)
-        of = zip(event.weights, event.updates, banks, strict=True)
-        return [ns_residuals(W, dW, bank, muon) if set(bank.members) <= set(muon.names) else None for W, dW, bank in of]
+        of = zip(event.weights, event.updates, of_updates, banks, strict=True)
+        return [ns_residuals(*tensors, b, muon) if set(b.members) <= set(muon.names) else None for *tensors, b in of]
 
 
 def decompose_bank(bank: Tensor) -> Spectrum:

@@ -89,7 +89,7 @@ class Results:
         """`planned` has the state of each run by its folder, as launcher.Job.state returns it."""
         outcomes = []
         for condition, states in planned:
-            runs = tuple(_load(folder) for folder in states if (folder / files.CONFIG).exists())
+            runs = tuple(_load(folder, state) for folder, state in states.items() if (folder / files.CONFIG).exists())
             failed = sum(state == "failed" for state in states.values())
             outcomes.append(Outcome(condition, len(states), failed, runs))
         return cls(suite, tuple(outcomes))
@@ -241,5 +241,5 @@ def _same_start(pairs: Sequence[tuple[Outcome, Outcome]]) -> str:
 
 
 @functools.cache
-def _load(folder: Path) -> Run:
+def _load(folder: Path, state: str) -> Run:
     return load_run(folder)

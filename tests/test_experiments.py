@@ -128,7 +128,7 @@ def test_everything_is_planned_in_stages_trained_once_and_reported(tmp_path, sha
     assert "about" not in out
     assert (tmp_path / "runs" / "starts").read_text().split() == starts
     code, out, _ = run_main(experiments.main, "status", "moe-final", *where)
-    assert (code, out.count("finished, loss")) == (0, 12)
+    assert (code, out.count("finished, loss")) == (0, 24)
     final = {p.condition.name: p.condition.fields for p in planner_of(*where).plan("moe-final")}
     assert (final["muon"]["lr"], final["adamw"]["lr"]) == (0.04, 0.005)  # of the two sweeps, the nearest to the best
     code, out, err = run_main(experiments.main, "report", "moe-final", *where)
@@ -137,6 +137,31 @@ def test_everything_is_planned_in_stages_trained_once_and_reported(tmp_path, sha
     assert "The best Muon beats the best AdamW" in page
     assert re.search(r"[1-9]\d* confirmed", page)
     assert (tmp_path / "runs" / "report" / "plots" / "moe-final_bars.png").exists()
+
+
+def test_a_grid_that_grows_is_trained_in_one_call_and_told_before(tmp_path, shards_folder, run_main, monkeypatch):
+    code = FAKE_TRAINING.replace("ROOT", repr(str(ROOT))).replace("best = 0.04", "best = 0.4")
+    fake_training(tmp_path, monkeypatch, code)
+    monkeypatch.setattr(launcher, "POLL_SECONDS", 0.01)
+    where = ("--scale", "nano", "--runs-dir", tmp_path / "runs", "--data", shards_folder, "--seeds", "4", "6")
+    words = ("run", "speedrun-lr", *where)
+    _, out, _ = run_main(experiments.main, *words, "--dry-run")
+    assert "speedrun-lr: 20 runs" in out
+    assert "speedrun-lr: seeds 4, 6\n" in out
+    assert "up to 2 rates more for an optimizer whose best is on the edge of its grid" in out
+    code, out, err = run_main(experiments.main, *words, "--jobs", "4")
+    assert (code, err) == (0, "")
+    assert [line for line in out.splitlines() if line.endswith("to go")] == [
+        "speedrun-lr: 20 runs, 20 to go",
+        "speedrun-lr: 22 runs, 2 to go",
+        "speedrun-lr: 24 runs, 2 to go",
+    ]
+    assert "the best rate was on the edge of the grid, so also muon lr 0.32, muon lr 0.64" in out
+    _, out, _ = run_main(experiments.main, *words, "--dry-run")
+    assert "speedrun-lr: 24 runs" in out
+    assert "so also muon lr 0.32, muon lr 0.64" in out
+    _, out, _ = run_main(experiments.main, "run", "baseline", *where, "--dry-run")
+    assert "speedrun-lr: seeds 0, 1\n" in out  # others, since baseline confirms its winner
 
 
 def planner_of(*words):

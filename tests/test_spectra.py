@@ -65,12 +65,12 @@ def test_recorded_gradient_norm_is_the_gradients_and_the_update_is_this_steps(tm
 
 
 @pytest.mark.parametrize("experts", [0, 3])
-@pytest.mark.parametrize("scale", ["spectral", "rms"])
-def test_ns_residual_is_that_of_the_matrix_that_muon_subtracted(tmp_path, scale, experts):
+@pytest.mark.parametrize(("scale", "decay"), [("spectral", 0.3), ("spectral", 0.0), ("rms", 0.3), ("rms", 0.0)])
+def test_ns_residual_is_that_of_the_matrix_that_muon_subtracted(tmp_path, scale, decay, experts):
     """Weight decay, rate and scale are taken out again; what AdamW trains has none."""
     torch.manual_seed(0)
     model = Transformer(replace(CONFIG, experts=experts), vocab_size=40, apart=("q", "v"))
-    options = {"muon_on": "k,o,up,down", "momentum": 0.0, "weight_decay": 0.3, "lr_scale": scale, "ns_steps": 3}
+    options = {"muon_on": "k,o,up,down", "momentum": 0.0, "weight_decay": decay, "lr_scale": scale, "ns_steps": 3}
     optimizers = build_optimizers(model, "muon", lr=0.05, adamw_lr=0.01, **options)
     recorder = SpectraRecorder(model, tmp_path / "s.jsonl")
     recorder.record(0, 0)
@@ -78,7 +78,7 @@ def test_ns_residual_is_that_of_the_matrix_that_muon_subtracted(tmp_path, scale,
         p.grad = torch.randn_like(p)
     gradients = Sharding(model).bank_gradients()
     used = [orthogonalize(G, steps=3).double() for G in gradients]
-    recorder.before_update(gradients, MuonStep(("k", "o", "up", "down"), 0.05, 0.3, scale))
+    recorder.before_update(gradients, MuonStep(("k", "o", "up", "down"), 0.05, decay, scale))
     for optimizer in optimizers:
         optimizer.step()
     recorder.record(1, 32)
