@@ -11,8 +11,8 @@ never trained twice.
 
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,10 +21,11 @@ import tyro
 from engine.cli import AT_LEAST_1, check_limits, exit_with_a_sentence, make_folder
 from engine.cores import own_cores
 from suites import power_table
-from suites.catalog import SCALES, SUITES, with_needs
+from suites.catalog import MOST_GROWTH, SUITES, with_needs
 from suites.cost import minutes
 from suites.launcher import OVER, Interrupted, Job, LaterStages, free_slots, is_held, run_here, submit
 from suites.planner import NotYet, Planner, Selection, UnknownRates, unique
+from suites.scales import SCALES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +94,9 @@ def run(arguments: RunArguments) -> int:
         print_plan(planner, stages)
         return 0
     for number, stage in enumerate(stages):
-        jobs = unique([p for name in stage for p in planner.plan(name)])
+        jobs = jobs_of(planner, stage)
         try:
-            train_stage(stage, jobs, slots, planner.estimate(stages[number + 1 :]), arguments)
+            jobs = train_with_growth(planner, stage, jobs, slots, planner.estimate(stages[number + 1 :]), arguments)
         except Interrupted:
             print("interrupted; run the same command to continue", file=sys.stderr)
             return 130
@@ -106,6 +107,29 @@ def run(arguments: RunArguments) -> int:
         elif job.state() != "finished":
             print(f"not finished: {job.name}; see {job.log}")
     return 0 if all(job.state() == "finished" for job in seen.values()) else 1
+
+
+def jobs_of(planner: Planner, stage: Sequence[str]) -> list[Job]:
+    return unique([p for name in stage for p in planner.plan(name)])
+
+
+def train_with_growth(
+    planner: Planner,
+    stage: Sequence[str],
+    jobs: list[Job],
+    slots: Sequence[dict[str, str]],
+    later: LaterStages,
+    arguments: RunArguments,
+) -> list[Job]:
+    """Train a stage, then what the grids of its sweeps have grown by meanwhile; returns all of its runs."""
+    while True:
+        train_stage(stage, jobs, slots, later, arguments)
+        more = jobs_of(planner, stage)
+        if len(more) == len(jobs):
+            return jobs
+        jobs, arguments = more, replace(arguments, retry=False)
+        for sentence in filter(None, map(planner.grown_sentence, stage)):
+            print(sentence)
 
 
 def train_stage(
@@ -128,31 +152,49 @@ def train_stage(
 
 
 def print_plan(planner: Planner, stages: Sequence[Sequence[str]]) -> None:
-    """Every run that can be planned, the size of the stages after them, what n can show, and the time of it all."""
+    """Seeds and grids of every suite, every run that can be planned, the size of the stages after them, what n can
+    show, and the time of it all."""
     seen: dict[str, Job] = {}
     later = LaterStages()
     for number, stage in enumerate(stages):
         try:
-            jobs = unique([p for name in stage for p in planner.plan(name)])
+            jobs = jobs_of(planner, stage)
         except NotYet as refusal:
+            rest = [name for stage in stages[number:] for name in stage]
             later = planner.estimate(stages[number:])
-            names = ", ".join(name for stage in stages[number:] for name in stage)
-            print(f"{names}: cannot be planned yet ({refusal}): about {later.runs} runs, {later.tokens:,} tokens")
+            size = f"about {later.runs} runs, {later.tokens:,} tokens"
+            print(f"{', '.join(rest)}: cannot be planned yet ({refusal}): {size}")
+            print_rules(planner, rest)
             break
         print(f"{', '.join(stage)}: {len(jobs)} runs, {sum(job.tokens for job in jobs):,} tokens")
+        print_rules(planner, stage)
         for job in jobs:
             print(f"  {job.state():9} {job.name}  {' '.join(job.flags)}")
         seen |= {job.name: job for job in jobs}
     for line in power_table.table(planner):
         print(line)
-    left = [job for job in seen.values() if job.state() not in OVER]
+    print(time_needed(planner, seen.values(), later))
+
+
+def print_rules(planner: Planner, names: Sequence[str]) -> None:
+    """The seeds of each suite, and how the grid of a sweep grows or has grown."""
+    for name in names:
+        seeds, confirms = ", ".join(map(str, planner.seeds(name))), SUITES[name].confirms
+        print(f"  {name}: seeds {seeds}{', others than those that chose its settings' * confirms}")
+        if planner.grows(name):
+            rule = f"  {name}: up to {MOST_GROWTH} rates more for an optimizer whose best is on the edge of its grid"
+            print(planner.grown_sentence(name) or rule)
+
+
+def time_needed(planner: Planner, jobs: Collection[Job], later: LaterStages) -> str:
+    """Runs, tokens and minutes of a plan, grids as far as they have grown."""
+    left = [job for job in jobs if job.state() not in OVER]
     slots = planner.chosen.jobs or len(own_cores())
-    whole, rest = (minutes([*(job.seconds for job in jobs), later.seconds], slots) for jobs in (seen.values(), left))
-    total = f"{len(seen) + later.runs} runs, {sum(job.tokens for job in seen.values()) + later.tokens:,} tokens"
+    whole, to_go = (minutes([*(job.seconds for job in some), later.seconds], slots) for some in (jobs, left))
+    total = f"{len(jobs) + later.runs} runs, {sum(job.tokens for job in jobs) + later.tokens:,} tokens"
     if math.isnan(whole):
-        print(f"{total}; no estimate of the time: no run of this scale was timed yet")
-    else:
-        print(f"{total}; about {whole:.0f} minutes on {slots} idle cores, {rest:.0f} of them to go")
+        return f"{total}; no estimate of the time: no run of this scale was timed yet"
+    return f"{total}; about {whole:.0f} minutes on {slots} idle cores, {to_go:.0f} of them to go"
 
 
 def status(arguments: StatusArguments) -> None:
@@ -193,7 +235,8 @@ def report(arguments: ReportArguments) -> None:
 
     planner = Planner(arguments)
     results, not_yet = {}, [f"{sentence}." for sentence in planner.missing_corpora()]
-    for name in (name for stage in planner.stages() for name in stage):
+    names = [name for stage in planner.stages() for name in stage]
+    for name in dict.fromkeys([*names, *(other for shown in names for other in SUITES[shown].beside)]):
         try:
             results[name] = planner.results(name)
         except NotYet as refusal:

@@ -1,12 +1,13 @@
 """Spectral metrics of every weight matrix, each defined once, and the worker that logs them next to the training loop.
 
-    spectrum = decompose(W_BMN); record = projection_record(spectrum.of(0), of_update, grad_norm)
-    recorder = SpectraRecorder(model, path); recorder.before_update(norms); optimizer.step()
+    spectrum = decompose(W_BMN); record = projection_record(spectrum.of(0), of_update, of_gradient)
+    recorder = SpectraRecorder(model, path); recorder.before_update(gradients); optimizer.step()
     recorder.record(step, tokens); recorder.flush(); recorder.close()
 
 Float64 throughout, by the symmetric eigenproblem of the smaller Gram matrix: `python -m bench.spectra` shows its error
 and its time next to those of an SVD. An undefined value is None (JSON null), never 0.0 or NaN. An event costs the loop
-one copy of the block matrices and of their update, asynchronous on a GPU; the worker writes its lines in one piece.
+one copy of the block matrices, their gradients and their update, asynchronous on a GPU; the worker writes its lines in
+one piece.
 """
 
 import functools
@@ -25,23 +26,28 @@ import torch
 from torch import Tensor
 
 from engine.cli import RunFailed
-from engine.eigh import eigh_leading
+from engine.eigh import eigh_leading, eigh_values
 from engine.files import SUBSPACE_RANK, JsonlWriter, finite
-from model import Transformer
+from kernels.optimizer import scales_of
+from model import Bank, Transformer
 
 UPDATE_KEYS = (
     "left_alignment",
     "right_alignment",
     "grad_norm",
+    "grad_effective_rank",
+    "grad_stable_rank",
+    "grad_condition",
     "update_norm",
     "update_effective_rank",
     "update_gap",
+    "ns_residual",
 )
 # Eigenvalues of a Gram matrix below this times its larger side, as a share of the largest, are rounding: singular
 # values below 7e-7 of the largest read as 0 at 2048 x 512. Weights in fp32 have no more digits.
 ROUNDING = torch.finfo(torch.float64).eps
 LEAST_PRIORITY = 19  # of a thread on Linux: on a CPU spectra take the time that training leaves
-QUEUE_EVENTS = 2  # of the 88M model one holds 0.5 GB
+QUEUE_EVENTS = 2  # of the 88M model one holds 0.8 GB
 DECOMPOSED_BYTES = 2**28  # of float64 matrices at once in the worker
 
 
@@ -96,20 +102,34 @@ class Spectrum(NamedTuple):
 def decompose(matrices: Tensor) -> Spectrum:
     """The spectra of a batch (B, m, n): singular values to 1e-5 of themselves wherever they exceed 1e-3 of the largest
     (in fact to about 1e-9), subspaces as an SVD gives them."""
-    X = matrices.double()
-    finite = matrices.isfinite().all(dim=-1).all(dim=-1)
-    if not finite.all():
-        X = torch.where(finite[:, None, None], X, 0.0)
-    m, n = X.shape[1:]
-    k = min(SUBSPACE_RANK, m, n)
-    small = X.mT if m > n else X
-    eigenvalues, near = eigh_leading(small @ small.mT, k)
-    largest = eigenvalues[:, :1].clamp(min=0.0)
-    eigenvalues = torch.where(eigenvalues <= max(m, n) * ROUNDING * largest, 0.0, eigenvalues)  # NaN stays
-    s = torch.where(finite[:, None], eigenvalues.sqrt(), math.nan)
+    m, n = matrices.shape[1:]
+    small, finite = _small_side(matrices)
+    eigenvalues, near = eigh_leading(small @ small.mT, min(SUBSPACE_RANK, m, n))
+    s = _roots(eigenvalues, finite, max(m, n))
     far = small.mT @ near
     far = far / torch.linalg.vector_norm(far, dim=1, keepdim=True)  # NaN where s_k is 0: there is no such direction
     return Spectrum(s, far, near) if m > n else Spectrum(s, near, far)
+
+
+def singular_values(matrices: Tensor) -> Tensor:
+    """Those of `decompose` alone, (B, r)."""
+    small, finite = _small_side(matrices)
+    return _roots(eigh_values(small @ small.mT), finite, max(matrices.shape[1:]))
+
+
+def _small_side(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch in float64 with rows on the smaller side, zero where a matrix is not finite, and which ones are."""
+    X, finite = matrices.double(), matrices.isfinite().all(dim=-1).all(dim=-1)
+    if not finite.all():
+        X = torch.where(finite[:, None, None], X, 0.0)
+    return X.mT if X.shape[1] > X.shape[2] else X, finite
+
+
+def _roots(eigenvalues: Tensor, finite: Tensor, side: int) -> Tensor:
+    """Singular values from the eigenvalues of Gram matrices, 0 where those are rounding."""
+    largest = eigenvalues[:, :1].clamp(min=0.0)
+    eigenvalues = torch.where(eigenvalues <= side * ROUNDING * largest, 0.0, eigenvalues)  # NaN stays
+    return torch.where(finite[:, None], eigenvalues.sqrt(), math.nan)
 
 
 def alignment(subspace_a: Tensor, subspace_b: Tensor) -> float:
@@ -131,18 +151,27 @@ def chance_alignment(dimension: int, k: int, trials: int = 1000) -> float:
     return total / trials
 
 
-def projection_record(weight: Spectrum, update: Spectrum | None, grad_norm: float | None) -> dict[str, Any]:
+def projection_record(
+    weight: Spectrum, update: Spectrum | None, gradient: Tensor | None, ns_residual: float | None = None
+) -> dict[str, Any]:
     """Every metric of one projection (out, in) from its spectra; update keys are None without an update.
 
-    update_gap is s_k - s_{k+1} of the update (k = 5): the smaller it is compared with s_k, the more arbitrary are the
-    update's top directions, and their alignment.
+    `gradient` are singular values; grad_condition is s_1 / s_r, None where s_r is 0. update_gap is s_k - s_{k+1} of the
+    update (k = 5): the smaller it is compared with s_k, the more arbitrary are the update's top directions, and their
+    alignment.
     """
     k, rows, cols = weight.left.shape[1], len(weight.left), len(weight.right)
     record = spectral_metrics(weight.singular_values) | dict.fromkeys(UPDATE_KEYS)
     record["left_alignment_chance"] = finite(chance_alignment(rows, k))
     record["right_alignment_chance"] = finite(chance_alignment(cols, k))
-    if grad_norm is not None:
-        record["grad_norm"] = finite(grad_norm)
+    if gradient is not None:
+        energy = gradient.square().sum()
+        record["grad_norm"] = finite(energy.sqrt().item())
+        record["grad_effective_rank"] = finite(math.exp(entropy_nats(gradient)))
+        record["grad_stable_rank"] = finite((energy / gradient[0].square()).item())
+        record["grad_condition"] = finite((gradient[0] / gradient[-1]).item())
+    if ns_residual is not None:
+        record["ns_residual"] = finite(ns_residual)
     if update is not None:
         s = update.singular_values
         record["update_norm"] = finite(torch.linalg.vector_norm(s).item())
@@ -159,16 +188,41 @@ class WorkerFailed(RunFailed):
     """The worker died; the message is its reason."""
 
 
+class MuonStep(NamedTuple):
+    """What Muon's update was made with: the projections that it trains, and their settings at that step."""
+
+    names: Sequence[str]
+    lr: float
+    weight_decay: float
+    lr_scale: str
+
+
+def ns_residuals(weights: Tensor, updates: Tensor, spectrum: Spectrum, bank: Bank, muon: MuonStep) -> Tensor:
+    """|O Oᵀ - I|_F / sqrt(r) on the small side for each matrix of a bank, O what Muon subtracted from the weights over
+    rate and scale: 0 where it is orthogonal, 1 where it is 0. `spectrum` is that of the updates: without weight decay
+    they are O already; with it the decay is taken out, and the Gram matrix made in fp32, good to 1e-6 of I."""
+    W, dW = weights.flatten(0, -3), updates.flatten(0, -3)
+    scales = scales_of(W.shape, {"lr_scale": muon.lr_scale, "transposed": bank.transposed})
+    step = muon.lr * torch.tensor(scales, dtype=torch.float64)[:, None]
+    if not muon.weight_decay:
+        return ((spectrum.singular_values / step).square() - 1).square().mean(-1).sqrt()
+    small = torch.add(dW, W - dW, alpha=muon.lr * muon.weight_decay) / step[:, None].float()
+    small = small.mT if small.shape[1] > small.shape[2] else small
+    excess = small @ small.mT - torch.eye(small.shape[1])
+    return torch.linalg.matrix_norm(excess) / small.shape[1] ** 0.5
+
+
 @dataclass(frozen=True)
 class Event:
-    """The block matrices after an update, what it changed, and the norms of its gradients; update and norms are None
-    where there was no update."""
+    """The block matrices after an update, what it changed, its gradients, and what Muon made it with; all but the
+    weights are None where there was no update, the last one also where there is no Muon."""
 
     step: int
     tokens: int
     weights: list[Tensor]
     updates: list[Tensor] | None
-    grad_norms: list[Tensor] | None
+    gradients: list[Tensor] | None
+    muon: MuonStep | None
     copied: torch.cuda.Event | None
 
 
@@ -188,19 +242,19 @@ class SpectraRecorder:
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.seconds_blocked = seconds_blocked
         self.before: list[Tensor] | None = None
-        self.grad_norms: list[Tensor] | None = None
+        self.gradients: list[Tensor] | None = None
+        self.muon: MuonStep | None = None
         self.failure: BaseException | None = None
         self.events: queue.Queue[Event | None] = queue.Queue(QUEUE_EVENTS)
         self.worker = threading.Thread(target=self._work, name="spectra", daemon=True)
         self.worker.start()
 
     @torch.no_grad()
-    def before_update(self, grad_norms: list[Tensor]) -> None:
-        """Keep the weights as they are before the optimizer touches them, and the norm of every matrix's gradient: for
-        each bank (B,), in float64."""
+    def before_update(self, gradients: list[Tensor], muon: MuonStep | None = None) -> None:
+        """Keep the weights as they are before the optimizer touches them, and a copy of each bank's gradient."""
         start = time.perf_counter()
         self.before = [bank.parameter.detach().clone() for bank in self.model.banks()]
-        self.grad_norms = grad_norms
+        self.gradients, self.muon = gradients, muon
         self.seconds_blocked += time.perf_counter() - start
 
     @torch.no_grad()
@@ -216,13 +270,13 @@ class SpectraRecorder:
         if self.stream is not None:  # the copies overlap with what the device does next
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.stream):
-                weights, updates, norms = (self._to_host(t) for t in (weights, updates, self.grad_norms))
+                weights, updates, gradients = (self._to_host(t) for t in (weights, updates, self.gradients))
                 copied = torch.cuda.Event()
                 copied.record()
         else:
-            norms = self.grad_norms
-        self.before = self.grad_norms = None
-        self._put(Event(step, tokens, weights, updates, norms, copied))
+            gradients = self.gradients
+        muon, self.before, self.gradients, self.muon = self.muon, None, None, None
+        self._put(Event(step, tokens, weights, updates, gradients, muon, copied))
         self.seconds_blocked += time.perf_counter() - start
 
     def _to_host(self, tensors: list[Tensor] | None) -> list[Tensor] | None:
@@ -285,18 +339,21 @@ class SpectraRecorder:
         if event.copied is not None:
             event.copied.synchronize()
         of_weights = [decompose_bank(bank) for bank in event.weights]
-        of_updates = None if event.updates is None else [decompose_bank(bank) for bank in event.updates]
+        of_updates = event.updates and [decompose_bank(bank) for bank in event.updates]
+        of_gradients = event.gradients and [torch.cat(measure_bank(bank, singular_values)) for bank in event.gradients]
+        residuals = self._residuals(event, of_updates)
         lines = []
         for place in self.model.places():
             of_weight = of_weights[place.bank].of(place.index)
-            of_update = None if of_updates is None else of_updates[place.bank].of(place.index)
+            of_update = of_updates and of_updates[place.bank].of(place.index)
             if place.transposed:
                 of_weight, of_update = of_weight.mT, of_update and of_update.mT
-            grad_norm = None if event.grad_norms is None else event.grad_norms[place.bank][place.index].item()
+            of_gradient = None if of_gradients is None else of_gradients[place.bank][place.index]
+            residual = None if residuals[place.bank] is None else residuals[place.bank][place.index].item()
             line = {"step": event.step, "tokens": event.tokens, "layer": place.layer, "proj": place.name}
             if place.expert is not None:
                 line["expert"] = place.expert
-            lines.append(line | projection_record(of_weight, of_update, grad_norm))
+            lines.append(line | projection_record(of_weight, of_update, of_gradient, residual))
         self.writer.write(*lines)
         for listener in tuple(self.listeners):
             try:
@@ -305,10 +362,22 @@ class SpectraRecorder:
                 print(f"a live view of the spectra ends here: {type(failure).__name__}: {failure}", file=sys.stderr)
                 self.listeners.remove(listener)
 
+    def _residuals(self, event: Event, of_updates: list[Spectrum] | None) -> list[Tensor | None]:
+        """`ns_residuals` of each bank; None for one that Muon does not train."""
+        muon, banks = event.muon, self.model.banks()
+        if muon is None or of_updates is None:
+            return [None] * len(banks)
+        of = zip(event.weights, event.updates, of_updates, banks, strict=True)
+        return [ns_residuals(*tensors, b, muon) if set(b.members) <= set(muon.names) else None for *tensors, b in of]
+
 
 def decompose_bank(bank: Tensor) -> Spectrum:
-    """The spectra of all matrices of a bank, a bounded number of them at a time."""
+    """The spectra of all matrices of a bank."""
+    return Spectrum(*(torch.cat(tensors) for tensors in zip(*measure_bank(bank, decompose), strict=True)))
+
+
+def measure_bank(bank: Tensor, measure: Callable[[Tensor], Any]) -> list[Any]:
+    """What `measure` finds in the matrices of a bank, a bounded number of them at a time."""
     matrices = bank.flatten(0, -3)
     at_once = max(1, DECOMPOSED_BYTES // (8 * matrices[0].numel()))
-    parts = [decompose(part) for part in matrices.split(at_once)]
-    return Spectrum(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    return [measure(part) for part in matrices.split(at_once)]

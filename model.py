@@ -9,7 +9,7 @@ R experts per token, X experts, V vocabulary.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,7 +36,8 @@ STORED_TRANSPOSED = ("down",)
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a model; every field is a count except `ffn` (activation) and `dropout` (probability).
+    """Shape of a model; every field is a count except `ffn` (activation) and the two dropouts (probabilities): of the
+    embedding and each block's outputs, and of attention weights and hidden units of each (expert's) feed-forward.
 
     `experts` 0 is a dense model. In a mixture each token goes to `top_k` experts, `balance` weighs the load-balancing
     loss, and `router_noise` is the standard deviation of the noise that training adds to the router's logits.
@@ -51,6 +52,7 @@ class ModelConfig:
     ffn: str = "silu"
     qk_norm: bool = False
     dropout: float = 0.0
+    inner_dropout: float = 0.0
     experts: int = 0
     top_k: int = 2
     balance: float = 0.01
@@ -66,8 +68,9 @@ class ModelConfig:
             raise ValueError(f"{self.heads} heads do not share {self.kv_heads} key/value heads evenly")
         if self.ffn not in ACTIVATIONS:
             raise ValueError(f"unknown ffn {self.ffn!r}; choose from {', '.join(ACTIVATIONS)}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout {self.dropout}: must be at least 0 and below 1")
+        for dropout in ("dropout", "inner_dropout"):
+            if not 0 <= getattr(self, dropout) < 1:
+                raise ValueError(f"{dropout} {getattr(self, dropout)}: must be at least 0 and below 1")
         if self.experts < 0 or (self.experts and not 1 <= self.top_k <= self.experts):
             raise ValueError(f"top_k {self.top_k}: must be between 1 and the {self.experts} experts")
         if not (0 <= self.balance < math.inf and 0 <= self.router_noise < math.inf):
@@ -164,11 +167,11 @@ def fuses_masks(x: Tensor) -> bool:
     return x.is_cuda and torch.compiler.is_compiling()
 
 
-def document_mask(tokens_BT: Tensor, start: int) -> BlockMask | Tensor:
+def document_mask(tokens_BT: Tensor, start: int, fused: bool) -> BlockMask | Tensor:
     """The keys that each token attends to: itself and the earlier tokens of its document.
 
-    Returns blocks for FlexAttention, or (B, 1, T, T) booleans for SDPA. A document begins at each `start`; the tokens
-    before the first `start` of a row are the rest of a document.
+    Returns blocks for FlexAttention (`fused`), or (B, 1, T, T) booleans for SDPA. A document begins at each `start`;
+    the tokens before the first `start` of a row are the rest of a document.
     """
     B, T = tokens_BT.shape
     document_BT = (tokens_BT == start).cumsum(1)  # numbers the documents of a row: +1 at each start
@@ -176,7 +179,7 @@ def document_mask(tokens_BT: Tensor, start: int) -> BlockMask | Tensor:
     def visible(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (document_BT[b, query] == document_BT[b, key])
 
-    create = create_block_mask if fuses_masks(tokens_BT) else create_mask
+    create = create_block_mask if fused else create_mask
     return create(visible, B, None, T, T, device=tokens_BT.device)
 
 
@@ -185,10 +188,11 @@ class Transformer(nn.Module):
 
     `kernels` names the fused kernels (of KERNELS or CPU_KERNELS) that training uses; validation uses none, so that no
     kernel flatters a score. With `document_start`, the token that begins each document, attention stays within a
-    document.
+    document. Projections named in `apart` share no bank with others, so that another optimizer can have them; initial
+    weights stay the same.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+    def __init__(self, config: ModelConfig, vocab_size: int, apart: Collection[str] = ()) -> None:
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
         self.compute_dtype, self.kernels = torch.float32, frozenset()
@@ -206,9 +210,14 @@ class Transformer(nn.Module):
             if config.experts and name in EXPERT_PROJECTIONS:
                 shape = (config.experts, *shape)
             members.setdefault(shape, []).append(name)
-        self.weights = nn.ParameterDict(
-            {"_".join(names): torch.empty(len(names) * L, *shape) for shape, names in members.items()}
-        )
+        nn.init.normal_(self.embedding, std=INIT_STD)
+        weights: dict[str, Tensor] = {}
+        for shape, names in sorted(members.items(), key=lambda bank: bank[1]):
+            drawn = nn.init.normal_(torch.empty(len(names), L, *shape), std=INIT_STD)
+            for together in ([n for n in names if n not in apart], [n for n in names if n in apart]):
+                if together:
+                    weights["_".join(together)] = drawn[[names.index(n) for n in together]].flatten(0, 1)
+        self.weights = nn.ParameterDict(weights)
         self.attention_gain = nn.Parameter(torch.ones(L, D))
         self.ffn_gain = nn.Parameter(torch.ones(L, D))
         self.final_gain = nn.Parameter(torch.ones(D))
@@ -218,12 +227,11 @@ class Transformer(nn.Module):
         cos, sin = rotary_table(config.seq_len, E)
         self.register_buffer("cos_TE", cos, persistent=False)
         self.register_buffer("sin_TE", sin, persistent=False)
-        for matrix in (self.embedding, *self.weights.values()):
-            nn.init.normal_(matrix, std=INIT_STD)
         if config.experts:
             self.router = nn.Parameter(torch.empty(L, config.experts, D).normal_(std=INIT_STD))
             # Choices per expert in the last forward pass.
             self.register_buffer("expert_counts", torch.zeros(L, config.experts, dtype=torch.long), persistent=False)
+            self.register_buffer("balance_loss", torch.zeros(()), persistent=False)  # of the last forward pass, weighed
             # The shares f_e over all micro-batches and ranks, where a step sets them (engine/step.py).
             self.register_buffer("batch_shares", torch.zeros(L, config.experts), persistent=False)
 
@@ -259,13 +267,14 @@ class Transformer(nn.Module):
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
         """Logits (B, T, V), or with targets the mean cross-entropy in nats, a 0-D fp32 tensor.
 
-        In training the loss of a mixture includes the load-balancing loss of every layer. `expert_counts` is
-        overwritten in place.
+        In training the loss of a mixture includes the load-balancing loss of every layer. `expert_counts` and
+        `balance_loss` are overwritten in place.
         """
         c, dtype = self.config, self.compute_dtype
         x, counts, balance = self._trunk(tokens_BT)
         if c.experts:
             self.expert_counts.copy_(counts)
+            self.balance_loss.copy_(balance.detach())
         # The tied head: logits are inner products with the rows of the embedding.
         if targets_BT is not None and "cross_entropy" in self.kernels and self.training:
             loss = linear_cross_entropy(x.flatten(0, 1), self.embedding.to(dtype), targets_BT.flatten())
@@ -293,15 +302,18 @@ class Transformer(nn.Module):
             for i, name in enumerate(bank.members):
                 per_layer[name] = matrices[i * c.layers : (i + 1) * c.layers]
 
-        mask = None if self.document_start is None else document_mask(tokens_BT, self.document_start)
+        mask = None
+        if self.document_start is not None:  # FlexAttention drops no weights
+            fused = fuses_masks(tokens_BT) and not (c.inner_dropout and self.training)
+            mask = document_mask(tokens_BT, self.document_start, fused)
         # Rows of the embedding are scaled by sqrt(D), since the same small matrix is the output head.
         x = F.embedding(tokens_BT, self.embedding).to(dtype) * c.d_model**0.5
-        x = self._drop(x)
+        x = self._drop(x, c.dropout)
         counts, balance = [], 0.0
         for layer in range(c.layers):
             w = {name: matrices[layer] for name, matrices in per_layer.items()}
             # x + attention(norm(x)), then x + ffn(norm(x)): each block adds to the residual stream.
-            x = x + self._drop(self._attention(rms_norm(x, self.attention_gain[layer]), w, layer, mask))
+            x = x + self._drop(self._attention(rms_norm(x, self.attention_gain[layer]), w, layer, mask), c.dropout)
             h = rms_norm(x, self.ffn_gain[layer])
             if c.experts:
                 y, count, layer_balance = self._mixture(h.flatten(0, 1), w, layer)
@@ -310,7 +322,7 @@ class Transformer(nn.Module):
                 balance = balance + layer_balance
             else:
                 h = self._ffn(h, w)
-            x = x + self._drop(h)
+            x = x + self._drop(h, c.dropout)
         return rms_norm(x, self.final_gain), torch.stack(counts) if counts else None, balance
 
     def _attention(self, x: Tensor, w: dict[str, Tensor], layer: int, mask: BlockMask | Tensor | None) -> Tensor:
@@ -324,7 +336,8 @@ class Transformer(nn.Module):
             q, k = rms_norm(q, self.q_gain[layer]), rms_norm(k, self.k_gain[layer])
         # RoPE: after it q · k depends on the distance in time alone.
         q, k = rotate(q, self.cos_TE[:T], self.sin_TE[:T]), rotate(k, self.cos_TE[:T], self.sin_TE[:T])
-        if mask is None and "attention" in self.kernels and self.training and T <= MAX_T:
+        dropped = self.config.inner_dropout if self.training else 0.0
+        if mask is None and "attention" in self.kernels and self.training and T <= MAX_T and not dropped:
             return F.linear(causal_attention(q, k, v).flatten(2), w["o"])
         # Grouped queries: H / K query heads share one key/value head.
         sharing = q.shape[2] // k.shape[2]
@@ -337,19 +350,20 @@ class Transformer(nn.Module):
         # softmax(q kᵀ / sqrt(E)) v over the visible keys.
         if mask is None or dense_mask:
             options = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": sharing > 1}
-            y = F.scaled_dot_product_attention(q, k, v, **options)
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropped, **options)
         else:
             y = flex_attention(q, k, v, block_mask=mask, enable_gqa=sharing > 1)
         # Join the heads and mix them.
         return F.linear(y.transpose(1, 2).reshape(B, T, -1), w["o"])
 
     def _ffn(self, x: Tensor, w: dict[str, Tensor]) -> Tensor:
-        if "relu2_mlp" in self.kernels and self.config.ffn == "relu2" and self.training:
+        dropped = self.config.inner_dropout
+        if "relu2_mlp" in self.kernels and self.config.ffn == "relu2" and self.training and not dropped:
             return relu2_mlp(x, w["up"], w["down"])
         activation = ACTIVATIONS[self.config.ffn]
         up = F.linear(x, w["up"])
         hidden = activation(F.linear(x, w["gate"])) * up if "gate" in w else activation(up)
-        return hidden @ w["down"]  # stored transposed, so no .mT
+        return self._drop(hidden, dropped) @ w["down"]  # stored transposed, so no .mT
 
     def _mixture(self, x_ND: Tensor, w: dict[str, Tensor], layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """The weighted sum of the chosen experts' outputs (N, D); choices per expert (X,); the load-balancing loss.
@@ -372,6 +386,7 @@ class Transformer(nn.Module):
         gated = "gate" in w
         hidden = activation(grouped_matmul(x, w["gate"].mT, routing.offsets)) * up if gated else activation(up)
         # Back to token order; weights are the softmax over the chosen logits: that over all, renormalised.
+        hidden = self._drop(hidden, c.inner_dropout)
         y_NRD = routing.collect(grouped_matmul(hidden, w["down"], routing.offsets))
         y_ND = (y_NRD * chosen_NR.softmax(-1).to(y_NRD.dtype)[..., None]).sum(1)
         # Least when f and P are uniform: it pulls probability away from the experts that get most tokens.
@@ -380,8 +395,8 @@ class Transformer(nn.Module):
             shares_X = self.batch_shares[layer]
         return y_ND, routing.counts, c.balance * c.experts * (shares_X * probabilities_X).sum()
 
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.config.dropout, self.training) if self.config.dropout else x
+    def _drop(self, x: Tensor, probability: float) -> Tensor:
+        return F.dropout(x, probability, self.training) if probability else x
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.parameters())

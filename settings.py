@@ -28,7 +28,7 @@ from engine.ranks import Rank
 from kernels.newton_schulz import COEFFICIENTS, METHODS
 from kernels.optimizer import LR_SCALES
 from model import CPU_KERNELS, FLEX_MIN_HEAD_WIDTH, KERNELS, SIZES, ModelConfig, Transformer
-from optim import SCHEDULES
+from optim import BLOCKS, SCHEDULES, muon_names, ns_schedule
 
 RUN_NAME = Limit("must be letters, digits, '.', '_' and '-', not starting with a dot", is_safe_name)
 NANO = ("nano", "moe-nano")  # for a first look on a CPU
@@ -73,10 +73,14 @@ class Settings:
     """Standard deviation of the noise that training adds to the router's logits."""
     dropout: Annotated[float, BELOW_1] = 0.0
     """Probability of dropping an element of the embedding and of each block's outputs."""
+    inner_dropout: Annotated[float, BELOW_1] = 0.0
+    """Probability of dropping an attention weight, and a hidden unit of the feed-forward layer or of an expert."""
     doc_mask: bool = False
     """Attention stays within a document, in training and validation; off = all earlier tokens of the sequence."""
     optimizer: Literal["muon", "adamw"] = "muon"
-    """Optimizer of the block matrices; embedding, gains and router always use AdamW."""
+    """Optimizer of the block matrices; gains always use AdamW, embedding and router unless --muon-on names them."""
+    muon_on: str = BLOCKS
+    """What Muon trains, by commas: q, k, v, o, gate, up, down (blocks = all of these), embedding, router."""
     data: Path | None = None
     """Folder of token shards (default: the embedded shards that make speedrun builds)."""
     data_pattern: str = TRAIN_PATTERN
@@ -94,21 +98,23 @@ class Settings:
     seed: Annotated[int, Limit("must be 0 or more", lambda value: 0 <= value < 2**63)] = 0
     """Sets initialisation, data order and dropout."""
     lr: Annotated[float, POSITIVE] | None = None
-    """Peak learning rate of the block matrices (default: muon 0.024, adamw 0.002; nano 0.04, 0.005)."""
+    """Peak rate of Muon, or of AdamW's block matrices (default: muon 0.024, adamw 0.002; nano 0.04, 0.005)."""
     adamw_lr: Annotated[float, POSITIVE] | None = None
-    """Peak learning rate of embedding, gains and router, under either optimizer (default: 0.006; nano 0.02)."""
+    """Peak rate of embedding, gains and router, and of what Muon leaves (default: 0.006; nano 0.02)."""
     momentum: Annotated[float, BELOW_1] = 0.95
     """Muon's momentum."""
     nesterov: bool = True
     """Nesterov momentum in Muon."""
-    ns_steps: Annotated[int, AT_LEAST_1] = 5
-    """Newton-Schulz iterations."""
+    ns_steps: int | str = 5
+    """Newton-Schulz iterations; 3:0.5,5 is three until half of the run, then five."""
     ns_coefficients: Annotated[str, one_of(COEFFICIENTS)] = "polar_express"
     """Newton-Schulz polynomials: polar_express, quintic or cubic."""
     ns_method: Annotated[str, one_of(METHODS)] = "auto"
     """How Newton-Schulz is computed: auto, standard or gram."""
     lr_scale: Annotated[str, one_of(LR_SCALES)] = "spectral"
     """Scale of Muon's update by shape: spectral, rms or none."""
+    ns_before_momentum: bool = False
+    """Orthogonalise each gradient and average the results, instead of orthogonalising the average."""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     """Decoupled weight decay of the block matrices, times the learning rate per step."""
     decay_on: Literal["blocks", "matrices"] = "blocks"
@@ -205,6 +211,11 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
     except ValueError as wrong:
         raise BadInput(str(wrong)) from None
 
+    s = dataclasses.replace(s, muon_on=chosen_for_muon(s, config))
+    try:
+        ns_schedule(s.ns_steps)
+    except ValueError as wrong:
+        raise BadInput(f"--ns-steps {s.ns_steps}: {wrong}") from None
     workers, threads = chosen_workers(s, rank, before)
     s = dataclasses.replace(s, workers=workers, threads=threads)
     ranks, what = rank.count * s.workers, "rank" if s.workers == 1 else "worker"
@@ -231,6 +242,19 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
         least = f"heads at least {FLEX_MIN_HEAD_WIDTH} wide, not {config.head_width}"
         raise BadInput(f"--doc-mask: compiled on a GPU it needs {least}; choose fewer --heads or --compile off")
     return s, config, shards
+
+
+def chosen_for_muon(s: Settings, config: ModelConfig) -> str:
+    """--muon-on in one spelling; BadInput where it names what the model lacks, or nothing, or there is no Muon."""
+    try:
+        names = muon_names(s.muon_on, config)
+    except ValueError as wrong:
+        raise BadInput(f"--muon-on {wrong}") from None
+    blocks = muon_names(BLOCKS, config)
+    chosen = (BLOCKS, *names[len(blocks) :]) if names[: len(blocks)] == blocks else names
+    if s.optimizer == "adamw" and chosen != (BLOCKS,):
+        raise BadInput(f"--muon-on {','.join(chosen)}: --optimizer adamw trains nothing by Muon")
+    return ",".join(chosen)
 
 
 def config_before(given: Settings) -> dict[str, Any]:
@@ -290,7 +314,7 @@ def compiled_code(s: Settings, config: ModelConfig, shards: Shards) -> str:
     """The key of what torch.compile makes for this run."""
     batch = s.batch_tokens // s.workers
     shape = {"config": config, "vocab": shards.vocab_size, "batch": batch, "micro_batch": s.micro_batch}
-    return cache_key(**shape, kernels=s.kernels, doc_mask=s.doc_mask, precision=s.precision)
+    return cache_key(**shape, muon_on=s.muon_on, kernels=s.kernels, doc_mask=s.doc_mask, precision=s.precision)
 
 
 def identity(s: Settings, shards: Shards) -> dict[str, Any]:
@@ -319,9 +343,10 @@ def describe(s: Settings, shards: Shards, model: Transformer, ranks: int, device
 
 def optimizer_options(s: Settings) -> dict[str, Any]:
     """The settings that `optim.build_optimizers` takes."""
-    muon = ("momentum", "nesterov", "ns_steps", "ns_coefficients", "ns_method", "lr_scale")
-    both = ("lr", "adamw_lr", "weight_decay", "decay_on", "adam_eps")
-    return {key: getattr(s, key) for key in (*both, *muon)} | {"betas": (s.beta1, s.beta2)}
+    muon = ("momentum", "nesterov", "ns_steps", "ns_coefficients", "ns_method", "lr_scale", "ns_before_momentum")
+    both = ("lr", "adamw_lr", "weight_decay", "decay_on", "muon_on", "adam_eps")
+    first, _ = ns_schedule(s.ns_steps)[0]
+    return {key: getattr(s, key) for key in (*both, *muon)} | {"betas": (s.beta1, s.beta2), "ns_steps": first}
 
 
 def chosen_kernels(flag: str, capability: tuple[int, int]) -> frozenset[str]:

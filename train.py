@@ -42,9 +42,18 @@ from engine.speed import Point, Speed, Stopwatch, Times, device_name, point, sec
 from engine.step import PendingStats, TrainingStep, evaluate, prepare_torch
 from engine.workers import workers
 from kernels.configs import capability
-from metrics import SpectraRecorder, WorkerFailed
-from model import ModelConfig, Transformer
-from optim import build_optimizers, lr_multiplier, parameter_layout, set_lr, step_cost
+from metrics import MuonStep, SpectraRecorder, WorkerFailed
+from model import PROJECTIONS, ModelConfig, Transformer
+from optim import (
+    build_optimizers,
+    lr_multiplier,
+    muon_names,
+    ns_steps_at,
+    parameter_layout,
+    set_lr,
+    set_ns_steps,
+    step_cost,
+)
 from settings import Settings, chosen_kernels, compiled_code, describe, optimizer_options, resolve
 
 VALIDATION_TOKENS = {"cuda": 8192, "cpu": 1024}  # per forward pass, whose fp32 logits are held whole
@@ -84,23 +93,25 @@ def run(s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> int:
     torch.manual_seed(s.seed)
 
     # Model. Initialised on the CPU, so that every device starts from the same weights.
-    model = Transformer(config, shards.vocab_size).to(device)
+    on_muon = muon_names(s.muon_on, config)
+    model = Transformer(config, shards.vocab_size, apart=frozenset(PROJECTIONS).difference(on_muon)).to(device)
     model.compute_dtype = torch.bfloat16 if s.precision == "bf16" else torch.float32
     model.kernels = chosen_kernels(s.kernels, capability(device))
     model.document_start = shards.eot_id if s.doc_mask else None
     sequences, compiled = s.batch_tokens // (s.seq_len * rank.count), s.compile == "on"
     code = compiled_code(s, config, shards)  # as `resolve` names it
-    memory = MemoryCount(model, s.optimizer, sequences, s.seq_len, compiled=compiled)
+    layout = parameter_layout(model, s.optimizer, s.decay_on, s.muon_on)
+    orthogonalised = sum(p.numel() for group in layout[0] for p in group)
+    memory = MemoryCount(model, s.optimizer, sequences, s.seq_len, compiled=compiled, on_muon=orthogonalised)
     # GPUs may have different amounts of memory free: the smallest decides.
     s = dataclasses.replace(s, micro_batch=rank.least(choose_micro_batch(memory, s.micro_batch, device), device))
 
     # Optimizers. Each rank owns a share of every parameter and optimizes that alone.
-    sharding = sharding_of(model, rank)
+    sharding = sharding_of(model, rank, whole=[model.embedding] if "embedding" in on_muon else [])
     optimizers = build_optimizers(model, s.optimizer, sharding=sharding, **optimizer_options(s))
     work = TrainingStep(
         model, optimizers, micro_batch=s.micro_batch, grad_clip=s.grad_clip, compiled=compiled, sharding=sharding
     )
-    layout = parameter_layout(model, s.optimizer, s.decay_on)
     speed = Speed(model, step_cost(optimizers), s.batch_tokens, s.seq_len, device_name(device), rank.count)
 
     # Data. Every rank reads its slice of the same global batches.
@@ -228,7 +239,8 @@ def train(
     while step < s.steps and not stop and not (signals and rank.count == 1):
         multiplier = lr_multiplier(step, s.steps, s.schedule, s.warmup, s.min_lr)
         set_lr(work.optimizers, multiplier)
-        if s.dropout or s.router_noise:  # drawn from (seed, step, rank) alone, so a resumed run draws the same
+        set_ns_steps(work.optimizers, ns_steps_at(step, s.steps, s.ns_steps))
+        if s.dropout or s.inner_dropout or s.router_noise:  # drawn from (seed, step, rank) alone: a resumed run's too
             torch.manual_seed(int(np.random.SeedSequence([s.seed, step, rank.index]).generate_state(1)[0]))
 
         # One step on one global batch; nothing here waits for the GPU.
@@ -238,9 +250,10 @@ def train(
         if spectra is not None:
             spectra.check()
         if measures:
-            norms = work.sharding.bank_norms()  # every rank takes part
+            gradients = work.sharding.bank_gradients()  # every rank takes part
             if spectra is not None:
-                spectra.before_update(norms)
+                spectra.before_update(gradients, muon_step(s, work.model.config, multiplier))
+            del gradients
             work.sharding.settle()
         times = work.apply()
         step += 1
@@ -281,6 +294,13 @@ def train(
     clock.stop()
     read_clocks(progress, clock, spectra)
     save(work, layout, loader, folder, progress)
+
+
+def muon_step(s: Settings, config: ModelConfig, multiplier: float) -> MuonStep | None:
+    """What Muon makes its next update with."""
+    if s.optimizer != "muon":
+        return None
+    return MuonStep(muon_names(s.muon_on, config), s.lr * multiplier, s.weight_decay, s.lr_scale)
 
 
 def is_due(step: int, every: int, s: Settings) -> bool:

@@ -22,9 +22,9 @@ from engine.identity import NOT_COMPARED
 
 MOST_LAYERS = 10_000  # a greater number is damage, and arrays of that size would be allocated
 LARGEST = 2**53  # floats do not hold every whole number beyond
-RATES = ("lr", "adamw_lr", "weight_decay", "momentum", "warmup", "min_lr", "grad_clip", "dropout")
+RATES = ("lr", "adamw_lr", "weight_decay", "momentum", "warmup", "min_lr", "grad_clip", "dropout", "inner_dropout")
 SIZES = ("batch_tokens", "seq_len", "eval_tokens", "vocab_size", "params", "active_params", "tokens", "world_size")
-CONFIG_NUMBERS = (*RATES, *SIZES, "ns_steps")
+CONFIG_NUMBERS = (*RATES, *SIZES)
 OPTIMIZER_NAMES = {"muon": "Muon", "adamw": "AdamW"}
 PROJECTIONS = ("q", "k", "v", "o", "up", "down")  # the six that every dense model logs, in the order they are shown
 

@@ -69,8 +69,9 @@ class Baseline(nn.Module):
         super().__init__()
         if config.ffn not in FFNS:
             raise BadInput(f"the baseline has no ffn {config.ffn!r}; choose from {', '.join(FFNS)}")
-        if config.dropout:
-            raise BadInput(f"the baseline has no dropout, got dropout {config.dropout}")
+        for name in ("dropout", "inner_dropout"):
+            if probability := getattr(config, name):
+                raise BadInput(f"the baseline has no dropout, got {name} {probability}")
         self.scale = config.d_model**0.5
         self.embedding = nn.Embedding(vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))

@@ -84,7 +84,7 @@ def main() -> int:
         recorder.flush()  # simulates levels of chance, once per process
 
         def whole_event(step: int) -> None:
-            recorder.before_update(sharding.bank_norms())
+            recorder.before_update(sharding.bank_gradients())
             with torch.no_grad():
                 for W, update in zip(weights, updates, strict=True):
                     W.add_(update)

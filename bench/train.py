@@ -325,7 +325,7 @@ def time_surroundings(place: Workplace, step_seconds: float) -> dict[str, float 
         for step in range(2):  # the first one simulates levels of chance, once per run
             work.gradients(place.random_rows(step))
             recorder.seconds_blocked, start = 0.0, time.perf_counter()
-            recorder.before_update(work.sharding.bank_norms())
+            recorder.before_update(work.sharding.bank_gradients())
             work.apply()
             recorder.record(step, 0)
             blocked_seconds = recorder.seconds_blocked  # the loop does not wait for the worker, the next line does

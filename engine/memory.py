@@ -29,6 +29,8 @@ class MemoryCount:
     sequences: int
     seq_len: int
     compiled: bool = False
+    on_muon: int | None = None
+    """Elements with one moment instead of two, unless they are those of the banks."""
 
     def bytes_by_purpose(self, micro_batch: int) -> dict[str, int]:
         """Bytes with `micro_batch` sequences per forward pass."""
@@ -36,13 +38,16 @@ class MemoryCount:
         item = torch.empty((), dtype=model.compute_dtype).element_size()
         parameters = model.parameter_count()
         in_banks = sum(bank.parameter.numel() for bank in model.banks())
-        moments = 2 * parameters - (in_banks if self.optimizer == "muon" else 0)
+        on_muon = in_banks if self.on_muon is None else self.on_muon
+        moments = 2 * parameters - (on_muon if self.optimizer == "muon" else 0)
         # Per layer: both residual inputs and their norms, queries, keys and values before and after norm and rotation,
         # the attention's output, and the feed-forward before and after its activation (the kernel keeps the latter).
         heads_width = c.head_width * (c.heads + 2 * c.kv_heads)
         ffn_widths = 1 if "relu2_mlp" in model.kernels and c.ffn == "relu2" else 4 if c.ffn == "swiglu" else 2
         widths = 5 * c.d_model + 2 * heads_width + ffn_widths * c.d_ff * (c.top_k if c.experts else 1)
-        if "attention" in model.kernels and self.seq_len <= MAX_T:  # half of the probabilities
+        if c.inner_dropout:  # the probabilities, whole, before and after some are dropped; and the hidden layer
+            widths += 2 * c.heads * self.seq_len + c.d_ff * (c.top_k if c.experts else 1)
+        elif "attention" in model.kernels and self.seq_len <= MAX_T:  # half of the probabilities
             widths += c.heads * self.seq_len // 2
         if c.experts:  # also the routed inputs and outputs, and the router's input in fp32
             widths += 2 * c.top_k * c.d_model + 4 * c.d_model // item

@@ -166,9 +166,10 @@ class Share:
 
 
 class Sharding:
-    """The shares of a model's parameters, and what is sent between ranks; with one rank, nothing."""
+    """The shares of a model's parameters, and what is sent between ranks; with one rank, nothing. Parameters in `whole`
+    are not dealt out: every rank updates them for itself."""
 
-    def __init__(self, model: nn.Module, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, model: nn.Module, rank: int = 0, world_size: int = 1, whole: Sequence[Tensor] = ()) -> None:
         self.rank, self.world_size = rank, world_size
         self.device = model.embedding.device
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -179,10 +180,11 @@ class Sharding:
         for name, p in sorted(named, key=lambda entry: -unit_cost(entry[1])):  # the costliest first
             loads = matrix_loads if id(p) in in_banks else row_loads
             small = p.numel() <= KEPT_WHOLE and id(p) not in in_banks
-            counts[name] = None if small or world_size == 1 else deal(len(unit_view(p)), unit_cost(p), loads)
+            alone = world_size == 1 or small or any(p is one for one in whole)
+            counts[name] = None if alone else deal(len(unit_view(p)), unit_cost(p), loads)
         self.shares = [Share(name, p, counts[name], rank) for name, p in named]
         self.share_of = {id(share.parameter): share for share in self.shares}
-        # Sent in this order on every rank: Muon's banks as it comes to them, then the rest.
+        # Sent in this order on every rank: banks, then the rest.
         split = [share for share in self.shares if share.split]
         self.order = sorted(split, key=lambda share: id(share.parameter) not in in_banks)
         self.in_flight: list[tuple[Share, Tensor, dist.Work]] = []
@@ -232,10 +234,16 @@ class Sharding:
             ]
         )
 
+    def send_first(self, parameters: Sequence[Tensor]) -> None:
+        """Send these before the others, in this order: an optimizer's that announces each as `updated`."""
+        place = {id(p): i for i, p in enumerate(parameters)}
+        self.order.sort(key=lambda share: place.get(id(share.parameter), len(place)))
+
     def updated(self, own: Tensor) -> None:
-        """This rank's part of a bank has its new weights: begin to send it, after all banks before it in the order."""
-        place = next(i for i, share in enumerate(self.order) if share.own is own)
-        self._send_up_to(place + 1)
+        """This rank's part of a parameter has its new values: begin to send it, after all before it in the order."""
+        place = next((i for i, share in enumerate(self.order) if share.own is own), None)
+        if place is not None:  # None: every rank has updated it for itself
+            self._send_up_to(place + 1)
 
     def _send_up_to(self, count: int) -> None:
         for share in self.order[len(self.in_flight) : count]:
@@ -269,19 +277,14 @@ class Sharding:
             messages += 2 if share.split else 1
         return total, messages
 
-    def bank_norms(self) -> list[Tensor]:
-        """The Frobenius norm of every matrix's gradient, for each bank (B,), in float64, on every rank."""
-        return [self._matrix_norms(p) for p in self.banks]
-
-    def _matrix_norms(self, p: Tensor) -> Tensor:
-        share = self.share_of[id(p)]
-        norms = torch.zeros(len(unit_view(p)), dtype=torch.float64, device=self.device)
-        if share.own is not None:
-            own = torch.linalg.vector_norm(unit_view(share.own.grad), dim=(-2, -1), dtype=torch.float64)
-            norms[share.start : share.stop] = own
-        if share.split:
-            dist.all_reduce(norms)
-        return norms
+    def bank_gradients(self) -> list[Tensor]:
+        """A copy of every bank's gradient on every rank, which all must ask for."""
+        found = []
+        for p in self.banks:
+            share = self.share_of[id(p)]
+            own = None if share.own is None else share.own.grad
+            found.append(self.whole(share, own) if share.split else own.clone())
+        return found
 
     def whole(self, share: Share, own: Tensor | None) -> Tensor:
         """A tensor like the parameter from every rank's tensor like its part of it."""

@@ -152,7 +152,10 @@ class RunFolder:
         c = self.config
         tokens_per_second = c["batch_tokens"] / seconds
         rates = {key: c[key] * lr_multiplier for key in ("lr", "adamw_lr")}
-        numbers = {"train_loss": stats.loss, "grad_norm": stats.grad_norm, **rates, "step_ms": 1e3 * seconds}
+        losses = {"train_loss": stats.loss}
+        if stats.balance_loss is not None:
+            losses["balance_loss"] = stats.balance_loss
+        numbers = {**losses, "grad_norm": stats.grad_norm, **rates, "step_ms": 1e3 * seconds}
         numbers = {key: finite(value) for key, value in (numbers | {"tokens_per_second": tokens_per_second}).items()}
         self.write({"kind": "train", "step": step, "tokens": step * c["batch_tokens"], **numbers, "mfu": mfu})
         if self.out.bar is not None:

@@ -8,6 +8,7 @@ after it each owner sums and updates its parts. 5 MB of gradients take 0.7 ms in
 
 import mmap
 import os
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -18,16 +19,17 @@ from engine.ranks import Rank, Sharding, unit_view
 ALIGNMENT = 64  # bytes
 
 
-def sharding_of(model: nn.Module, rank: Rank) -> Sharding:
-    """How the ranks of this training share its parameters."""
-    return Sharding(model, rank.index, rank.count) if rank.memory is None else SharedSharding(model, rank)
+def sharding_of(model: nn.Module, rank: Rank, whole: Sequence[Tensor] = ()) -> Sharding:
+    """How the ranks of this training share its parameters, all but those in `whole`."""
+    alone = rank.memory is None
+    return Sharding(model, rank.index, rank.count, whole) if alone else SharedSharding(model, rank, whole)
 
 
 class SharedSharding(Sharding):
     """`Sharding` whose parameters lie in memory that all ranks see, next to a board of gradients for each rank."""
 
-    def __init__(self, model: nn.Module, rank: Rank) -> None:
-        super().__init__(model, rank.index, rank.count)
+    def __init__(self, model: nn.Module, rank: Rank, whole: Sequence[Tensor] = ()) -> None:
+        super().__init__(model, rank.index, rank.count, whole)
         sizes = [-(-share.parameter.nbytes // ALIGNMENT) * ALIGNMENT for share in self.shares]
         total = (1 + rank.count) * sum(sizes)
         os.ftruncate(rank.memory, total)

@@ -34,24 +34,27 @@ def prepare_torch() -> None:
 
 
 class StepStats(NamedTuple):
-    """A step's results on the host. `not_finite` names the parameters whose gradients are not; `expert_counts` are a
-    mixture's choices over the global batch, layer by layer, None of a dense model."""
+    """A step's results on the host. `loss` is the cross-entropy. `not_finite` names the parameters whose gradients are
+    not. Of a mixture `balance_loss` is what training adds to the loss, `expert_counts` the choices over the global
+    batch, layer by layer; both are None of a dense model."""
 
     loss: float
     grad_norm: float
     stop_requested: bool
     not_finite: tuple[str, ...]
+    balance_loss: float | None = None
     expert_counts: list[list[float]] | None = None
 
     @property
     def finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+        return all(math.isfinite(value) for value in (self.loss, self.balance_loss or 0.0, self.grad_norm))
 
 
 class PendingStats:
     """The statistics of a step on their way from the device; only `read` waits, and for them alone.
 
-    `values` holds loss, norm, stop, a norm for each of `names`, and `layers` equal rows of counts.
+    `values` holds loss, norm, stop, a norm for each of `names`, and of a mixture the balance loss and `layers` equal
+    rows of counts.
     """
 
     def __init__(self, values: Tensor, names: Sequence[str], layers: int = 0) -> None:
@@ -67,11 +70,11 @@ class PendingStats:
         if self.arrived is not None:
             self.arrived.synchronize()
         loss, grad_norm, stop, *rest = self.values.tolist()
-        norms, flat = rest[: len(self.names)], rest[len(self.names) :]
+        norms, (balance, *flat) = rest[: len(self.names)], rest[len(self.names) :] or [None]
         experts = len(flat) // self.layers if self.layers else 0
         counts = [flat[layer * experts : (layer + 1) * experts] for layer in range(self.layers)] or None
         bad = tuple(name for name, norm in zip(self.names, norms, strict=True) if not math.isfinite(norm))
-        return StepStats(loss, grad_norm, bool(stop), bad, counts)
+        return StepStats(loss, grad_norm, bool(stop), bad, balance, counts)
 
 
 class TrainingStep:
@@ -114,34 +117,39 @@ class TrainingStep:
             raise ValueError(f"{len(batch_BT1)} rows are not a multiple of the micro-batch {self.micro_batch}")
         micro_batches = batch_BT1.to(self.device, non_blocking=True).long().split(self.micro_batch)
         self.times.mark("transfer")
-        loss = torch.zeros((), device=self.device)
-        counts = torch.zeros_like(self.model.expert_counts, dtype=torch.float32) if self.mixture else loss.new_empty(0)
+        loss, balance = torch.zeros((2,), device=self.device)
+        counts = torch.zeros_like(self.model.expert_counts, dtype=torch.float32) if self.mixture else None
         if self.mixture and self.model.config.balance:
             self.model.whole_batch = len(micro_batches) > 1 or self.world_size > 1
             if self.model.whole_batch:
                 self.model.batch_shares.copy_(self._batch_shares(micro_batches))
                 self.times.mark("forward")
         for rows in micro_batches:
-            share = self.forward(rows[:, :-1], rows[:, 1:]) / (len(micro_batches) * self.world_size)
+            parts = len(micro_batches) * self.world_size
+            share = self.forward(rows[:, :-1], rows[:, 1:]) / parts
             self.times.mark("forward")
             share.backward()
             self.times.mark("backward")
             loss += share.detach()
             if self.mixture:
                 counts += self.model.expert_counts
+                balance += self.model.balance_loss / parts
+        of_experts = torch.cat((balance[None], counts.flatten())) if self.mixture else loss.new_empty(0)
         stop = torch.full((), float(stop_requested), device=self.device)
         self.sharding.reduce_gradients()
-        shared = torch.cat((torch.stack((loss, stop)), self.sharding.squared_norms(), counts.flatten()))
+        shared = torch.cat((torch.stack((loss, stop)), self.sharding.squared_norms(), of_experts))
         if self.world_size > 1:
             dist.all_reduce(shared)
         loss, stop = shared[:2]
-        norms, counts = shared[2 : 2 + len(self.names)].sqrt(), shared[2 + len(self.names) :]
+        norms, of_experts = shared[2 : 2 + len(self.names)].sqrt(), shared[2 + len(self.names) :]
         grad_norm = torch.linalg.vector_norm(norms)
         found_inf = (~torch.isfinite(loss + grad_norm)).float()
         clip = torch.clamp(grad_norm / self.grad_clip, min=1.0) if self.grad_clip else torch.ones_like(loss)
         for optimizer in self.optimizers:
             optimizer.grad_scale, optimizer.found_inf = clip, found_inf
-        values = torch.cat((torch.stack((loss, grad_norm, stop)), norms, counts))
+        if self.mixture:  # reported by itself, though it is part of what is minimised
+            loss = loss - of_experts[0]
+        values = torch.cat((torch.stack((loss, grad_norm, stop)), norms, of_experts))
         return PendingStats(values, self.names, self.model.config.layers if self.mixture else 0)
 
     def _batch_shares(self, micro_batches: Sequence[Tensor]) -> Tensor:

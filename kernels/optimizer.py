@@ -41,7 +41,9 @@ def update_scale(rows: int, cols: int, rule: str) -> float:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised: W <- (1 - lr wd) W - lr scale orthogonalize(u)  (Jordan et al. 2024).
 
-    m <- lerp(m, g, 1 - momentum), u = lerp(g, m, momentum) with Nesterov, else m. Parameters are 2-D, 3-D or 4-D; the
+    m <- lerp(m, g, 1 - momentum), u = lerp(g, m, momentum) with Nesterov, else m. With `ns_before_momentum` g is
+    orthogonalised instead of u; a momentum that sums, m <- momentum m + g, is then this one at lr / (1 - momentum).
+    Parameters are 2-D, 3-D or 4-D; the
     last two dimensions are the matrix. Three options belong to a parameter group:
     `flatten`: True for convolutions: a parameter (out, in, ...) is one matrix (out, everything else);
     `row_splits`: row counts of the projections fused into one matrix, each orthogonalised by itself. Without it a
@@ -68,6 +70,7 @@ class Muon(torch.optim.Optimizer):
         ns_coefficients: str = "polar_express",
         ns_method: str = "auto",
         lr_scale: str = "spectral",
+        ns_before_momentum: bool = False,
         capture: bool = True,
     ) -> None:
         if not 0 <= momentum < 1:
@@ -85,6 +88,7 @@ class Muon(torch.optim.Optimizer):
             "ns_coefficients": ns_coefficients,
             "ns_method": ns_method,
             "lr_scale": lr_scale,
+            "ns_before_momentum": ns_before_momentum,
             "flatten": False,
             "row_splits": None,
             "transposed": None,
@@ -110,6 +114,8 @@ class Muon(torch.optim.Optimizer):
         self.__dict__.setdefault("capture", True)
         self.__dict__.setdefault("updated", None)
         self.__dict__.setdefault("_step_supports_amp_scaling", True)
+        for group in self.param_groups:  # saved before there was this option
+            group.setdefault("ns_before_momentum", False)
         self._forget_graphs()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -162,11 +168,16 @@ class Muon(torch.optim.Optimizer):
             return
         for group, p in self._with_gradient():
             gradient = p.grad / grad_scale if grad_scale != 1.0 else p.grad
-            momentum = self.state[p]["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-            update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-            W, update = as_bank(p, group), as_bank(_strided_as(p, update), group)
+            tensors = (p, _strided_as(p, gradient), self.state[p]["momentum_buffer"])
+            W, G, M = (as_bank(t, group) for t in tensors)
+            if group["ns_before_momentum"]:
+                G = _orthogonal(G, group)
+            M.lerp_(G, 1 - group["momentum"])
+            update = G.lerp(M, group["momentum"]) if group["nesterov"] else M
+            if not group["ns_before_momentum"]:
+                update = _orthogonal(update, group)
             W.mul_(1 - group["lr"] * group["weight_decay"])
-            W.add_(_scaled_orthogonal(update, group), alpha=-group["lr"])
+            W.add_(_scaled(update, group), alpha=-group["lr"])
             if self.updated is not None:
                 self.updated(p)
 
@@ -183,8 +194,11 @@ class Muon(torch.optim.Optimizer):
             parts = zip(*(bank.split(rows, dim=1) for bank in banks), strict=True)
             for W, gradient, buffer in parts:
                 state = Momentum(buffer, group["momentum"], group["nesterov"], grad_scale, found_inf)
-                X = launch_normalize(gradient, margin, torch.float16, state)
+                early = group["ns_before_momentum"]
+                X = launch_normalize(gradient, margin, torch.float16, None if early else state)
                 out = iterate(X, schedule=schedule, method=group["ns_method"])
+                if early:
+                    out = _averaged(out[:, : W.shape[1], : W.shape[2]].float(), state)
                 scale = self._constant(tuple(scales_of(W.shape, group)), p.device)
                 launch_update(W, out, rate_of[id(group)], scale, found_inf, group["weight_decay"])
             if self.updated is not None:
@@ -274,11 +288,24 @@ def scales_of(shape: torch.Size, group: dict[str, Any]) -> list[float]:
     return [transposed_scale if t else scale for t in transposed for _ in range(shape[0] // len(transposed))]
 
 
-def _scaled_orthogonal(update: Tensor, group: dict[str, Any]) -> Tensor:
-    """`scale * orthogonalize(update)` of a (batch, rows, cols) bank, projection by projection."""
+def _orthogonal(bank: Tensor, group: dict[str, Any]) -> Tensor:
+    """`orthogonalize` of a (batch, rows, cols) bank, projection by projection."""
     options = {"steps": group["ns_steps"], "coefficients": group["ns_coefficients"], "method": group["ns_method"]}
-    scaled = [
-        orthogonalize(part, **options) * part.new_tensor(scales_of(part.shape, group)).view(-1, 1, 1)
-        for part in update.split(group["row_splits"] or (update.shape[1],), dim=1)
-    ]
-    return torch.cat(scaled, dim=1) if len(scaled) > 1 else scaled[0]
+    return _by_projection(bank, group, lambda part: orthogonalize(part, **options))
+
+
+def _scaled(bank: Tensor, group: dict[str, Any]) -> Tensor:
+    """Each projection of a (batch, rows, cols) bank times its `update_scale`."""
+    return _by_projection(bank, group, lambda part: part * part.new_tensor(scales_of(part.shape, group)).view(-1, 1, 1))
+
+
+def _by_projection(bank: Tensor, group: dict[str, Any], change: Callable[[Tensor], Tensor]) -> Tensor:
+    changed = [change(part) for part in bank.split(group["row_splits"] or (bank.shape[1],), dim=1)]
+    return torch.cat(changed, dim=1) if len(changed) > 1 else changed[0]
+
+
+def _averaged(update: Tensor, state: Momentum) -> Tensor:
+    """Momentum of updates that are orthogonal already; the buffer stays if found_inf is not zero."""
+    moved = state.buffer.lerp(update, 1 - state.momentum)
+    state.buffer.copy_(torch.where(state.found_inf == 0, moved, state.buffer))
+    return update.lerp(moved, state.momentum) if state.nesterov else moved

@@ -10,19 +10,17 @@ written" have a document's own settings.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from suites import documents
+from suites.scales import Fields, Scale
 
-Fields = Mapping[str, Any]  # of settings.Settings
 Winners = Callable[[str, str], Fields]  # (suite, optimizer) -> the settings of its best condition
 
 OPTIMIZERS = ("muon", "adamw")
 AS_WRITTEN = "as written"  # ends the name of a condition with the settings of a document
-SEEDS = (0, 1, 2)
-FRESH_SEEDS = (1, 2, 3)  # after a learning rate chosen on seed 0
-FINAL_SEEDS = (3, 4, 5)  # after settings chosen on seeds 0 to 2
+MOST_GROWTH = 2  # rates beyond each optimizer's grid, while the best is on its edge
 
 
 @dataclass(frozen=True)
@@ -35,111 +33,27 @@ class Condition:
 
 
 @dataclass(frozen=True)
-class Scale:
-    """Model and budget of each kind of suite, and the grids of their sweeps."""
-
-    dense: Fields  # S0's short run
-    baseline: Fields  # S3's longer run
-    search: Fields  # S2's learning-rate search
-    sizes: Mapping[str, Fields]  # S2's four models
-    moe: Fields  # S4's mixture of experts
-    moe_long: Fields
-    moe_short: Fields  # S4's fast sweep, 200 of its 500 steps
-    rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by suite and optimizer
-    claim_seeds: tuple[int, ...] | None = None  # of the other suites on which a claim hangs
-    fresh_seeds: tuple[int, ...] | None = None  # of the suites whose settings other seeds chose
-    written: Fields = field(default_factory=dict)  # what conditions as written measure
-    corpora: Mapping[str, documents.Corpus] = field(default_factory=dict)  # by document
-
-
-def _budget(steps: int, batch_tokens: int) -> dict[str, int]:
-    return {"tokens": steps * batch_tokens, "batch_tokens": batch_tokens}
-
-
-_S2 = {"schedule": "cosine", "min_lr": 0.1, "warmup": 0.05, "dropout": 0.1, "weight_decay": 0.1}
-_S4 = _S2 | {"momentum": 0.9, "ns_coefficients": "quintic", "spectra_every": 0}
-_NANO = {"eval_every": 16, "eval_tokens": 8192, "spectra_every": 16}
-
-SCALES = {
-    "full": Scale(
-        dense={"model": "88m", **_budget(123, 16_384)},
-        baseline={"model": "88m", **_budget(103_760, 16_384)},
-        search={"model": "16m", **_budget(600, 8192), "schedule": "constant", "spectra_every": 0},
-        sizes={
-            "11m": _S2 | {"model": "11m", **_budget(1500, 65_536)},
-            "29m": _S2 | {"model": "29m", **_budget(1250, 49_152)},
-            "50m": _S2 | {"model": "50m", **_budget(1000, 32_768)},
-            "108m": _S2 | {"model": "108m", **_budget(750, 24_576)},
-        },
-        moe=_S4 | {"model": "moe-79m", **_budget(125, 49_152), "precision": "fp32"},
-        moe_long=_budget(500, 49_152),
-        moe_short=_budget(50, 49_152),
-        rates={
-            "lr-sensitivity muon": (0.001, 0.003, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05),
-            "lr-sensitivity adamw": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
-            "speedrun-lr muon": (0.006, 0.012, 0.024, 0.048, 0.096),
-            "speedrun-lr adamw": (0.0005, 0.001, 0.002, 0.004, 0.008),
-            "moe-lr-muon": (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1, 0.12, 0.15),
-            "moe-lr-adam": (1e-4, 2e-4, 3e-4, 5e-4, 7e-4, 1e-3, 2e-3, 3e-3, 5e-3, 7e-3, 1e-2),
-        },
-        fresh_seeds=documents.SEEDS,
-        corpora=documents.CORPORA,
-    ),
-    "nano": Scale(
-        dense=_NANO | {"model": "nano", **_budget(128, 2048)},
-        baseline=_NANO | {"model": "nano", **_budget(256, 2048), "eval_every": 32, "spectra_every": 32},
-        search=_NANO | {"model": "nano", **_budget(128, 2048), "schedule": "constant", "spectra_every": 0},
-        sizes={
-            name: _NANO | _S2 | {"model": "nano", **_budget(128, 2048), "spectra_every": 0} | shape
-            for name, shape in {
-                "64 wide": {"d_model": 64, "layers": 2, "heads": 2, "kv_heads": 2, "d_ff": 256},
-                "96 wide": {"d_model": 96, "layers": 3, "heads": 3, "kv_heads": 3, "d_ff": 384},
-                "128 wide": {"d_model": 128, "layers": 4, "heads": 4, "kv_heads": 4, "d_ff": 512},
-                "192 wide": {"d_model": 192, "layers": 4, "heads": 6, "kv_heads": 6, "d_ff": 768},
-            }.items()
-        },
-        moe=_NANO | _S4 | {"model": "moe-nano", **_budget(128, 2048)},
-        moe_long=_budget(384, 2048) | {"eval_every": 48},
-        moe_short=_budget(51, 2048),
-        rates={
-            "lr-sensitivity muon": (0.003, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2),
-            "lr-sensitivity adamw": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-            "speedrun-lr muon": (0.01, 0.02, 0.04, 0.08, 0.16),
-            "speedrun-lr adamw": (0.001, 0.002, 0.004, 0.008, 0.016),
-            "moe-lr-muon": (0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.25),
-            "moe-lr-adam": (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.04),
-        },
-        claim_seeds=(0, 1, 2, 3, 4, 5),
-        fresh_seeds=(6, 7, 8, 9, 10, 11),
-        written={"spectra_every": 0},
-    ),
-}
-
-
-@dataclass(frozen=True)
 class Suite:
     """One experiment: `varies` names the setting that it varies, `needs` the suites whose winners it uses.
 
+    Claims compare it with the runs of the suites `beside` it, which a report reads too where they are there.
     `extra_tests` counts the tests that claims make on its runs beyond its own pairs; every correction includes them.
-    `claimed`: a document makes a claim about it.
+    `claimed`: a claim of a document hangs on it. `confirms`: other seeds than its own chose its settings.
     """
 
     name: str
     source: str
     question: str
     varies: str
-    seeds: tuple[int, ...]
     needs: tuple[str, ...]
     extra_tests: int
     claimed: bool
+    confirms: bool
+    beside: tuple[str, ...]
     plan: Callable[[Scale, Winners], list[Condition]]
 
     def seeds_at(self, scale: Scale) -> tuple[int, ...]:
-        """The scale's seeds: at full scale the documents' own, where a sweep has not used them up; at nano scale six
-        for every suite on which a claim hangs."""
-        if self.seeds in (FRESH_SEEDS, FINAL_SEEDS):
-            return scale.fresh_seeds or self.seeds
-        return scale.claim_seeds if scale.claim_seeds and self.claimed else self.seeds
+        return scale.fresh_seeds if self.confirms else scale.claim_seeds if self.claimed else scale.sweep_seeds
 
 
 SUITES: dict[str, Suite] = {}
@@ -154,15 +68,16 @@ def suite(
     *,
     source: str,
     varies: str,
-    seeds: tuple[int, ...] = SEEDS,
     needs: tuple[str, ...] = (),
     extra_tests: int = 0,
     claimed: bool = True,
+    confirms: bool = False,
+    beside: tuple[str, ...] = (),
 ) -> Callable[[Plan], Plan]:
     """Register a function as a suite."""
 
     def register(plan: Plan) -> Plan:
-        SUITES[name] = Suite(name, source, question, varies, seeds, needs, extra_tests, claimed, plan)
+        SUITES[name] = Suite(name, source, question, varies, needs, extra_tests, claimed, confirms, beside, plan)
         return plan
 
     return register
@@ -173,6 +88,18 @@ def at_rates(base: Fields, optimizer: str, rates: tuple[float, ...], theirs: flo
     names = {rate: f"{optimizer} lr {rate:g}" for rate in rates}
     against = {rate: None if rate == theirs else names.get(theirs) for rate in rates}
     return [Condition(names[rate], {**base, "optimizer": optimizer, "lr": rate}, against[rate]) for rate in rates]
+
+
+def grown(conditions: list[Condition], optimizer: str, edge: float) -> list[Condition]:
+    """The conditions of a sweep with one rate more for an optimizer, beyond the edge of its grid, as far from it as its
+    neighbour is (in proportion); in the order of the rates."""
+    own = sorted((c for c in conditions if c.fields["optimizer"] == optimizer), key=lambda c: c.fields["lr"])
+    at_edge, neighbour = (own[0], own[1]) if edge == own[0].fields["lr"] else (own[-1], own[-2])
+    rate = float(f"{edge * edge / neighbour.fields['lr']:.2g}")
+    against = next((c.versus for c in own if c.versus), None)
+    more = Condition(f"{optimizer} lr {rate:g}", {**at_edge.fields, "lr": rate}, against)
+    place = conditions.index(at_edge) + (at_edge is own[-1])
+    return [*conditions[:place], more, *conditions[place:]]
 
 
 def both(base: Fields, rate_of: Callable[[str], float], label: str = "") -> list[Condition]:
@@ -204,7 +131,6 @@ def as_written(base: Fields, source: str, label: str = "", **measured: Any) -> l
     "Which learning rate is best for each optimizer on the short run?",
     source="S0",
     varies="lr",
-    seeds=SEEDS,
     claimed=False,
 )
 def speedrun_lr(scale: Scale, winners: Winners) -> list[Condition]:
@@ -217,7 +143,7 @@ def speedrun_lr(scale: Scale, winners: Winners) -> list[Condition]:
     "Who wins the short run, both tuned?",
     source="S0",
     varies="optimizer",
-    seeds=FRESH_SEEDS,
+    confirms=True,
     needs=("speedrun-lr",),
     extra_tests=7,
 )
@@ -231,7 +157,7 @@ def speedrun_2m(scale: Scale, winners: Winners) -> list[Condition]:
     "Does the lead last when training continues?",
     source="S3",
     varies="optimizer",
-    seeds=FRESH_SEEDS,
+    confirms=True,
     needs=("speedrun-lr",),
     extra_tests=15,
 )
@@ -245,7 +171,6 @@ def baseline(scale: Scale, winners: Winners) -> list[Condition]:
     "How wide is the range of good learning rates?",
     source="S2",
     varies="lr",
-    seeds=(0,),
     extra_tests=2,
 )
 def lr_sensitivity(scale: Scale, winners: Winners) -> list[Condition]:
@@ -257,8 +182,9 @@ def lr_sensitivity(scale: Scale, winners: Winners) -> list[Condition]:
     "Does the lead grow with the model?",
     source="S2",
     varies="params",
+    confirms=True,
     needs=("lr-sensitivity",),
-    extra_tests=7,
+    extra_tests=8,
 )
 def model_size(scale: Scale, winners: Winners) -> list[Condition]:
     """The rates of lr-sensitivity, scaled to every size: AdamW's rate falls as 1 / width; Muon's stays, because its
@@ -285,8 +211,8 @@ def model_size(scale: Scale, winners: Winners) -> list[Condition]:
     "Which learning rate is best for Muon on the mixture of experts?",
     source="S4",
     varies="lr",
-    seeds=(0,),
     extra_tests=4,
+    beside=("moe-lr-adam", "moe-lr-muon-short"),
 )
 def moe_lr_muon(scale: Scale, winners: Winners) -> list[Condition]:
     return at_rates(scale.moe, "muon", scale.rates["moe-lr-muon"], theirs=0.07)
@@ -307,7 +233,6 @@ def moe_lr_muon_short(scale: Scale, winners: Winners) -> list[Condition]:
     "Which learning rate is best for AdamW on the mixture of experts?",
     source="S4",
     varies="lr",
-    seeds=(0,),
 )
 def moe_lr_adam(scale: Scale, winners: Winners) -> list[Condition]:
     return at_rates(scale.moe, "adamw", scale.rates["moe-lr-adam"], theirs=0.001)
@@ -326,6 +251,7 @@ def ablation(
     default: Any,
     labels: Mapping[Any, str] | None = None,
     extra_tests: int = 0,
+    claimed: bool = True,
     **varied: tuple[Any, ...],
 ) -> None:
     """A suite that varies one setting of Muon on the mixture of experts, at the best rate of Muon's sweep.
@@ -334,8 +260,9 @@ def ablation(
     """
     ((setting, values),) = varied.items()
     names = {v: v if isinstance(v, str) else f"{setting} {v:g}" for v in values} | (labels or {})
+    more = {"extra_tests": extra_tests, "claimed": claimed}
 
-    @suite(name, question, source="S4", varies=setting, needs=("moe-lr-muon",), extra_tests=extra_tests)
+    @suite(name, question, source="S4", varies=setting, needs=("moe-lr-muon",), **more)
     def plan(scale: Scale, winners: Winners) -> list[Condition]:
         base = moe_base(scale, winners, "muon")
         return [Condition(names[v], {**base, setting: v}, None if v == default else names[default]) for v in values]
@@ -355,7 +282,34 @@ ablation(
     default=0.2,
     extra_tests=1,
 )
-ablation("moe-ns-steps", "How many Newton-Schulz steps are enough?", ns_steps=(3, 5, 7, 10), default=5, extra_tests=2)
+ablation(
+    "moe-ns-steps",
+    "How many Newton-Schulz steps are enough?",
+    ns_steps=(3, 5, 7, 10, "3:0.5,5"),
+    default=5,
+    labels={"3:0.5,5": "ns_steps 3, then 5"},
+    extra_tests=2,
+)
+ablation(
+    "moe-ns-order",
+    "Should momentum average gradients, or orthogonalised gradients?",
+    ns_before_momentum=(False, True),
+    default=False,
+    labels={False: "Newton-Schulz after momentum", True: "Newton-Schulz before momentum"},
+    claimed=False,
+)
+ablation(
+    "moe-muon-on",
+    "Which matrices should Muon train?",
+    muon_on=("blocks", "q,k,v,o", "up,down", "blocks,embedding,router"),
+    default="blocks",
+    labels={
+        "blocks": "Muon on the blocks",
+        "q,k,v,o": "Muon on attention alone",
+        "up,down": "Muon on experts alone",
+        "blocks,embedding,router": "Muon on every matrix",
+    },
+)
 ablation(
     "moe-nesterov",
     "Does Nesterov momentum help Muon?",
@@ -439,6 +393,7 @@ ADAM_CHOICES: dict[str, Fields] = {
     varies="condition",
     needs=("moe-lr-adam",),
     extra_tests=2,
+    beside=("moe-schedule", "moe-warmup"),
 )
 def moe_adam(scale: Scale, winners: Winners) -> list[Condition]:
     base, default = moe_base(scale, winners, "adamw"), next(iter(ADAM_CHOICES))
@@ -450,7 +405,7 @@ def moe_adam(scale: Scale, winners: Winners) -> list[Condition]:
     "What do the experts learn in a longer run?",
     source="S4",
     varies="optimizer",
-    seeds=FRESH_SEEDS,
+    confirms=True,
     needs=("moe-lr-muon", "moe-lr-adam"),
     extra_tests=3,
 )
@@ -478,7 +433,7 @@ MUON_ABLATIONS = (
     "Who wins on the mixture of experts, each optimizer at the best of its sweeps?",
     source="S4",
     varies="optimizer",
-    seeds=FINAL_SEEDS,
+    confirms=True,
     needs=("moe-lr-muon", "moe-lr-adam", *MUON_ABLATIONS, "moe-adam"),
     extra_tests=7,
 )

@@ -15,6 +15,8 @@ SEEDS = (42, 137, 256)  # of S3; its runs all used 42
 _CONSTANT = {"schedule": "constant", "warmup": 0.0}
 _ADAMW = {"beta2": 0.999, "decay_on": "matrices"}  # one AdamW for every parameter, as PyTorch's defaults have it
 
+_S4_DROPOUT = {"inner_dropout": 0.1}  # "in all layers"; outputs have it in every condition
+
 # Settings of each document by optimizer. AdamW has one rate for everything; Muon's embedding has the rate named beside.
 WRITTEN: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "S0": {
@@ -30,8 +32,9 @@ WRITTEN: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "adamw": _ADAMW | {"lr": 0.003, "adamw_lr": 0.003},
     },
     "S4": {
-        "muon": {"lr": 0.07, "adamw_lr": 0.007, "momentum": 0.9, "weight_decay": 0.2, "decay_on": "matrices"},
-        "adamw": _CONSTANT | _ADAMW | {"lr": 0.001, "adamw_lr": 0.001, "weight_decay": 0.1},
+        "muon": _S4_DROPOUT
+        | {"lr": 0.07, "adamw_lr": 0.007, "momentum": 0.9, "weight_decay": 0.2, "decay_on": "matrices"},
+        "adamw": _S4_DROPOUT | _CONSTANT | _ADAMW | {"lr": 0.001, "adamw_lr": 0.001, "weight_decay": 0.1},
     },
 }
 
@@ -85,10 +88,11 @@ DEVIATIONS: Mapping[str, tuple[tuple[str, str, str, str], ...]] = {
         ("active parameters", "28.4 %", "46.3 %", "46.3 %"),
         ("attention", "28.3M parameters", "3.5M", "3.5M"),
         ("initialisation", "Kaiming uniform, LayerNorm, biases", "N(0, 0.02), RMSNorm, no biases", "as its code"),
-        ("Newton-Schulz", "X (2I - AX), before momentum", "the odd quintic, after momentum", "as its code"),
+        ("Newton-Schulz", "X (2I - AX)", "the odd quintic", "as its code: X (2I - AX) ends at the inverse of A"),
+        ("its place", "before momentum (C.1)", "after momentum", "as its code; moe-ns-order has both"),
         ("rest beside Muon", "a tenth of Muon's rate", "a tenth", "swept by itself; a tenth under 'as written'"),
         ("AdamW", "one rate, beta2 0.999, decay on all but norms", "the same", "the same under 'as written'"),
-        ("dropout", "0.1 in all layers", "0.1", "0.1 on the embedding and on each block's outputs"),
+        ("dropout", "0.1 in all layers", "0.1", "0.1 on embedding and outputs; also inside blocks under 'as written'"),
         ("precision", "mixed precision off", "off", "fp32 at full scale"),
         ("seed", "42", "42", "three and more"),
     ),

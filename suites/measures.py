@@ -372,7 +372,3 @@ def none_diverges(source: str) -> Measure:
         return Finding(verdict, f"{failed} of {len(runs)} runs diverged", f"count, n = {len(runs)}")
 
     return measure
-
-
-def not_measured(reason: str) -> Measure:
-    return lambda c: Finding(NOT_TESTABLE, reason)

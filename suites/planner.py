@@ -9,6 +9,7 @@ trained twice.
 import dataclasses
 import fnmatch
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,11 @@ from engine.cli import BadInput, Count
 from engine.identity import MEASUREMENT, NOT_LEARNED, config_hash
 from engine.ranks import Rank
 from settings import Settings, identity, resolve
-from suites.catalog import SCALES, SUITES, Condition, Fields, with_needs
+from suites.catalog import MOST_GROWTH, SUITES, Condition, Fields, grown, with_needs
 from suites.cost import run_seconds
 from suites.launcher import OVER, Job, LaterStages
 from suites.results import Results
+from suites.scales import SCALES
 
 EVERYTHING = "everything"
 # Settings that are newer than published runs, at the value those runs have: left out of the hash, so names stay;
@@ -42,7 +44,8 @@ class Selection:
     only: str | None = None
     """Keep only conditions whose name matches this pattern, as in "muon*"; the suites that it needs stay whole."""
     seeds: tuple[int, ...] | None = None
-    """Use these seeds instead of the suite's; the suites that it needs keep theirs."""
+    """Use these seeds instead of the suite's, and for the suites that it needs; these use as many others where the
+    suite confirms what they chose."""
     tokens: Count | None = None
     """Train every run on this many tokens, for a first look; such runs have names of their own."""
     data: Path | None = None
@@ -103,23 +106,60 @@ class Planner:
             seconds=run_seconds(given, resolved.tokens),
         )
 
-    def seeds(self, name: str) -> tuple[int, ...]:
-        """Those of --seeds for a chosen suite, else the suite's own at this scale."""
-        named = name in self.chosen.suites()
-        return self.chosen.seeds if named and self.chosen.seeds is not None else SUITES[name].seeds_at(self.scale)
-
     def plan(self, name: str) -> list[Planned]:
         """The conditions of a suite with their runs; NotYet if a suite that it needs has runs to go."""
-        suite, named, seeds = SUITES[name], name in self.chosen.suites(), self.seeds(name)
-        corpus = self.scale.corpora.get(suite.source)
-        where = {"data": corpus.folder} if corpus is not None and corpus.folder.exists() else {}
-        conditions = suite.plan(self.scale, self.winner)
-        if named and self.chosen.only is not None:
+        conditions = SUITES[name].plan(self.scale, self.winner)
+        if self._narrowed(name):
             conditions = [c for c in conditions if fnmatch.fnmatchcase(c.name, self.chosen.only)]
             if not conditions and self.chosen.suite != EVERYTHING:
                 raise BadInput(f"--only {self.chosen.only}: no condition of {name} matches")
+        if self.grows(name):
+            for _ in range(MOST_GROWTH):
+                for optimizer, edge in self._edges(name, conditions):
+                    conditions = grown(conditions, optimizer, edge)
+        return self._planned(name, conditions)
+
+    def _planned(self, name: str, conditions: Sequence[Condition]) -> list[Planned]:
+        corpus = self.scale.corpora.get(SUITES[name].source)
+        where = {"data": corpus.folder} if corpus is not None and corpus.folder.exists() else {}
         fields = [tuple({**c.fields, **where}.items()) for c in conditions]
+        seeds = self.seeds(name)
         return [Planned(c, tuple(self.job(f, s) for s in seeds)) for c, f in zip(conditions, fields, strict=True)]
+
+    def _edges(self, name: str, conditions: Sequence[Condition]) -> list[tuple[str, float]]:
+        """Optimizers whose best rate is on the edge of a sweep, with that rate, once all runs of the sweep are over."""
+        planned = self._planned(name, conditions)
+        if any(job.state() not in OVER for p in planned for job in p.jobs):
+            return []
+        results = self._load(name, planned)
+        found = [(optimizer, results.best(optimizer)) for optimizer in results.optimizers()]
+        return [(o, best.condition.fields["lr"]) for o, best in found if best is not None and results.on_edge(best)]
+
+    def grows(self, name: str) -> bool:
+        """Whether a suite is a whole sweep of learning rates."""
+        return SUITES[name].varies == "lr" and not self._narrowed(name)
+
+    def _narrowed(self, name: str) -> bool:
+        return name in self.chosen.suites() and self.chosen.only is not None
+
+    def grown_sentence(self, name: str) -> str:
+        """Which rates a sweep has beyond its grid; empty where it has none."""
+        if not self.grows(name):
+            return ""
+        before = {c.name for c in SUITES[name].plan(self.scale, self.winner)}
+        more = [p.condition.name for p in self.plan(name) if p.condition.name not in before]
+        return f"  {name}: the best rate was on the edge of the grid, so also {', '.join(more)}" if more else ""
+
+    def seeds(self, name: str) -> tuple[int, ...]:
+        """The seeds of a suite: its own, or those of --seeds. Settings must be confirmed on other seeds than those that
+        chose them: if the suite asked for confirms, what it needs gets as many others, the least that are free."""
+        suite, given = SUITES[name], self.chosen.seeds
+        if given is None:
+            return suite.seeds_at(self.scale)
+        everything = self.chosen.suite == EVERYTHING
+        exact = suite.confirms == (False if everything else SUITES[self.chosen.suite].confirms)
+        others = (seed for seed in itertools.count() if seed not in given)
+        return given if exact else tuple(itertools.islice(others, len(given)))
 
     def missing_corpora(self) -> list[str]:
         """A sentence for each document whose corpus is not there, so that its suites train on other text."""
@@ -134,9 +174,10 @@ class Planner:
         ]
 
     def results(self, name: str) -> Results:
-        return Results.load(
-            SUITES[name], [(p.condition, {job.folder: job.state() for job in p.jobs}) for p in self.plan(name)]
-        )
+        return self._load(name, self.plan(name))
+
+    def _load(self, name: str, planned: Sequence[Planned]) -> Results:
+        return Results.load(SUITES[name], [(p.condition, {j.folder: j.state() for j in p.jobs}) for p in planned])
 
     @functools.cache  # noqa: B019
     def winner(self, name: str, optimizer: str) -> Fields:

@@ -32,6 +32,7 @@ from suites.catalog import AS_WRITTEN, OPTIMIZERS, Condition, Suite
 TOLERANCES = (0.01, 0.05)  # shares of the best loss by which a good rate may miss it
 # Settings without a meaning for one of the two optimizers.
 NOT_SHARED = {"optimizer", "lr", "momentum", "nesterov", "ns_steps", "ns_coefficients", "ns_method", "lr_scale"}
+NOT_SHARED |= {"muon_on", "ns_before_momentum"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Results:
         """`planned` has the state of each run by its folder, as launcher.Job.state returns it."""
         outcomes = []
         for condition, states in planned:
-            runs = tuple(_load(folder) for folder in states if (folder / files.CONFIG).exists())
+            runs = tuple(_load(folder, state) for folder, state in states.items() if (folder / files.CONFIG).exists())
             failed = sum(state == "failed" for state in states.values())
             outcomes.append(Outcome(condition, len(states), failed, runs))
         return cls(suite, tuple(outcomes))
@@ -240,5 +241,5 @@ def _same_start(pairs: Sequence[tuple[Outcome, Outcome]]) -> str:
 
 
 @functools.cache
-def _load(folder: Path) -> Run:
+def _load(folder: Path, state: str) -> Run:
     return load_run(folder)

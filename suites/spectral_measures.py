@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from analysis.runs import Run
-from analysis.stats import MARGIN, balance, common_slope, tail_index
+from analysis.stats import MARGIN, balance, common_slope, slope, tail_index
 from suites.judging import Context, Evidence, Lacking, Spread, Unit
-from suites.measures import HUNDREDTHS, LOG_RATIO, TIMES, Measure, Number, per_seed, versus
+from suites.measures import HUNDREDTHS, LOG_RATIO, TIMES, Measure, Number, per_seed, sizes, versus
 
 NEAR_ONE = math.log(2)  # a norm between a half and two counts as near one
 BALANCED = 0.95  # of the greatest entropy of the experts' shares
@@ -74,6 +74,23 @@ def drift(run: Run, key: str) -> float:
     if len(steps) < 3:
         raise Lacking("a trend needs three spectra events")
     return float(np.polyfit(steps / steps[-1], values, 1)[0] / values[0])
+
+
+def condition_number(run: Run) -> float:
+    """The logarithm of the gradients' condition number, a mean over matrices and over the events after the start."""
+    lines = [line for line in watched(run).spectra if line.get("grad_condition")]
+    if not lines:
+        raise Lacking("its runs logged no spectra of gradients")
+    return float(np.mean([math.log(line["grad_condition"]) for line in lines]))
+
+
+def conditioning_grows(c: Context) -> Evidence:
+    """AdamW's gradients are worse conditioned in larger models: by this factor per tenfold of parameters."""
+    found = {float(b.runs[0].config["params"]): c.ready(b).values(condition_number) for _, b in sizes(c) if b.runs}
+    if len(found) < 2:
+        raise Lacking("a trend needs two sizes")
+    what = "condition number of AdamW's gradients, per tenfold of parameters"
+    return per_seed(what, slope(found), 1, TIMES, method="trend")
 
 
 def flat(key: str, words: str) -> Measure:

@@ -141,6 +141,7 @@ def test_what_the_baseline_does_not_have_is_one_sentence():
     for change, sentence in (
         ({"ffn": "gelu"}, "the baseline has no ffn 'gelu'; choose from relu2, silu"),
         ({"dropout": 0.1}, "the baseline has no dropout, got dropout 0.1"),
+        ({"inner_dropout": 0.1}, "the baseline has no dropout, got inner_dropout 0.1"),
     ):
         with pytest.raises(BadInput) as refusal:
             Baseline(replace(TINY, **change), VOCAB)

@@ -14,6 +14,7 @@ SETTINGS = (
     *("--seq-len", "32", "--batch-tokens", "256", "--micro-batch", "4", "--eval-tokens", "512", "--tokens", "2560"),
     *("--eval-every", "5", "--spectra-every", "5", "--device", "cpu", "--no-plots", "--data", str(BEFORE / "tokens")),
 )
+ADDED_SINCE = {"grad_effective_rank", "grad_stable_rank", "grad_condition", "ns_residual"}
 CLOCKS = ("step_ms", "tokens_per_second", "train_seconds")
 
 
@@ -34,8 +35,10 @@ def test_a_checkpoint_of_before_resumes_to_the_losses_that_were_logged_then(run_
     assert "resuming at step 5 of 10" in out
     for name in ("metrics.jsonl", "manifold_stats.jsonl"):
         then, now = lines(BEFORE / "run" / name), lines(folder / name)
-        assert [line.keys() for line in now] == [line.keys() for line in then]
         for a, b in zip(then, now, strict=True):
+            added = ADDED_SINCE if name == "manifold_stats.jsonl" and a["step"] > 5 else set()
+            assert b.keys() - a.keys() == added
+            assert a.keys() <= b.keys()
             for key in a:
                 # Its products are made by another library, and a difference of two singular values keeps the error.
                 assert b[key] == a[key] or b[key] == pytest.approx(a[key], rel=1e-4, abs=2e-6), key

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from engine.files import ROOT
-from suites.catalog import SCALES, SUITES
+from suites.catalog import SUITES
 from suites.claims import CLAIMS, STORED_RUNS
 from suites.judging import CONFIRMED, REFUTED, UNDECIDED
+from suites.scales import SCALES
 from tests.test_suites import rate_results, results_of, verdicts, winners
 
 SEEDS = ROOT.parent / "shared" / "seeds"

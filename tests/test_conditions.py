@@ -10,9 +10,10 @@ from analysis.questions import layers_apart
 from analysis.runs import Group, load_run
 from bench.synthetic import write_run
 from suites import advice, tables
-from suites.catalog import SCALES, SUITES
+from suites.catalog import SUITES
 from suites.figures import figures, series
 from suites.report import write_suite_report
+from suites.scales import SCALES
 from tests.test_suites import results_of, winners
 
 

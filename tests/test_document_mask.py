@@ -64,7 +64,7 @@ def test_a_changed_token_changes_no_logit_of_a_later_document(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_later_document_sends_no_gradient_to_an_earlier_one(kind):
     model, row, seen = build(kind), packed_row(), []
-    model._drop = lambda x: seen.append(x) or x  # the embedded tokens are the first that it gets
+    model._drop = lambda x, _: seen.append(x) or x  # the embedded tokens are the first that it gets
     logits = model(row)
     (gradient,) = torch.autograd.grad(logits[0, 19].logsumexp(-1), seen[0])
     sizes = gradient[0].norm(dim=-1)

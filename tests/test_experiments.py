@@ -117,7 +117,7 @@ summary = json.loads((folder / "summary.json").read_text()) | {"final_val_loss":
 def test_everything_is_planned_in_stages_trained_once_and_reported(tmp_path, shards_folder, run_main, monkeypatch):
     fake_training(tmp_path, monkeypatch, FAKE_TRAINING.replace("ROOT", repr(str(ROOT))))
     monkeypatch.setattr(launcher, "POLL_SECONDS", 0.01)
-    few = dataclasses.replace(planner.SCALES["nano"], claim_seeds=None, fresh_seeds=None)
+    few = dataclasses.replace(planner.SCALES["nano"], claim_seeds=(0, 1, 2), fresh_seeds=(6, 7, 8))
     monkeypatch.setitem(planner.SCALES, "nano", few)
     where = ("--scale", "nano", "--runs-dir", tmp_path / "runs", "--data", shards_folder)
     code, out, err = run_main(experiments.main, "run", "everything", *where, "--jobs", "4")
@@ -140,6 +140,31 @@ def test_everything_is_planned_in_stages_trained_once_and_reported(tmp_path, sha
     assert "The best Muon beats the best AdamW" in page
     assert re.search(r"[1-9]\d* confirmed", page)
     assert (tmp_path / "runs" / "report" / "plots" / "moe-final_bars.png").exists()
+
+
+def test_a_grid_that_grows_is_trained_in_one_call_and_told_before(tmp_path, shards_folder, run_main, monkeypatch):
+    code = FAKE_TRAINING.replace("ROOT", repr(str(ROOT))).replace("best = 0.04", "best = 0.4")
+    fake_training(tmp_path, monkeypatch, code)
+    monkeypatch.setattr(launcher, "POLL_SECONDS", 0.01)
+    where = ("--scale", "nano", "--runs-dir", tmp_path / "runs", "--data", shards_folder, "--seeds", "4", "6")
+    words = ("run", "speedrun-lr", *where)
+    _, out, _ = run_main(experiments.main, *words, "--dry-run")
+    assert "speedrun-lr: 20 runs" in out
+    assert "speedrun-lr: seeds 4, 6\n" in out
+    assert "up to 2 rates more for an optimizer whose best is on the edge of its grid" in out
+    code, out, err = run_main(experiments.main, *words, "--jobs", "4")
+    assert (code, err) == (0, "")
+    assert [line for line in out.splitlines() if line.endswith("to go")] == [
+        "speedrun-lr: 20 runs, 20 to go",
+        "speedrun-lr: 22 runs, 2 to go",
+        "speedrun-lr: 24 runs, 2 to go",
+    ]
+    assert "the best rate was on the edge of the grid, so also muon lr 0.32, muon lr 0.64" in out
+    _, out, _ = run_main(experiments.main, *words, "--dry-run")
+    assert "speedrun-lr: 24 runs" in out
+    assert "so also muon lr 0.32, muon lr 0.64" in out
+    _, out, _ = run_main(experiments.main, "run", "baseline", *where, "--dry-run")
+    assert "speedrun-lr: seeds 0, 1\n" in out  # others, since baseline confirms its winner
 
 
 def planner_of(*words):

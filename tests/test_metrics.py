@@ -9,7 +9,7 @@ import torch
 
 from engine import eigh
 from engine.files import cut_jsonl
-from metrics import chance_alignment, decompose, projection_record
+from metrics import chance_alignment, decompose, projection_record, singular_values
 from model import SIZES, Transformer
 
 UPDATE_KEYS = ("left_alignment", "right_alignment", "update_norm", "update_effective_rank")
@@ -18,7 +18,7 @@ UPDATE_KEYS = ("left_alignment", "right_alignment", "update_norm", "update_effec
 def record_of(W, dW=None, G=None):
     """The record of single matrices, as the worker makes it."""
     weight, update = (None if M is None else decompose(M[None]).of(0) for M in (W, dW))
-    return projection_record(weight, update, None if G is None else torch.linalg.vector_norm(G.double()).item())
+    return projection_record(weight, update, None if G is None else singular_values(G[None])[0])
 
 
 def numpy_record(W, dW, G):
@@ -40,6 +40,11 @@ def numpy_record(W, dW, G):
         "grad_norm": np.linalg.norm(G),
         "update_norm": np.linalg.norm(dW),
     }
+    sg = np.linalg.svd(G, compute_uv=False)
+    pg = sg[sg > 1e-7 * sg[0]] / sg.sum()
+    record["grad_effective_rank"] = math.exp(-(pg * np.log(pg)).sum())
+    record["grad_stable_rank"] = (np.linalg.norm(G) / np.linalg.norm(G, 2)) ** 2
+    record["grad_condition"] = np.linalg.cond(G) if sg[-1] > 1e-7 * sg[0] else None
     Ud, sd, Vdt = np.linalg.svd(dW)
     pd = sd[sd > 0] / sd.sum()
     record["update_effective_rank"] = math.exp(-(pd * np.log(pd)).sum())
@@ -67,7 +72,7 @@ def matrix_of(kind, shape, rng):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_metric_agrees_with_numpy(shape, kind):
     rng = np.random.default_rng(0)
-    W, dW, G = matrix_of(kind, shape, rng), rng.standard_normal(shape), rng.standard_normal(shape)
+    W, dW, G = matrix_of(kind, shape, rng), rng.standard_normal(shape), matrix_of(kind, shape, rng)
     found = record_of(*map(torch.from_numpy, (W, dW, G)))
     expected = numpy_record(W, dW, G)
     if kind == "orthogonal":  # all of its directions are equally strong: which five come first is arbitrary

@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import SIZES, ModelConfig, Transformer, rotary_table, rotate
+import model as model_file
+from model import CPU_KERNELS, SIZES, ModelConfig, Transformer, rotary_table, rotate
 
 PUBLISHED_COUNTS = {
     "11m": 11_208_384,
@@ -130,8 +131,56 @@ def test_a_token_does_not_see_the_future():
     assert not torch.allclose(before[:, 15:], after[:, 15:])
 
 
-def test_dropout_acts_in_training_only():
-    model = small_model(dropout=0.5)
+@pytest.mark.parametrize("kernels", [frozenset(), CPU_KERNELS])
+@pytest.mark.parametrize("masked", [False, True])
+def test_inner_dropout_drops_attention_weights_and_hidden_units_and_keeps_the_mean(kernels, masked):
+    model = small_model(inner_dropout=0.25)
+    model.kernels = kernels
+    w = {p.name: p.weight for p in model.projections() if p.layer == 0}
+    w |= {"down": w["down"].mT.contiguous(), "o": torch.eye(len(w["o"]))}
+    x = torch.randn(300, 1, len(w["o"]), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(300, 1, 1, 1, dtype=torch.bool) if masked else None
+    dropped = model._attention(x, w, 0, mask)
+    kept = model.eval()._attention(x, w, 0, mask)
+    model.train()
+    heads = (dropped / kept).view(300, SMALL.heads, -1)  # one key, whose weight 1 becomes 0 or 1 / 0.75 in each head
+    torch.testing.assert_close(heads, heads[..., :1].round().expand_as(heads) / 0.75, rtol=1e-4, atol=1e-4)
+    assert 0.7 < (heads > 0).float().mean() < 0.8
+
+    model.config = replace(model.config, ffn="relu")  # positive, so a zero is a dropped unit
+    x, w["up"], w["down"] = x.abs(), torch.rand(64, x.shape[-1]), torch.eye(64)
+    torch.testing.assert_close(*once_or_more(model._ffn(x, w), model.eval()._ffn(x, w)), rtol=1e-4, atol=1e-4)
+
+
+def test_inner_dropout_reaches_the_hidden_units_of_experts():
+    model = small_model(inner_dropout=0.25, experts=1, top_k=1, ffn="relu", d_ff=64)
+    D = model.config.d_model
+    w = {"up": torch.rand(1, 64, D), "down": torch.eye(64, D)[None]}
+    x = torch.rand(300, D, generator=torch.Generator().manual_seed(0))
+    dropped, kept = model._mixture(x, w, 0)[0], model.eval()._mixture(x, w, 0)[0]
+    torch.testing.assert_close(*once_or_more(dropped, kept), rtol=1e-4, atol=1e-4)
+
+
+def once_or_more(dropped, kept):
+    """The ratios, and 0 or 1 / 0.75 nearest to them, of about three quarters."""
+    ratios = (dropped / kept).flatten()
+    assert 0.73 < (ratios > 0).float().mean() < 0.77
+    return ratios, ratios.round() / 0.75
+
+
+def test_without_inner_dropout_the_fast_attention_of_a_cpu_is_used(monkeypatch):
+    calls = []
+    monkeypatch.setattr(model_file, "causal_attention", lambda q, k, v: (calls.append(1), q)[1])
+    for probability, layers in ((0.1, 0), (0.0, SMALL.layers)):
+        model = small_model(inner_dropout=probability)
+        model.kernels = CPU_KERNELS
+        model(torch.zeros(1, 24, dtype=torch.long))
+        assert len(calls) == layers
+
+
+@pytest.mark.parametrize("kind", ["dropout", "inner_dropout"])
+def test_dropout_acts_in_training_only(kind):
+    model = small_model(**{kind: 0.5})
     tokens = torch.zeros(1, 24, dtype=torch.long)
     assert not torch.allclose(model(tokens), model(tokens))
     model.eval()

@@ -112,6 +112,8 @@ def test_orthogonalize_through_the_kernels_agrees_with_fp32(shape, method, monke
         ((30, 17), {}),
         ((12, 5, 3, 2), {"flatten": True, "row_splits": (8, 4)}),
         ((9, 2, 3, 2, 2), {"flatten": True}),
+        ((2, 40, 24), {"ns_before_momentum": True, "transposed": (False, True)}),
+        ((12, 5, 3, 2), {"flatten": True, "row_splits": (8, 4), "ns_before_momentum": True, "nesterov": False}),
     ],
 )
 def test_the_fused_step_agrees_with_the_reference_step(shape, options, monkeypatch):

@@ -66,14 +66,19 @@ def test_the_classical_cubic_converges_to_the_polar_factor():
     torch.testing.assert_close(orthogonalize(G, coefficients="cubic", steps=16), U @ Vh, rtol=0, atol=1e-12)
 
 
-def test_the_iteration_that_a_document_gives_inverts_and_does_not_orthogonalise():
-    """X <- X (2I - A X), which it calls Muon's Newton-Schulz iteration."""
-    A = torch.randn(12, 12, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+@pytest.mark.parametrize("shape", [(12, 12), (8, 20), (20, 8)])
+def test_the_iteration_that_a_document_gives_inverts_and_does_not_orthogonalise(shape):
+    """X <- X (2I - A X), which S4 (2.1.3) calls Muon's iteration, ends at the inverse: singular values 1 / s in the
+    shape of the transpose, so an update by it would be as badly conditioned as A."""
+    A = torch.randn(shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     X = A.mT / (torch.linalg.matrix_norm(A, 1) * torch.linalg.matrix_norm(A, torch.inf))
     for _ in range(40):
-        X = X @ (2 * torch.eye(12) - A @ X)
-    torch.testing.assert_close(X, torch.linalg.inv(A))
-    assert torch.linalg.svdvals(X).max() > 1.5
+        X = X @ (2 * torch.eye(shape[0]) - A @ X)
+    torch.testing.assert_close(X, torch.linalg.pinv(A), rtol=0, atol=1e-6)
+    s = torch.linalg.svdvals(A)
+    torch.testing.assert_close(torch.linalg.svdvals(X), 1 / s.flip(0), rtol=0, atol=1e-6)
+    assert torch.linalg.cond(X) > 2  # an orthogonal factor has 1
+    assert orthogonalize(A).shape == A.shape == X.mT.shape
 
 
 def test_singular_values_end_in_the_band():

@@ -1,6 +1,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +11,7 @@ from kernels import Muon, orthogonalize
 from kernels.newton_schulz import coefficient_schedule
 from kernels.optimizer import update_scale
 from model import SIZES, Bank, ModelConfig, Transformer
-from optim import SCHEDULES, build_optimizers, lr_multiplier, set_lr
+from optim import SCHEDULES, build_optimizers, lr_multiplier, ns_schedule, ns_steps_at, set_lr
 
 SMALL = ModelConfig(32, 2, 4, 2, 64, seq_len=16)
 
@@ -66,6 +67,34 @@ def test_update_scale_follows_out_and_in():
     assert update_scale(512, 2048, "none") == 1.0
 
 
+def test_newton_schulz_iterations_change_at_shares_of_the_run():
+    assert [ns_steps_at(t, 4, 5) for t in range(4)] == [5, 5, 5, 5]
+    assert [ns_steps_at(t, 8, "3:0.5,5") for t in range(8)] == [3, 3, 3, 3, 5, 5, 5, 5]
+    assert [ns_steps_at(t, 10, "1:0.25,7:0.3,2") for t in range(10)] == [1, 1, 1, 2, 2, 2, 2, 2, 2, 2]
+    assert ns_schedule("3:0.5,5") == [(3, 0.5), (5, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        ("three", "must be a number of iterations"),
+        ("3:0.5", "must be a number of iterations"),
+        ("3,5", "must be a number of iterations"),
+        ("3.5", "must be a number of iterations"),
+        ("", "must be a number of iterations"),
+        ("3:0.5,5:0.4,7", "shares of the run must rise between 0 and 1"),
+        ("3:0,5", "shares of the run must rise"),
+        ("3:1,5", "shares of the run must rise"),
+        ("3:nan,5", "shares of the run must rise"),
+        ("0:0.5,5", "must be at least 1"),
+        (0, "must be at least 1"),
+    ],
+)
+def test_iterations_that_make_no_sense_are_refused(words, fault):
+    with pytest.raises(ValueError, match=fault):
+        ns_schedule(words)
+
+
 @pytest.mark.parametrize("shape", [(48, 96), (96, 48), (64, 64)])
 def test_agrees_with_torchs_muon(shape):
     torch.manual_seed(0)
@@ -114,6 +143,32 @@ def test_agrees_with_a_plain_fp32_loop(nesterov, coefficients):
             scale = 1.0 if i == 1 else (40 / 24) ** 0.5
             expected[i] = (1 - 0.02 * 0.5) * expected[i] - 0.02 * scale * x.T
     assert (bank - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_newton_schulz_before_momentum_is_the_documents_loop_at_a_rate_scaled_by_its_sum(nesterov):
+    """S4, appendix C.1: g <- NS(g), buf <- m buf + g, W <- W - lr (g + m buf), whose buf sums where ours averages."""
+    torch.manual_seed(0)
+    bank = torch.nn.Parameter(torch.randn(2, 12, 20))
+    expected, buffer = bank.detach().double().numpy(), np.zeros((2, 12, 20))
+    options = {"nesterov": nesterov, "ns_coefficients": "cubic", "ns_steps": 25, "ns_before_momentum": True}
+    optimizer = Muon([bank], lr=0.05, momentum=0.9, **options)
+    for _ in range(5):
+        bank.grad = torch.randn(2, 12, 20)
+        optimizer.step()
+        U, _, Vh = np.linalg.svd(bank.grad.double().numpy(), full_matrices=False)
+        buffer = 0.9 * buffer + U @ Vh
+        expected = expected - 0.05 * (1 - 0.9) * (U @ Vh + 0.9 * buffer if nesterov else buffer)
+    np.testing.assert_allclose(bank.detach().numpy(), expected, rtol=0, atol=1e-5)
+
+
+def test_muon_takes_a_state_that_was_saved_before_the_option():
+    optimizer = Muon([torch.nn.Parameter(torch.randn(4, 6))])
+    state = optimizer.state_dict()
+    del state["param_groups"][0]["ns_before_momentum"]
+    optimizer.load_state_dict(state)
+    optimizer.param_groups[0]["params"][0].grad = torch.randn(4, 6)
+    optimizer.step()
 
 
 def test_the_update_of_every_projection_is_orthogonal():

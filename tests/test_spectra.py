@@ -5,7 +5,9 @@ import sys
 import threading
 import time
 import types
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +17,8 @@ from engine import run_folder
 from engine.norm_watch import NormWatch
 from engine.ranks import Sharding
 from engine.step import WARMUP_STEPS, TrainingStep
-from metrics import QUEUE_EVENTS, SpectraRecorder, WorkerFailed, decompose, projection_record
+from kernels import orthogonalize
+from metrics import QUEUE_EVENTS, MuonStep, SpectraRecorder, WorkerFailed, decompose, projection_record
 from model import ModelConfig, Transformer
 from optim import build_optimizers
 from tests.conftest import ask_to_stop
@@ -46,7 +49,7 @@ def test_recorded_gradient_norm_is_the_gradients_and_the_update_is_this_steps(tm
     expected = {(p.layer, p.name): p.weight.norm().item() for p in model.projections(gradients)}
     before = {(layer, name): weight.detach().clone() for layer, name, weight in projections}
     loss.backward()
-    recorder.before_update(Sharding(model).bank_norms())
+    recorder.before_update(Sharding(model).bank_gradients())
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     for optimizer in optimizers:
         optimizer.step()
@@ -60,6 +63,72 @@ def test_recorded_gradient_norm_is_the_gradients_and_the_update_is_this_steps(tm
         assert line["grad_norm"] == pytest.approx(expected[key], rel=1e-5)
         assert line["update_norm"] == pytest.approx((weight - before[key]).norm().item(), rel=1e-5)
         assert len(line["singular_values"]) == min(weight.shape)
+
+
+@pytest.mark.parametrize("experts", [0, 3])
+@pytest.mark.parametrize(("scale", "decay"), [("spectral", 0.3), ("spectral", 0.0), ("rms", 0.3), ("rms", 0.0)])
+def test_ns_residual_is_that_of_the_matrix_that_muon_subtracted(tmp_path, scale, decay, experts):
+    """Weight decay, rate and scale are taken out again; what AdamW trains has none."""
+    torch.manual_seed(0)
+    model = Transformer(replace(CONFIG, experts=experts), vocab_size=40, apart=("q", "v"))
+    options = {"muon_on": "k,o,up,down", "momentum": 0.0, "weight_decay": decay, "lr_scale": scale, "ns_steps": 3}
+    optimizers = build_optimizers(model, "muon", lr=0.05, adamw_lr=0.01, **options)
+    recorder = SpectraRecorder(model, tmp_path / "s.jsonl")
+    recorder.record(0, 0)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    gradients = Sharding(model).bank_gradients()
+    used = [orthogonalize(G, steps=3).double() for G in gradients]
+    recorder.before_update(gradients, MuonStep(("k", "o", "up", "down"), 0.05, decay, scale))
+    for optimizer in optimizers:
+        optimizer.step()
+    recorder.record(1, 32)
+    recorder.close()
+    lines = lines_of(tmp_path / "s.jsonl")
+    first, second = lines[: len(lines) // 2], lines[len(lines) // 2 :]
+    assert all(line["ns_residual"] is None for line in first)
+    for line, used_matrix in zip(second, model.projections(used), strict=True):
+        s = np.linalg.svd(used_matrix.weight.numpy(), compute_uv=False)
+        expected = None if line["proj"] in "qv" else pytest.approx(np.sqrt(np.mean((s**2 - 1) ** 2)), rel=1e-3)
+        assert line["ns_residual"] == expected, (line["proj"], line["layer"])
+
+
+def test_a_run_records_the_residual_of_its_newton_schulz(train_small):
+    """Steps of the cubic end at an orthogonal matrix, one step of it does not; AdamW has no such number."""
+    residuals = {}
+    for name, words in {
+        "exact": ("--ns-coefficients", "cubic", "--ns-steps", 40, "--weight-decay", 0.1),
+        "rough": ("--ns-coefficients", "cubic", "--ns-steps", 1),
+        "adamw": ("--optimizer", "adamw"),
+    }.items():
+        code, folder, _, _ = train_small(name, "--tokens", 4 * 256, "--spectra-every", 2, *words)
+        assert code == 0
+        residuals[name] = [line["ns_residual"] for line in lines_of(folder / "manifold_stats.jsonl") if line["step"]]
+    assert max(residuals["exact"]) < 1e-3
+    assert min(residuals["rough"]) > 0.5
+    assert set(residuals["adamw"]) == {None}
+
+
+def test_iterations_that_change_do_so_in_the_run_and_after_a_resume(train_small, before_step, monkeypatch):
+    """Seen in what Muon subtracts: one iteration of the cubic leaves much, forty leave nothing."""
+    words = ("--tokens", 6 * 256, "--spectra-every", 1, "--ns-coefficients", "cubic", "--ns-steps", "1:0.5,40")
+    _, whole, _, _ = train_small("whole", *words)
+    residuals = [[] for _ in range(7)]
+    for line in lines_of(whole / "manifold_stats.jsonl"):
+        residuals[line["step"]].append(line["ns_residual"])
+    assert min(min(values) for values in residuals[1:4]) > 0.5
+    assert max(max(values) for values in residuals[4:]) < 1e-3
+    take_back = before_step(4, ask_to_stop)
+    train_small("parts", *words)
+    take_back()
+    code, parts, out, _ = train_small("parts", *words, "--resume")
+    assert (code, "resuming at step 5" in out) == (0, True)
+    assert lines_of(parts / "manifold_stats.jsonl") == lines_of(whole / "manifold_stats.jsonl")
+    from analysis.runs import load_run
+
+    assert load_run(whole).config["ns_steps"] == "1:0.5,40"
+    code, _, _, err = train_small("wrong", "--ns-steps", "3:2,5")
+    assert (code, err.startswith("error: --ns-steps 3:2,5: shares of the run must rise")) == (2, True)
 
 
 def test_every_projection_of_the_batched_worker_equals_one_measured_alone(tmp_path):

@@ -11,10 +11,11 @@ from engine import files
 from engine.cli import BadInput
 from settings import Settings
 from suites import planner
-from suites.catalog import AS_WRITTEN, MUON_ABLATIONS, SCALES, SUITES, Condition, Suite, with_needs
+from suites.catalog import AS_WRITTEN, MUON_ABLATIONS, SUITES, Condition, Suite, with_needs
 from suites.claims import CLAIMS, judge_all
 from suites.judging import CONFIRMED, NOT_TESTABLE, REFUTED, UNDECIDED
 from suites.results import Results
+from suites.scales import SCALES
 
 DENSE = ("speedrun-lr", "speedrun-2m", "baseline", "lr-sensitivity", "model-size")
 MIXTURE = (
@@ -24,6 +25,8 @@ MIXTURE = (
     "momentum",
     "weight-decay",
     "ns-steps",
+    "ns-order",
+    "muon-on",
     "nesterov",
     "warmup",
     "schedule",
@@ -31,12 +34,22 @@ MIXTURE = (
 )
 MIXTURE_LATER = ("ns-polynomial", "aux-ratio", "clip", "min-lr", "long", "final")
 ROWS = (*DENSE, *(f"moe-{name}" for name in (*MIXTURE, *MIXTURE_LATER)))  # of the documents' table, each a suite
+FRESH_SEEDS = (6, 7, 8, 9, 10, 11)
 WINNERS = {"muon": {"lr": 0.02}, "adamw": {"lr": 0.003}}
 
 
 def winners(suite, optimizer):
     """As if every sweep had found S4's own settings."""
-    found = {"momentum": 0.9, "weight_decay": 0.1, "ns_steps": 5, "nesterov": True, "warmup": 0.05, "adamw_lr": 0.002}
+    found = {
+        "ns_before_momentum": False,
+        "muon_on": "blocks",
+        "momentum": 0.9,
+        "weight_decay": 0.1,
+        "ns_steps": 5,
+        "nesterov": True,
+        "warmup": 0.05,
+        "adamw_lr": 0.002,
+    }
     return found | {"schedule": "cosine", "grad_clip": 1.0, "min_lr": 0.1} | WINNERS[optimizer]
 
 
@@ -65,7 +78,7 @@ def test_the_documents_grids():
         return [c.fields[key] for c in SUITES[name].plan(full, winners)]
 
     assert values("moe-momentum", "momentum") == [0.85, 0.9, 0.92, 0.95, 0.97, 0.99]
-    assert values("moe-ns-steps", "ns_steps") == [3, 5, 7, 10]
+    assert values("moe-ns-steps", "ns_steps") == [3, 5, 7, 10, "3:0.5,5"]
     assert values("moe-schedule", "schedule") == ["cosine", "linear", "step", "constant"]
     assert values("moe-clip", "grad_clip") == [0.5, 1.0, 2.0, 0.0]
     assert values("moe-warmup", "warmup") == [0.0, 0.05, 0.1, 0.2]
@@ -126,8 +139,13 @@ def test_conditions_as_written_have_the_documents_settings():
 def test_full_scale_uses_the_documents_seeds_where_no_sweep_has_used_them():
     full, nano = SCALES["full"], SCALES["nano"]
     assert SUITES["baseline"].seeds_at(full) == SUITES["moe-final"].seeds_at(full) == (42, 137, 256)
-    assert set(SUITES["baseline"].seeds_at(nano)).isdisjoint(SUITES["moe-lr-muon"].seeds_at(nano))
-    assert SUITES["moe-momentum"].seeds_at(full) == SUITES["moe-momentum"].seeds
+    assert SUITES["baseline"].seeds_at(nano) == FRESH_SEEDS
+    for scale in (full, nano):
+        for suite in SUITES.values():
+            chosen_on = {seed for need in suite.needs for seed in SUITES[need].seeds_at(scale)}
+            assert len(set(suite.seeds_at(scale))) >= 3
+            assert not suite.confirms or not chosen_on & set(suite.seeds_at(scale)), suite.name
+    assert SUITES["moe-momentum"].seeds_at(full) == SUITES["moe-momentum"].seeds_at(nano) == (0, 1, 2, 3, 4, 5)
 
 
 def test_full_scale_uses_the_documents_corpus_where_it_is_there_and_says_where_not(
@@ -177,10 +195,10 @@ def test_the_winner_has_the_least_mean_and_no_diverged_seed(tmp_path, shards_fol
     conditions = [
         Condition(f"muon lr {lr}", {"model": "nano", "optimizer": "muon", "lr": lr}) for lr in (0.1, 0.2, 0.3)
     ]
-    sweep = Suite("sweep", "S4", "?", "lr", (0, 1), (), 0, False, lambda scale, winners: conditions)
+    sweep = Suite("sweep", "S4", "?", "lr", (), 0, False, False, (), lambda scale, winners: conditions)
     monkeypatch.setitem(SUITES, "sweep", sweep)
     finals = {0.1: (3.2, 3.4), 0.2: (3.0, 3.3), 0.3: (2.0, None)}
-    plan = plan_of(tmp_path, shards_folder)
+    plan = plan_of(tmp_path, shards_folder, seeds=(0, 1))
     for p in plan.plan("sweep"):
         for job, final in zip(p.jobs, finals[p.condition.fields["lr"]], strict=True):
             folder = write_run(job.folder, final=final or 3.0, status="finished" if final else "failed", spectra=False)
@@ -191,7 +209,77 @@ def test_the_winner_has_the_least_mean_and_no_diverged_seed(tmp_path, shards_fol
     assert plan.winner("sweep", "muon")["lr"] == 0.2
     (job.folder / "summary.json").unlink()
     with pytest.raises(BadInput, match="has not finished"):
-        plan_of(tmp_path, shards_folder).winner("sweep", "muon")
+        plan_of(tmp_path, shards_folder, seeds=(0, 1)).winner("sweep", "muon")
+
+
+def finish(jobs, loss_of):
+    """Write a finished run for each job that has none; `loss_of` takes the rate, None = diverged."""
+    for job in jobs:
+        if job.state() == "waiting":
+            flags = dict(zip(job.flags, job.flags[1:], strict=False))
+            rate, optimizer = float(flags["--lr"]), flags.get("--optimizer", "muon")
+            final = loss_of(optimizer, rate)
+            status = "failed" if final is None else "finished"
+            write_run(job.folder, final=final or 9.0, status=status, lr=rate, optimizer=optimizer, spectra=False)
+            files.write_json(job.folder / "summary.json", {"status": status, "final_val_loss": final})
+
+
+def sweep_of(tmp_path, shards_folder, **given):
+    chosen = planner.Selection(suite="speedrun-lr", scale="nano", runs_dir=tmp_path, data=shards_folder, **given)
+    return planner.Planner(chosen)
+
+
+def rates(plan, optimizer):
+    planned = plan.plan("speedrun-lr")
+    return [p.condition.fields["lr"] for p in planned if p.condition.fields["optimizer"] == optimizer]
+
+
+def test_a_grid_grows_while_the_best_is_on_its_edge_and_twice_at_most(tmp_path, shards_folder):
+    """Muon's best is far above its grid, AdamW's just below it."""
+
+    def loss_of(optimizer, rate):
+        return 3 + abs(math.log(rate / (9.0 if optimizer == "muon" else 0.0005)))
+
+    plan = sweep_of(tmp_path, shards_folder)
+    muon, adamw = [0.01, 0.02, 0.04, 0.08, 0.16], [0.001, 0.002, 0.004, 0.008, 0.016]
+    grids = [(muon, adamw), ([*muon, 0.32], [0.0005, *adamw]), ([*muon, 0.32, 0.64], [0.00025, 0.0005, *adamw])]
+    for number, grid in enumerate(grids):
+        assert (rates(plan, "muon"), rates(plan, "adamw")) == grid
+        waiting = [job for job in planner.unique(plan.plan("speedrun-lr")) if job.state() == "waiting"]
+        assert len(waiting) == (6 if number else 30)  # three seeds
+        if number:
+            with pytest.raises(BadInput, match="has not finished"):
+                sweep_of(tmp_path, shards_folder).winner("speedrun-lr", "adamw")
+        finish(waiting[1:], loss_of)
+        assert (rates(plan, "muon"), rates(plan, "adamw")) == grid  # not before all runs are over
+        finish(waiting, loss_of)
+    assert (rates(plan, "muon"), rates(plan, "adamw")) == grids[-1]
+    assert plan.winner("speedrun-lr", "muon")["lr"] == 0.64
+    assert plan.winner("speedrun-lr", "adamw")["lr"] == 0.0005
+    assert "so also muon lr 0.32, muon lr 0.64, adamw lr 0.00025, adamw lr 0.0005" in plan.grown_sentence("speedrun-lr")
+    assert rates(sweep_of(tmp_path, shards_folder, only="muon*"), "muon") == muon  # what was asked for, no more
+
+
+def test_a_grid_does_not_grow_towards_rates_that_diverge(tmp_path, shards_folder):
+    plan = sweep_of(tmp_path, shards_folder)
+    finish(planner.unique(plan.plan("speedrun-lr")), lambda optimizer, rate: None if rate > 0.1 else 3 - rate)
+    assert rates(plan, "muon") == [0.01, 0.02, 0.04, 0.08, 0.16]
+    assert rates(plan, "adamw")[-1] == 0.032
+
+
+@pytest.mark.parametrize(
+    ("asked", "given", "seeds"),
+    [
+        ("moe-momentum", (0, 7), {"moe-momentum": (0, 7), "moe-lr-muon": (0, 7)}),
+        ("baseline", (0, 1, 5), {"baseline": (0, 1, 5), "speedrun-lr": (2, 3, 4)}),
+        ("moe-final", (9,), {"moe-final": (9,), "moe-adam": (0,), "moe-lr-adam": (0,)}),
+        ("everything", (1, 0), {"moe-momentum": (1, 0), "moe-lr-muon": (1, 0), "baseline": (2, 3)}),
+        ("moe-final", None, {"moe-final": FRESH_SEEDS, "moe-lr-muon": (0, 1, 2, 3, 4, 5)}),
+    ],
+)
+def test_seeds_are_those_of_what_a_suite_needs_too_but_where_these_must_be_others(asked, given, seeds):
+    plan = planner.Planner(planner.Selection(suite=asked, scale="nano", seeds=given))
+    assert {name: plan.seeds(name) for name in seeds} == seeds
 
 
 def results_of(tmp_path, name, finals, to_go=0, **settings):

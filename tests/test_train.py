@@ -225,9 +225,10 @@ def test_a_resumed_run_takes_up_the_random_state_of_the_checkpoint(train_small, 
     assert not torch.equal(states[1], saved)
 
 
-def test_dropout_depends_on_seed_step_and_rank_alone(train_small, monkeypatch, before_step):
+@pytest.mark.parametrize("flag", ["--dropout", "--inner-dropout"])
+def test_dropout_depends_on_seed_step_and_rank_alone(train_small, monkeypatch, before_step, flag):
     """Only rank 0's random state is in a checkpoint: the other ranks draw the same again without it."""
-    arguments = ("--tokens", 4 * 256, "--dropout", 0.1)
+    arguments = ("--tokens", 4 * 256, flag, 0.1)
     _, undisturbed, _, _ = train_small("undisturbed", *arguments)
     gradients, seeds = TrainingStep.gradients, []
 
