@@ -87,6 +87,7 @@ class Graph:
 def lower(shape: ModelConfig, kernels: bool, device: str = "cuda") -> list[Graph]:
     """Forward and backward of a micro-batch, written for the pretended GPU (or, in tests, for the CPU)."""
     from torch._functorch import config as functorch
+    from torch._inductor import config as inductor
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.graph import GraphLowering
     from torch._subclasses import FakeTensorMode
@@ -106,6 +107,7 @@ def lower(shape: ModelConfig, kernels: bool, device: str = "cuda") -> list[Graph
     with (
         pretended_gpu.tracing() if device == "cuda" else contextlib.nullcontext(),
         functorch.patch(force_non_lazy_backward_lowering=True),
+        inductor.patch(force_disable_caches=True),  # a graph from the cache has no code
         mock.patch.object(GraphLowering, "compile_to_module", keep),
         FakeTensorMode(allow_non_fake_inputs=True),
         torch.device(device),

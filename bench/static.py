@@ -177,7 +177,7 @@ def _matmul_variants(capability: int, dtype: torch.dtype, m: int) -> list[Varian
     unit = ("stride_ak", "stride_bk", "stride_hn")
     calls = [(f"relu2_mlp {name}", {"BACKWARD": name == "backward"}, unit, full) for name in ("forward", "backward")]
     if dtype == torch.float16:
-        half_sums = {"HALF_SUMS": configs.sums_in_half(pair, dtype, full[0])}
+        half_sums = {"HALF_SUMS": configs.sums_in_half(pair, dtype, full[0], m)}
         calls.append(("matmul_add", half_sums, ("stride_ak", "stride_bn", "stride_cn"), full))
     else:
         rows = configs.full_tile(pair, dtype, grouped_matmul.ANY_LENGTH, m, m)

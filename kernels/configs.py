@@ -37,6 +37,7 @@ ALIGNMENT = 16  # elements; rows of such a length load 16 bytes at a time
 SMALL_SIDE = 512  # below it, a row's symmetric_small tile
 FULL_SMALL_SIDE = 256  # below it, a row's full_small tile
 HALF_SUM_K = 32  # the most products to sum in fp16; 64 miss the tolerances for a gradient of equal entries
+HALF_SUM_SIDE = 512  # the longest sum that has such parts: at 2,048 they miss them for the same gradient
 
 
 class Tile(NamedTuple):
@@ -123,9 +124,10 @@ def splits(tile: Tile, masked: bool) -> bool:
     return tile.block_m >= 128 and tile.num_warps == 4 and not masked
 
 
-def sums_in_half(capability: tuple[int, int], dtype: torch.dtype, tile: Tile) -> bool:
-    """Whether the full product of Newton-Schulz sums each BLOCK_K products in fp16, and those sums in fp32."""
-    return row(capability).half_sums and dtype == torch.float16 and tile.block_k <= HALF_SUM_K
+def sums_in_half(capability: tuple[int, int], dtype: torch.dtype, tile: Tile, k: int) -> bool:
+    """Whether the full product of Newton-Schulz, k long, sums each BLOCK_K products in fp16, and those sums in fp32."""
+    fits = tile.block_k <= HALF_SUM_K and k <= HALF_SUM_SIDE
+    return row(capability).half_sums and dtype == torch.float16 and fits
 
 
 def small_tile(m: int) -> Tile:

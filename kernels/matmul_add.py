@@ -149,7 +149,7 @@ def launch_matmul_add(A: Tensor, B: Tensor, C: Tensor, beta: float) -> Tensor:
         *B.stride(),
         *C.stride(),
         *out.stride()[:2],
-        HALF_SUMS=configs.sums_in_half(capability, A.dtype, tile),
+        HALF_SUMS=configs.sums_in_half(capability, A.dtype, tile, k),
         **configs.tile_constants(tile, masked, A.dtype),
     )
     return out

@@ -116,10 +116,11 @@ def test_fp16_sums_of_compiled_code_equal_the_simulation_to_the_bit():
     ("capability", "summed"), [(86, [10, 17]), (89, [10, 17]), (120, [10, 17]), (80, []), (90, [])]
 )
 def test_the_full_products_sum_in_fp16_on_geforce_cards_alone(capability, summed):
-    """Of the 18 launches of the Gram form, the last of each segment."""
+    """Of the 18 launches of the Gram form, the last of each segment; up to 512 long."""
     works = [launch.work for launch in tiled_launches((1, 512, 2048), "gram", capability)]
     assert [n for n, work in enumerate(works) if work.half_summed_flops] == summed
     assert all(work.half_summed_flops in (0, work.flops) for work in works)
+    assert not any(launch.work.half_summed_flops for launch in tiled_launches((1, 1024, 2048), "gram", capability))
 
 
 @pytest.mark.parametrize(("shape", "method", "steps"), [((1, 128, 256), "gram", 5), ((1, 256, 256), "standard", 1)])
