@@ -267,9 +267,8 @@ def _cuobjdump(cubin: bytes, option: str) -> str:
         return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
-def compile_all(capabilities: list[int]) -> list[Result]:
-    """All variants, on all cores."""
-    work = [variant for capability in capabilities for variant in variants(capability)]
+def compile_all(work: list[Variant]) -> list[Result]:
+    """On all cores."""
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(compile_variant, work, chunksize=4))
 
@@ -286,7 +285,7 @@ class Arguments:
 
 def main() -> int:
     arguments = tyro.cli(Arguments, description=__doc__)
-    results = compile_all(list(arguments.capability))
+    results = compile_all([variant for capability in arguments.capability for variant in variants(capability)])
     print_table([row_of(r) for r in results])
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(r) for r in results], indent=1) + "\n", encoding="utf-8")

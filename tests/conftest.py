@@ -9,6 +9,7 @@ import pytest
 from hypothesis import settings
 
 import train
+from analysis import plots
 from corpus import build
 from engine.workers import Crew
 
@@ -72,6 +73,18 @@ def run_main(monkeypatch, capsys):
 def ask_to_stop():
     """What a user's Ctrl-C or a scheduler's SIGTERM does to this process."""
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture
+def no_drawing(monkeypatch):
+    """Figures are made but written as stubs: drawing them takes most of a report's time."""
+
+    def save(figure, folder, stem, formats=("png", "svg")):
+        for suffix in formats:
+            (folder / f"{stem}.{suffix}").write_bytes(b"\x89PNG" + 60 * b"\0")
+        plots.plt.close(figure)
+
+    monkeypatch.setattr(plots, "save", save)
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def test_a_checkpoint_of_before_resumes_to_the_losses_that_were_logged_then(run_
                 assert b[key] == a[key] or b[key] == pytest.approx(a[key], rel=1e-4, abs=2e-6), key
 
 
-def test_a_run_of_before_is_reported(run_main, tmp_path):
+def test_a_run_of_before_is_reported(run_main, no_drawing, tmp_path):
     assert run_main(report.main, BEFORE / "run", "--out", tmp_path / "report")[0] == 0
     page = (tmp_path / "report" / "report.md").read_text()
     final = json.loads((BEFORE / "run" / "summary.json").read_text())["final_val_loss"]

@@ -198,7 +198,7 @@ def test_files_of_a_figure_are_the_same_each_time(runs, tmp_path):
 def test_png_files_are_small_and_keep_their_colours(runs, tmp_path):
     figure = plots_spectra.metric_heatmap(runs, "effective_rank")
     plots.save(figure, tmp_path, "heatmap", ("png",))
-    figure.savefig(tmp_path / "full.png")
+    figure.savefig(tmp_path / "full.png", dpi=plots.PNG_DPI)
     small, full = (Image.open(tmp_path / f"{name}.png") for name in ("heatmap", "full"))
     assert small.mode == "P"
     assert (tmp_path / "heatmap.png").stat().st_size < 0.7 * (tmp_path / "full.png").stat().st_size

@@ -54,18 +54,6 @@ def read_page(path):
 
 
 @pytest.fixture
-def no_drawing(monkeypatch):
-    """Figures are made but written as stubs: drawing them takes most of a report's time."""
-
-    def save(figure, folder, stem, formats=("png", "svg")):
-        for suffix in formats:
-            (folder / f"{stem}.{suffix}").write_bytes(b"\x89PNG" + 60 * b"\0")
-        plots.plt.close(figure)
-
-    monkeypatch.setattr(plots, "save", save)
-
-
-@pytest.fixture
 def pair(tmp_path):
     muon = write_run(tmp_path / "run-muon", final=3.0, spectra=False)
     return [muon, write_run(tmp_path / "run-adamw", final=3.5, optimizer="adamw", spectra=False)]

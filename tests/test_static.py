@@ -1,4 +1,4 @@
-"""Every kernel compiled for every architecture, without a GPU; about a minute and a half on two cores, once."""
+"""Every kernel compiled without a GPU: for sm_89 whole, for the others what it lacks; `bench.static` does all."""
 
 import dataclasses
 
@@ -11,9 +11,15 @@ from kernels.configs import Tile
 pytestmark = pytest.mark.skipif(configs.INTERPRETED, reason="the interpreter replaces every kernel")
 
 
-def test_no_variant_of_any_kernel_spills_or_overflows_on_any_architecture():
-    results = static.compile_all(list(static.LIMITS))
-    assert len(results) > 150
+def test_no_variant_of_any_kernel_spills_or_overflows():
+    alike = {
+        dataclasses.replace(variant, capability=0): variant
+        for c in (*static.LIMITS, 89)
+        for variant in static.variants(c)
+    }
+    assert {variant.capability for variant in alike.values()} > {80, 89, 90}
+    results = static.compile_all(list(alike.values()))
+    assert len(results) > 100
     faults = [f"sm_{r.capability} {r.kernel} {r.config}: {', '.join(r.faults())}" for r in results if r.faults()]
     assert faults == []
 
@@ -21,7 +27,7 @@ def test_no_variant_of_any_kernel_spills_or_overflows_on_any_architecture():
 def test_a_spill_a_misfit_and_a_missing_instruction_are_faults():
     variant = next(v for v in static.variants(89) if v.kernel == "symmetric_matmul product, two addends")
     crowded = dict(variant.constants) | {"BLOCK_M": 128, "BLOCK_K": 64, "MASKED": True}
-    crowded = dataclasses.replace(variant, constants=tuple(crowded.items()), num_warps=4, num_stages=5)
+    crowded = dataclasses.replace(variant, constants=tuple(crowded.items()), num_warps=2, num_stages=5)
     result = static.compile_variant(crowded)
     assert result.spill_bytes > 0
     assert any("spills" in fault for fault in result.faults())

@@ -179,7 +179,7 @@ def test_the_speed_of_light_equals_a_count_by_hand():
     in_banks = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 2 * 64 * 32)
     others = 50 * 32 + 2 * 2 * 32 + 32 + 2 * 2 * 16
     per_token = 6 * (in_banks + 50 * 32) + 12 * 2 * 32 * 16 // 2
-    square, wide, tall = 20 * 32**3, 26 * 16**3, 26 * 32**3  # half products: 20 m³ standard at 1, 26 m³ Gram at 2
+    square, wide, tall = 20 * 32**3, 29 * 16**3, 29 * 32**3  # half products: 20 m³ standard, 29 m³ Gram, 2 restarts
     flops = 64 * per_token + 4 * (square + wide + tall)
     moved = 24 * in_banks + 28 * others
     found = speed.light_seconds(step.model, step_cost(step.optimizers), 64, 16, gpu)

@@ -36,7 +36,9 @@ def weights(folder):
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_a_run_learns_and_its_folder_is_complete(train_small, optimizer):
+def test_a_run_learns_and_its_folder_is_complete(train_small, optimizer, request):
+    if optimizer == "adamw":
+        request.getfixturevalue("no_drawing")
     arguments = ("--optimizer", optimizer, "--tokens", "1e4", "--checkpoint-every", 10, "--lr", 0.02)
     code, folder, out, _ = train_small("run", *arguments, plots=True)
     assert code == 0
@@ -406,7 +408,7 @@ def test_ctrl_c_before_the_training_is_a_word_and_leaves_nothing(run_main, monke
 
 def test_two_ranks_train_like_one(train_small, shards_folder, tmp_path):
     """With AdamW; tests/test_sharding.py does it with Muon."""
-    arguments = ("--optimizer", "adamw", "--tokens", str(20 * 256))
+    arguments = ("--optimizer", "adamw", "--tokens", str(12 * 256), "--no-plots")
     _, one, _, _ = train_small("one", *arguments)
     where = ("--data", str(shards_folder), "--runs-dir", str(tmp_path), "--name", "two")
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py")

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.cli import BadInput, RunFailed
 from engine.workers import Crew
@@ -14,6 +15,7 @@ from tests.processes import TEN, children_of, command, run, steps_logged, summar
 from tests.test_rank_faults import start, steps_logged_so_far
 
 CLOCKS = ("step_ms", "tokens_per_second", "train_seconds")
+SENSITIVE = ("gap", "rank", "condition", "residual")  # to rounding: they divide by, or subtract, the small
 TWO = ("--workers", "2")
 STEPS = 40
 LONG = ("--tokens", STEPS * 256, "--spectra-every", 0, "--eval-every", STEPS, "--checkpoint-every", 2)
@@ -46,7 +48,9 @@ def test_workers_train_to_the_losses_and_spectra_of_one_process(trained):
                 if not isinstance(value, float | list):
                     assert b[key] == value, key
                 elif key not in ("left_alignment", "right_alignment"):  # arbitrary where Muon's update is flat
-                    rel = 2e-3 if "gap" in key or "rank" in key else 2e-4
+                    rel = 2e-3 if any(word in key for word in SENSITIVE) else 2e-4
+                    if key == "grad_condition":  # the rounding of the largest singular value moves the smallest
+                        rel += 4 * torch.finfo(torch.float32).eps * value
                     assert b[key] == pytest.approx(value, rel=rel, abs=2e-5), (key, a["step"])
 
 
