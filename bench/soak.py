@@ -2,8 +2,9 @@
 
     python -m bench.soak --minutes 30
 
-A reference run, then the same one killed (SIGKILL) 5 to 20 s after the first new step of each start. One time in four
-its newest checkpoint is then cut in half, as a power cut may leave it. Every start is the same command with --resume.
+A reference run, then the same one killed (SIGKILL) some steps into each start, about 80 times in a long run. One time
+in four its newest checkpoint is then cut in half, as a power cut may leave it. Every start is the same command with
+--resume.
 """
 
 import json
@@ -29,7 +30,8 @@ from engine.cli import AT_LEAST_1, POSITIVE, BadInput, check_limits, exit_with_a
 TRAIN = files.ROOT / "train.py"
 BATCH_TOKENS, PROBE_STEPS = 2048, 20
 REFERENCE_SHARE = 0.33  # of the minutes for the undisturbed run; the killed one takes twice as long
-KILL_AFTER_SECONDS = (5.0, 20.0)
+CHECKPOINT_EVERY = 8  # a start makes at least as many steps, so that the training goes on on any machine
+STARTS = 80  # of a long run, about
 CUT_SHARE = 0.25  # of the kills after which the newest checkpoint is cut
 
 
@@ -49,7 +51,17 @@ class Arguments(JsonFlag):
 
 def start(folder: Path, name: str, steps: int, data: Path | None) -> subprocess.Popen[bytes]:
     words = ["--model", "nano", "--batch-tokens", BATCH_TOKENS, "--tokens", steps * BATCH_TOKENS, "--device", "cpu"]
-    words += ["--checkpoint-every", 8, "--spectra-every", 16, "--eval-every", 32, "--eval-tokens", 4096, "--no-plots"]
+    words += [
+        "--checkpoint-every",
+        CHECKPOINT_EVERY,
+        "--spectra-every",
+        16,
+        "--eval-every",
+        32,
+        "--eval-tokens",
+        4096,
+        "--no-plots",
+    ]
     words += ["--dropout", 0.1, "--runs-dir", folder, "--name", name, "--resume", *(("--data", data) if data else ())]
     with (folder / f"{name}.txt").open("ab") as output:
         return subprocess.Popen([sys.executable, str(TRAIN), *map(str, words)], stdout=output, stderr=output)
@@ -74,20 +86,15 @@ def last_step(run: Path) -> int:
     return max((line["step"] for line in steps_logged(run)), default=0)
 
 
-def train_with_kills(
-    folder: Path, name: str, steps: int, data: Path | None, rng: random.Random, undisturbed_seconds: float
-) -> dict[str, int]:
+def train_with_kills(folder: Path, name: str, steps: int, data: Path | None, rng: random.Random) -> dict[str, int]:
     """Kill and restart a run until it is finished; counts of starts, kills and damaged checkpoints."""
     run, done = folder / name, {"starts": 0, "kills": 0, "cut_checkpoints": 0}
     while True:
         before, process = last_step(run), start(folder, name, steps, data)
         done["starts"] += 1
-        while process.poll() is None and last_step(run) <= before:
-            time.sleep(0.05)
-        low, high = KILL_AFTER_SECONDS
-        end = time.monotonic() + rng.uniform(low, min(high, max(low, undisturbed_seconds / 2)))
-        while process.poll() is None and time.monotonic() < end:
-            time.sleep(0.05)
+        end = before + rng.randint(CHECKPOINT_EVERY, max(2 * CHECKPOINT_EVERY, 2 * steps // STARTS))
+        while process.poll() is None and last_step(run) < end:
+            time.sleep(rng.uniform(0.01, 0.1))  # anywhere in a step
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             process.wait()
@@ -134,8 +141,8 @@ def main() -> int:
         if steps is None:
             step_seconds = train_to_the_end(folder, "probe", PROBE_STEPS, a.data) / PROBE_STEPS
             steps = max(PROBE_STEPS, round(REFERENCE_SHARE * 60 * a.minutes / step_seconds))
-        undisturbed_seconds = train_to_the_end(folder, "reference", steps, a.data)
-        done = train_with_kills(folder, "killed", steps, a.data, random.Random(a.seed), undisturbed_seconds)
+        train_to_the_end(folder, "reference", steps, a.data)
+        done = train_with_kills(folder, "killed", steps, a.data, random.Random(a.seed))
         differ = differences(folder / "killed", folder / "reference")
     minutes = (time.monotonic() - began) / 60
     print(

@@ -31,7 +31,7 @@ SMALL = ("--model", "nano", "--seq-len", 16, "--batch-tokens", 64, "--vocab-size
 
 
 def test_processes_take_turns_and_every_candidate_has_a_row(run_main, tmp_path, monkeypatch):
-    some = ["products", "ours, muon", "nanoGPT, adamw", "ours, muon, compiled"]
+    some = ["products", "ours, muon", "ours, adamw", "nanoGPT, adamw", "ours, muon, compiled"]
     assert set(some) < set(train_cpu.names(tmp_path))
     monkeypatch.setattr(train_cpu, "names", lambda nanogpt: some)
     beside = []

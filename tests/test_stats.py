@@ -256,7 +256,7 @@ def simulated_suite(rng, lead):
 
 
 def test_two_identical_optimizers_are_told_apart_in_5_percent_of_suites():
-    rng, suites = np.random.default_rng(0), 2000
+    rng, suites = np.random.default_rng(0), 1000
     by_holm = by_interval = 0
     for _ in range(suites):
         tests = family(simulated_suite(rng, 0.0))
