@@ -16,6 +16,7 @@ from typing import Annotated
 
 import torch
 import tyro
+from tqdm import tqdm
 
 from bench import compiled_counts
 from bench.compiled_cases import Outcome, groups, run_group
@@ -48,10 +49,11 @@ def row_of(outcome: Outcome) -> dict[str, str]:
 
 
 def run_all(capabilities: tuple[int, ...], quick: bool) -> list[Outcome]:
-    """All groups, one process per core."""
+    """All groups, one process per core, with a progress bar in a terminal."""
     work = [(group, capability, quick) for capability in capabilities for group in groups(capability, quick)]
     with ProcessPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(pool.map(run_group, *zip(*work, strict=True)))
+        outcomes = pool.map(run_group, *zip(*work, strict=True))
+        return list(tqdm(outcomes, total=len(work), unit="group", disable=None, leave=False))
 
 
 @exit_with_a_sentence
