@@ -235,16 +235,18 @@ def small_checks(quick: bool) -> Iterator[Check]:
     """Whole small matrices in one program against the polynomials in float64."""
     shapes = [(2, 64, 96), (1, 80, 40), (3, 16, 48)]
     shapes += [] if quick else [(1, 64, 512), (2, 512, 64), (1, 33, 100), (2, 32, 128), (1, 70, 20), (1, 1, 5)]
-    for shape, steps in itertools.product(shapes, (5,) if quick else (1, 2, 3, 4, 5, 7)):
-        schedule = newton_schulz.coefficient_schedule("polar_express", steps)
-        X = muon.normalize_reference(matrix(*shape, ROWS, FLOAT), 1.0605).to(HALF)
+    runs = [(name, 5) for name in newton_schulz.COEFFICIENTS]  # some repeat one row: another program
+    runs += [] if quick else [("polar_express", steps) for steps in (1, 2, 3, 4, 7)]
+    for shape, (name, steps) in itertools.product(shapes, runs):
+        schedule = newton_schulz.coefficient_schedule(name, steps)
+        X = muon.normalize_reference(matrix(*shape, ROWS, FLOAT), newton_schulz.NORM_MARGIN[name]).to(HALF)
         restarts = newton_schulz.restarts_of(min(shape[1:]))
         found = small.launch_small(X, schedule, restarts).double()
         exact = newton_schulz.iterate_standard(X.double(), schedule)
         error = ((found - exact).norm() / exact.norm()).item()
         allowed = 0.02 if min(shape[1:]) > 1 else 0.08
         yield Check(
-            f"{shape} {steps} steps", "" if error < allowed else f"relative error {error:.2g}, {allowed} allowed"
+            f"{shape} {name} {steps} steps", "" if error < allowed else f"relative error {error:.2g}, {allowed} allowed"
         )
 
 

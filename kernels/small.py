@@ -84,8 +84,9 @@ def small_kernel(
         element = offs_m[:, None] * stride_r + offs_n[None, :]
         step = tl.full((), 1, tl.int64)
 
-    start = 0
     for segment in range(SEGMENTS):
+        # Not carried from segment to segment: with equal coefficients Triton 3.7.1 then takes it for 0 in all of them.
+        start = tl.where(segment == 0, 0, FIRST + EVERY * (segment - 1))
         acc = tl.zeros((BLOCK_M, BLOCK_M), dtype=tl.float32)
         for n in range(0, N, BLOCK_N):
             x, inside = load_columns(source_ptr + n * step + element, offs_m, offs_n, M, N - n, TALL, MASKED)
@@ -103,7 +104,6 @@ def small_kernel(
             Z = (c * tl.dot(R, R) + b * R.to(tl.float32)).to(half)
             Q = (tl.dot(Q, Z) + a * Q.to(tl.float32) + q * Z.to(tl.float32)).to(half)  # (q I + Q) (a I + Z) - q a I
             q *= a
-        start = stop
 
         for n in range(0, N, BLOCK_N):
             x, inside = load_columns(source_ptr + n * step + element, offs_m, offs_n, M, N - n, TALL, MASKED)
