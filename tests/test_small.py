@@ -10,12 +10,12 @@ from kernels.newton_schulz import NORM_MARGIN, coefficient_schedule, iterate, it
 from tests.test_symmetric import DEVICE, poisoned_memory, pytestmark  # noqa: F401 (a fixture and a mark of this module)
 
 
-def normalized(G):
-    return normalize_reference(G.float(), NORM_MARGIN["polar_express"]).half().to(DEVICE)
+def normalized(G, name="polar_express"):
+    return normalize_reference(G.float(), NORM_MARGIN[name]).half().to(DEVICE)
 
 
-def normal(*shape, seed=0):
-    return normalized(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
+def normal(*shape, seed=0, **more):
+    return normalized(torch.randn(shape, generator=torch.Generator().manual_seed(seed)), **more)
 
 
 def by_polynomials(X, schedule):
@@ -32,11 +32,14 @@ def relative(found, exact):
     return ((found.double().cpu() - exact).norm() / exact.norm()).item()
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 7])
+POLAR = [("polar_express", steps) for steps in (1, 2, 3, 4, 5, 7)]
+
+
+@pytest.mark.parametrize(("name", "steps"), [*POLAR, ("quintic", 5), ("cubic", 5)])  # two repeat one row
 @pytest.mark.parametrize("shape", [(2, 64, 96), (1, 100, 40), (3, 16, 48), (1, 33, 32), (1, 3, 70), (2, 70, 64)])
-def test_every_number_of_steps_agrees_with_float64(shape, steps):
-    schedule = coefficient_schedule("polar_express", steps)
-    X = normal(*shape)
+def test_every_number_of_steps_agrees_with_float64(shape, name, steps):
+    schedule = coefficient_schedule(name, steps)
+    X = normal(*shape, name=name)
     before = X.clone()
     found = small.launch_small(X, schedule, restarts_of(min(shape[1:])))
     assert relative(found, by_polynomials(X, schedule)) < 0.015
