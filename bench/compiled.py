@@ -5,7 +5,8 @@
 Compiles for GPUs that this machine need not have and runs the PTX in `ptx/`: bounds, alignment, races, copies in
 flight, barriers, values nobody wrote; results against float64. By default for 89 and 120: for the same tile, the code
 for 80 and 86 differs from 89's in its header alone. About 8 minutes each of one core; --quick, of which `make test` has
-89 and part of 120, a minute. Exit code 1 where something is wrong. ptxas, which makes machine code of PTX, is not checked.
+89 and part of 120, a minute. Exit code 1 where something is wrong. ptxas, which makes machine code of PTX, is not
+checked.
 """
 
 import os
