@@ -163,8 +163,8 @@ class Muon(torch.optim.Optimizer):
             for name, entries in (("transposed", transposed), ("row_blocks", blocks)):
                 if entries and len(entries) != (1 if flatten or p.ndim == 2 else len(p)):
                     return f"{name} needs one entry for each layer of matrices of a bank of shape {tuple(p.shape)}"
-            for cut, flipped in zip(blocks or (), transposed or (False,) * len(blocks or ()), strict=True):
-                if cut < 1 or rows % cut or (cut > 1 and (splits or flipped)):
+            for i, cut in enumerate(blocks or ()):
+                if cut < 1 or rows % cut or (cut > 1 and (splits or (transposed and transposed[i]))):
                     return f"row_blocks {blocks} cannot cut matrices of {rows} rows, or such as are split or transposed"
         return None
 
