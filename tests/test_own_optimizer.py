@@ -1,5 +1,6 @@
 """--optimizer FILE.py:CLASS: a user's class trains, resumes, is measured and reported; faults are one sentence."""
 
+import html
 import json
 
 import numpy as np
@@ -8,10 +9,12 @@ import torch
 
 import experiments
 import report
+from analysis import plots
 from engine.own_optimizer import load_class, options_of, try_out
 from engine.ranks import Sharding
 from model import ModelConfig, Transformer
 from optim import ADAMW_BYTES, OWN_BYTES, build_optimizers, set_lr, step_cost
+from suites import planner
 from suites.catalog import SUITES, Condition, Suite
 from tests.conftest import ask_to_stop
 from tests.processes import command, run
@@ -73,7 +76,7 @@ def my_file(tmp_path):
 
 
 def test_a_class_of_a_file_outside_the_repository_trains_resumes_and_is_reported(
-    train_small, before_step, run_main, my_file, tmp_path
+    train_small, before_step, my_file, tmp_path
 ):
     flags = ("--optimizer", f"{my_file}:MySGD", "--optimizer-options", "momentum=0.9", "shapes=(1, 2)", "--lr", "0.5")
     flags += ("--tokens", "5120", "--checkpoint-every", "5", "--adamw-lr", "0.01")
@@ -99,11 +102,12 @@ def test_a_class_of_a_file_outside_the_repository_trains_resumes_and_is_reported
     assert lines(whole, kind="train")[-1]["lr"] == pytest.approx(0.05)  # the schedule's end
 
     _, muon, _, _ = train_small("muon", "--tokens", "5120")
-    code, out, err = run_main(report.main, whole, muon, "--out", tmp_path / "report")
-    assert code == 0, err
-    page = (tmp_path / "report" / "report.html").read_text()
-    assert "MySGD" in out + page
-    assert "--optimizer-options momentum=0.9 &#x27;shapes=(1, 2)&#x27;" in page
+    runs = report.load([whole, muon])
+    page = html.unescape(report.write_report(runs, tmp_path / "report", only={"loss_curves"}).read_text())
+    (verdict,) = report.judge(runs)
+    assert all("MySGD" in words for words in (verdict.headline, plots.run_labels(runs)[0], page))
+    assert plots.optimizer_color(runs[0].optimizer) not in plots.OPTIMIZER_COLORS.values()
+    assert "--optimizer-options momentum=0.9 'shapes=(1, 2)'" in page
 
     my_file.write_text(MY_SGD.replace("p.sub_(", "p.add_("))
     code, _, _, err = train_small("halves", *flags, "--resume")
@@ -279,7 +283,9 @@ def test_a_condition_of_a_suite_trains_and_is_reported(tmp_path, shards_folder, 
     assert code == 0, out + err
     assert "2 runs, 2 to go" in out
     assert len(list((tmp_path / "runs").glob("nano-MySGD-*-seed0/summary.json"))) == 1
-    code, out, err = run_main(experiments.main, "report", "own", *where)
-    assert code == 0, out + err
-    pages = "".join(page.read_text() for page in (tmp_path / "runs" / "report").glob("*.html"))
-    assert "MySGD" in pages
+    chosen = planner.Selection(suite="own", scale="nano", runs_dir=tmp_path / "runs", data=shards_folder, seeds=(0,))
+    results = planner.Planner(chosen).results("own")
+    assert results.optimizers() == ["muon", sgd["optimizer"]]
+    ((muon, own),) = results.crosses()
+    assert 0 < muon.loss < own.loss
+    assert "Same initial weights" in results.fairness()[1]
