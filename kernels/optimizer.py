@@ -22,7 +22,7 @@ from .newton_schulz import (
     iterate,
     orthogonalize,
 )
-from .variants import exact_polar, keep_norm, normalize_rows, restore_norm
+from .variants import exact_polar, normalize_rows, norms_of, restore_norms
 
 LR_SCALES = ("spectral", "rms", "none")
 NS_METHODS = (*METHODS, "svd", "none")  # Muon's: the last two take the place of Newton-Schulz
@@ -210,13 +210,12 @@ class Muon(torch.optim.Optimizer):
                     update = _direction(update, group)
                 no_inf = torch.zeros((), device=p.device)
                 update = self._rows_normalized(update, part, group, no_inf)
-                if part.norm is not None:
-                    keep_norm(W, part.norm)
+                norms = norms_of(W) if group["decay_rule"] == "hyperball" else None
                 decay = group["lr"] * group["weight_decay"]
                 W.mul_(1 - (decay * (W * update >= 0) if group["decay_rule"] == "cautious" else decay))
                 W.add_(update * update.new_tensor(part.scales).view(-1, 1, 1), alpha=-group["lr"])
-                if part.norm is not None:
-                    restore_norm(W, part.norm, no_inf)
+                if norms is not None:
+                    restore_norms(W, norms, no_inf)
             if self.updated is not None:
                 self.updated(p)
 
@@ -232,13 +231,12 @@ class Muon(torch.optim.Optimizer):
                 if early:
                     update = _averaged(update.float(), state)
                 update = self._rows_normalized(update, part, group, found_inf)
-                if part.norm is not None:
-                    keep_norm(part.weight, part.norm)
+                norms = norms_of(part.weight) if group["decay_rule"] == "hyperball" else None
                 scale, cautious = self._constant(part.scales, p.device), group["decay_rule"] == "cautious"
                 rate, decay = rate_of[id(group)], group["weight_decay"]
                 launch_update(part.weight, update, rate, scale, found_inf, decay, cautious)
-                if part.norm is not None:
-                    restore_norm(part.weight, part.norm, found_inf)
+                if norms is not None:
+                    restore_norms(part.weight, norms, found_inf)
             if self.updated is not None:
                 self.updated(p)
 
@@ -312,28 +310,25 @@ class Muon(torch.optim.Optimizer):
 
 def state_shapes(shape: torch.Size, group: dict[str, Any]) -> dict[str, torch.Size]:
     """The tensors that Muon keeps for a parameter of this shape, by name; each has as many dimensions as it, so that
-    ranks share them out alike. `initial_norm` holds one number for each row, since rows may be cut into matrices."""
+    ranks share them out alike."""
     found = {"momentum_buffer": shape}
-    per_row = shape[:1] + (1,) * (len(shape) - 1) if group["flatten"] else (*shape[:-1], 1)
     if group["normalize_rows"]:
+        per_row = shape[:1] + (1,) * (len(shape) - 1) if group["flatten"] else (*shape[:-1], 1)
         found["row_moment"] = torch.Size(per_row)
         if not group["flatten"]:  # for matrices that are stored transposed
             found["column_moment"] = torch.Size((*shape[:-2], 1, shape[-1]))
-    if group["decay_rule"] == "hyperball":
-        found["initial_norm"] = torch.Size(per_row)
     return found
 
 
 class Part(NamedTuple):
     """Matrices of one shape that a step takes as one batch: views (batch, rows, cols) of a parameter, its gradient and
-    its momentum; what some options keep, (batch, rows, 1) twice and (batch, 1, cols); for each matrix its
-    `update_scale`, and whether its map is the transpose."""
+    its momentum, what `normalize_rows` keeps, (batch, rows, 1) and (batch, 1, cols), and for each matrix its
+    `update_scale` and whether its map is the transpose."""
 
     weight: Tensor
     gradient: Tensor
     momentum: Tensor
     row_moment: Tensor | None
-    norm: Tensor | None
     column_moment: Tensor | None
     scales: tuple[float, ...]
     transposed: tuple[bool, ...]
@@ -341,7 +336,7 @@ class Part(NamedTuple):
 
 def parts_of(p: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Iterator[Part]:
     """The matrices of a parameter, as `row_blocks` and `row_splits` cut them."""
-    named = (p, _strided_as(p, gradient), *map(state.get, ("momentum_buffer", "row_moment", "initial_norm")))
+    named = (p, _strided_as(p, gradient), *map(state.get, ("momentum_buffer", "row_moment")))
     tall = [None if t is None else as_bank(t, group) for t in named]
     (batch, rows, _), columns = tall[0].shape, state.get("column_moment")
     flags, blocks, start = group["transposed"] or (False,), group["row_blocks"] or (1,), 0

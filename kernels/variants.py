@@ -1,7 +1,7 @@
 """Variants of Muon's step: an exact polar factor, NorMuon's rows, hyperball's norm; a few PyTorch operations each.
 
     update = normalize_rows(exact_polar(u), flipped, rows, columns, found_inf)
-    keep_norm(W, norm); ...; restore_norm(W, norm, found_inf)
+    norms = norms_of(W); ...; restore_norms(W, norms, found_inf)
 
 They run between the kernels of muon.py, in fp32; the host waits for none but the SVD, so that alone cannot be captured.
 """
@@ -43,8 +43,8 @@ def normalize_rows(
         by_row = _moved(rows, square.mean(dim=2, keepdim=True), kept & ~flipped)
         mean = torch.where(flipped, _moved(columns, square.mean(dim=1, keepdim=True), kept & flipped), by_row)
     out = update / torch.where(mean == 0, 1.0, mean.sqrt())  # a row that was always zero stays zero
-    norm = _norm(out)
-    return out * (_norm(update) / torch.where(norm == 0, 1.0, norm))
+    norms = norms_of(out)
+    return out * (norms_of(update) / torch.where(norms == 0, 1.0, norms))
 
 
 def _moved(mean: Tensor, square: Tensor, kept: Tensor) -> Tensor:
@@ -53,22 +53,18 @@ def _moved(mean: Tensor, square: Tensor, kept: Tensor) -> Tensor:
     return moved.to(square.dtype)
 
 
-def keep_norm(W: Tensor, norm: Tensor) -> None:
-    """Before a step: where `norm` (batch, m, 1) is 0, as before the first one, it gets the Frobenius norm of the matrix
-    of W (batch, m, n)."""
-    norm.copy_(torch.where(norm == 0, _norm(W), norm))
+def norms_of(matrices: Tensor) -> Tensor:
+    """The Frobenius norm of each matrix of (batch, m, n), in at least fp32, as (batch, 1, 1)."""
+    at_least_fp32 = torch.promote_types(matrices.dtype, torch.float32)
+    return torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=at_least_fp32)
 
 
-def restore_norm(W: Tensor, norm: Tensor, found_inf: Tensor) -> None:
-    """After a step: scale each matrix back to the norm that `keep_norm` kept, in place, unless found_inf is not zero.
+def restore_norms(W: Tensor, norms: Tensor, found_inf: Tensor) -> None:
+    """After a step: scale each matrix back to the norm that it had before, in place, unless found_inf is not zero. That
+    is its initial norm, to rounding, since no step changes it.
 
     Hyperball (Wen et al. 2025, "From Weight Decay to Hyperball Optimization") also gives the update the weight's norm;
     Muon's update has a fixed norm already, so that is a matter of the learning rate.
     """
-    factor = norm[:, :1] / _norm(W)
-    W.mul_(torch.where((found_inf == 0) & factor.isfinite(), factor, 1.0).to(W.dtype))
-
-
-def _norm(matrices: Tensor) -> Tensor:
-    at_least_fp32 = torch.promote_types(matrices.dtype, torch.float32)
-    return torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=at_least_fp32)
+    factors = norms / norms_of(W)
+    W.mul_(torch.where((found_inf == 0) & factors.isfinite(), factors, 1.0).to(W.dtype))

@@ -91,6 +91,8 @@ def test_a_class_of_a_file_outside_the_repository_trains_resumes_and_is_reported
     assert losses(halves) == losses(whole)
     assert all(torch.equal(a, b) for a, b in zip(weights(halves).values(), weights(whole).values(), strict=True))
     assert losses(whole)[-1] < losses(whole)[0] - 0.3
+    (saved, _) = torch.load(halves / "checkpoint.pt", weights_only=True)["optimizer"]
+    assert saved["param_groups"][0]["steps"] == 20  # none of the warm-up's
 
     config = json.loads((whole / "config.json").read_text())
     assert (config["optimizer"], config["optimizer_options"]) == (
