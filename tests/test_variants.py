@@ -4,13 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from engine.ranks import Sharding
+from engine.cli import BadInput
+from engine.identity import check_same_run, config_hash
+from engine.ranks import Rank, Sharding
 from kernels import Muon
 from kernels.variants import exact_polar, normalize_rows, restore_norms
 from model import ModelConfig, Transformer
 from optim import build_optimizers, step_cost
+from settings import Settings, identity, resolve
+from tests.conftest import ask_to_stop
 from tests.processes import command, run
 from tests.test_sharding import TWELVE, assert_same_training
+from tests.test_train import losses, weights
 
 LR, MOMENTUM, ROWS_BETA2 = 0.05, 0.9, 0.95
 CUBIC = {"ns_coefficients": "cubic", "ns_steps": 25}
@@ -220,6 +225,19 @@ def test_flags_that_do_not_go_together_are_one_sentence(train_small, flags, word
     assert err.count("\n") == 1
 
 
+def test_options_at_their_defaults_leave_the_hash_of_earlier_runs(shards_folder):
+    given = Settings(model="nano", data=shards_folder, workers=1, threads=1, compile="off")
+    resolved, _, shards = resolve(given, Rank())
+    config = identity(resolved, shards)
+    options = ("normalize_rows", "decay_rule", "heads_per_matrix", "optimizer_options")
+    earlier = {key: value for key, value in config.items() if key not in options}
+    assert config_hash(config) == config_hash(earlier)
+    for option, value in zip(options, (True, "cautious", 1, "momentum=0.9"), strict=True):
+        changed = config | {option: value}
+        with pytest.raises(BadInput, match=f"{option} was "):
+            check_same_run("run", earlier | {"config_hash": ""}, changed | {"config_hash": config_hash(changed)})
+
+
 def test_two_workers_train_all_variants_like_one_process(train_small, shards_folder, tmp_path):
     flags = ("--normalize-rows", "--decay-rule", "hyperball", "--heads-per-matrix", "1", "--ns-method", "svd")
     arguments = (*TWELVE[-6:], "--checkpoint-every", "6", "--spectra-every", "6", *flags)
@@ -233,9 +251,6 @@ def test_two_workers_train_all_variants_like_one_process(train_small, shards_fol
 
 
 def test_a_resumed_run_of_all_variants_ends_with_the_same_bits(train_small, before_step):
-    from tests.conftest import ask_to_stop
-    from tests.test_train import losses, weights
-
     flags = ("--normalize-rows", "--decay-rule", "hyperball", "--ns-method", "none", "--tokens", "2560")
     _, whole, _, _ = train_small("whole", *flags)
     undo = before_step(6, ask_to_stop)
