@@ -63,7 +63,8 @@ class Muon(torch.optim.Optimizer):
     `transposed`: for each entry of a bank's first dimension (one entry for a single matrix), True where the map is the
     transpose of what is stored (for `lr_scale`).
     Speaks GradScaler's protocol for fused optimizers: with attributes `grad_scale` and `found_inf` (0-D tensors)
-    gradients are divided by the first, and the step is skipped if the second is not zero; on CUDA the host never waits.
+    gradients are divided by the first, and the step is skipped if the second is not zero; on CUDA the host never waits,
+    except for an SVD, which no CUDA graph can hold.
     On CUDA sm_80 or newer the step runs in Triton kernels with fp16 iterates and, with `capture`, as one CUDA graph
     launch once the addresses of the gradients repeat.
     Where several ranks share the work, the parameters are this rank's share; `updated` is called with each parameter
@@ -184,9 +185,7 @@ class Muon(torch.optim.Optimizer):
             self._step_reference()
         elif any(True for _ in self._with_gradient()):
             self._set_scalars()
-            waits = any(
-                group["ns_method"] == "svd" for group in self.param_groups
-            )  # for the host, so no graph holds it
+            waits = any(group["ns_method"] == "svd" for group in self.param_groups)  # for the host: no graph holds it
             if self.capture and self.updated is None and not waits and not torch.cuda.is_current_stream_capturing():
                 self._step_captured()
             else:
@@ -347,9 +346,8 @@ def parts_of(p: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[
         # A block of the rows of a contiguous matrix is a contiguous matrix, so all of these are views.
         run = [None if t is None else t[start:stop].view(-1, rows // count, t.shape[2]) for t in tall]
         heights = group["row_splits"] or (rows // count,)
-        for cut in zip(
-            *(t.split(heights, dim=1) if t is not None else [None] * len(heights) for t in run), strict=True
-        ):
+        pieces = [[None] * len(heights) if t is None else t.split(heights, dim=1) for t in run]
+        for cut in zip(*pieces, strict=True):
             scales = scales_of(cut[0].shape, {**group, "transposed": transposed})
             yield Part(*cut, column_moment, tuple(scales), transposed)
         start = stop
