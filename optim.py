@@ -1,4 +1,4 @@
-"""Muon, AdamW, which parameter goes to which, and the learning-rate schedules.
+"""Muon, AdamW or a user's optimizer, which parameter goes to which, and the learning-rate schedules.
 
     optimizers = build_optimizers(model, "muon", lr=0.02, adamw_lr=0.005)
 
@@ -8,23 +8,26 @@ Muon costs one batched Newton-Schulz per bank and step: about 2 % of the model's
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from engine.own_optimizer import OwnClass, OwnOptimizer
 from engine.ranks import Sharding
 from kernels import Muon
-from kernels.newton_schulz import half_product_cost, method_of
-from model import PROJECTIONS, ModelConfig, Transformer
+from kernels.newton_schulz import METHODS, half_product_cost, method_of
+from model import PROJECTIONS, Bank, ModelConfig, Transformer
 
 SCHEDULES = ("constant", "cosine", "linear", "step", "wsd")
 WSD_DECAY_SHARE = 0.2
 BLOCKS = "blocks"  # in `muon_on`: every block matrix
 # Per parameter and step. Muon: gradient, momentum and weight read, the last two written in fp32, X and the update once
-# each in fp16. AdamW: gradient, weight and two moments read, all but the gradient written.
-MUON_BYTES, ADAMW_BYTES = 24, 28
+# each in fp16. AdamW: gradient, weight and two moments read, all but the gradient written. A user's: gradient and
+# weight read, the weight written, and what it keeps besides is not known.
+MUON_BYTES, ADAMW_BYTES, OWN_BYTES = 24, 28, 12
 
 
 def lr_multiplier(step: int, steps: int, schedule: str, warmup: float, min_lr: float) -> float:
@@ -85,17 +88,28 @@ def set_ns_steps(optimizers: Sequence[torch.optim.Optimizer], ns_steps: int) -> 
 
 
 def step_cost(optimizers: Sequence[torch.optim.Optimizer]) -> tuple[float, float]:
-    """FLOPs of Newton-Schulz's half products and bytes of gradients, weights and moments in one step of all."""
+    """FLOPs of Newton-Schulz's half products and bytes of gradients, weights and moments in one step of all. An SVD and
+    the work of a user's optimizer count as none."""
     flops = moved = 0.0
     for optimizer in optimizers:
+        kind = MUON_BYTES if isinstance(optimizer, Muon) else OWN_BYTES
+        kind = ADAMW_BYTES if isinstance(optimizer, torch.optim.AdamW) else kind
         for group in optimizer.param_groups:
             for p in group["params"]:
-                moved += (MUON_BYTES if isinstance(optimizer, Muon) else ADAMW_BYTES) * p.numel()
-                if isinstance(optimizer, Muon):
-                    shape, method = (p[..., 0, 0].numel(), *p.shape[-2:]), group["ns_method"]
-                    method = method_of(shape) if method == "auto" else method
-                    flops += half_product_cost(shape, method, group["ns_steps"])[0]
+                moved += kind * p.numel()
+                if isinstance(optimizer, Muon) and group["ns_method"] in METHODS:
+                    flops += _newton_schulz_flops(p, group)
     return flops, moved
+
+
+def _newton_schulz_flops(p: Tensor, group: dict[str, Any]) -> float:
+    """Of one parameter, a matrix or a bank, some of whose entries are cut into blocks of rows."""
+    entries, flops = group["row_blocks"] or (1,), 0.0
+    for count, same in Counter(entries).items():
+        shape = (p[..., 0, 0].numel() * same // len(entries) * count, p.shape[-2] // count, p.shape[-1])
+        method = method_of(shape) if group["ns_method"] == "auto" else group["ns_method"]
+        flops += half_product_cost(shape, method, group["ns_steps"])[0]
+    return flops
 
 
 def muon_names(muon_on: str, config: ModelConfig) -> tuple[str, ...]:
@@ -125,36 +139,49 @@ def build_optimizers(
     muon_on: str = BLOCKS,
     betas: Sequence[float] = (0.9, 0.95),
     adam_eps: float = 1e-8,
+    heads_per_matrix: int = 0,
+    own: OwnClass | None = None,
     sharding: Sharding | None = None,
     **muon_options: Any,
 ) -> list[torch.optim.Optimizer]:
-    """Muon plus AdamW, or AdamW alone. `lr` is Muon's rate, or that of the block matrices under AdamW alone; `adamw_lr`
-    is that of all else. `weight_decay` applies to the block matrices, under `decay_on` "matrices" to embedding and
-    router too. `muon_on` names the matrices for Muon (`muon_names`), whose banks hold no others. Every group carries
-    its `peak_lr`; every parameter is in exactly one group (asserted). With `sharding` they hold this rank's shares."""
+    """Muon plus AdamW, AdamW alone, or a user's `own` class plus AdamW. `lr` is the rate of Muon or `own`, or of the
+    block matrices under AdamW alone; `adamw_lr` is that of all else. `heads_per_matrix` heads of q, k and v form one
+    matrix for Muon; 0 is all of them, and o stays whole. `weight_decay` applies to the block matrices, under `decay_on`
+    "matrices" to embedding and router too. `muon_on` names the matrices for Muon (`muon_names`), whose banks hold no
+    others. Every group carries its `peak_lr`; every parameter is in exactly one group (asserted). With `sharding` they
+    hold this rank's shares."""
     layout = parameter_layout(model, optimizer, decay_on, muon_on)
+    banks = {id(bank.parameter): bank for bank in model.banks()}
     grouped = [id(p) for groups in layout for group in groups for p in group]
     assert sorted(grouped) == sorted(map(id, model.parameters())), "every parameter belongs to exactly one group"
     sharding = sharding or Sharding(model)
-    own = sharding.own
     adamw_groups = [
-        {"params": [t for p in group for t in own(p)], "lr": adamw_lr, "weight_decay": weight_decay if i else 0.0}
+        {
+            "params": [t for p in group for t in sharding.own(p)],
+            "lr": adamw_lr,
+            "weight_decay": weight_decay if i else 0.0,
+        }
         for i, group in enumerate(layout[-1])
     ]
     if optimizer == "adamw":
         adamw_groups[-1]["lr"] = lr  # the block matrices
     optimizers: list[torch.optim.Optimizer] = []
     if optimizer == "muon":
-        entries = {id(bank.parameter): bank.transposed for bank in model.banks()}
         groups = []
         for (p,) in layout[0]:
-            decays = id(p) in entries or decay_on == "matrices"
-            stored = sharding.own_entries(p, entries[id(p)]) if id(p) in entries else None
-            groups.append({"params": own(p), "transposed": stored, "weight_decay": weight_decay if decays else 0.0})
+            group: dict[str, Any] = {"params": sharding.own(p)}
+            if bank := banks.get(id(p)):
+                group["transposed"] = sharding.own_entries(p, bank.transposed)
+            if bank and heads_per_matrix:
+                group["row_blocks"] = tuple(sharding.own_entries(p, _head_blocks(bank, model.config, heads_per_matrix)))
+            group["weight_decay"] = weight_decay if bank or decay_on == "matrices" else 0.0
+            groups.append(group)
         optimizers.append(Muon(groups, lr=lr, **muon_options))
         if sharding.world_size > 1:
             sharding.send_first([p for (p,) in layout[0]])
             optimizers[0].updated = sharding.updated
+    if own is not None:
+        optimizers.append(OwnOptimizer(own, lr=lr, sharding=sharding, banks=list(banks.values())))
     optimizers.append(torch.optim.AdamW(adamw_groups, betas=tuple(betas), eps=adam_eps, fused=True))
     for o in optimizers:
         for group in o.param_groups:
@@ -162,10 +189,17 @@ def build_optimizers(
     return optimizers
 
 
+def _head_blocks(bank: Bank, config: ModelConfig, heads_per_matrix: int) -> list[int]:
+    """Into how many blocks of rows the heads cut each entry of a bank."""
+    heads = {"q": config.heads, "k": config.kv_heads, "v": config.kv_heads}
+    return [heads.get(name, heads_per_matrix) // heads_per_matrix for name in bank.members for _ in range(bank.layers)]
+
+
 def parameter_layout(
     model: Transformer, optimizer: str, decay_on: str = "blocks", muon_on: str = BLOCKS
 ) -> list[list[list[Tensor]]]:
-    """Which parameters are in which group of which optimizer that `build_optimizers` makes; a group of Muon has one."""
+    """Which parameters are in which group of which optimizer that `build_optimizers` makes; a group of Muon has one. A
+    user's optimizer gets the matrices of the parameters in its group one by one."""
     banks, names = model.banks(), muon_names(muon_on, model.config) if optimizer == "muon" else ()
     muons = [bank.parameter for bank in banks if set(bank.members) <= set(names)]
     if stray := [bank.members for bank in banks if 0 < len(set(bank.members) & set(names)) < len(bank.members)]:
@@ -178,6 +212,8 @@ def parameter_layout(
     kept = [p for p in others.values() if not any(p is d for d in decayed)]
     if optimizer == "adamw":
         return [[kept, decayed, blocks] if decayed else [kept, blocks]]
+    if optimizer != "muon":
+        return [[blocks], [kept, decayed] if decayed else [kept]]
     return [[[p] for p in muons], [kept, decayed + blocks] if decayed + blocks else [kept]]
 
 

@@ -109,6 +109,9 @@ def command(run: Run) -> str:
         flag = key.replace("_", "-")
         if value is None or key in ("runs_dir", "name", "resume"):
             continue
+        if key == "optimizer_options":
+            words += [f"--{flag}", *shlex.split(str(value))]
+            continue
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:

@@ -8,6 +8,7 @@
 import dataclasses
 import math
 import os
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -24,9 +25,10 @@ from engine.compiling import cache_key, pays, why_no_compiler
 from engine.cores import free_cores
 from engine.files import CONFIG, is_safe_name, load_json, shown
 from engine.identity import config_hash, provenance
+from engine.own_optimizer import class_name, is_own, load_class, try_out
 from engine.ranks import Rank
-from kernels.newton_schulz import COEFFICIENTS, METHODS
-from kernels.optimizer import LR_SCALES
+from kernels.newton_schulz import COEFFICIENTS
+from kernels.optimizer import DECAY_RULES, LR_SCALES, NS_METHODS
 from model import CPU_KERNELS, FLEX_MIN_HEAD_WIDTH, KERNELS, SIZES, ModelConfig, Transformer
 from optim import BLOCKS, SCHEDULES, muon_names, ns_schedule
 
@@ -37,6 +39,8 @@ NANO = ("nano", "moe-nano")  # for a first look on a CPU
 # between its 0.006 and 0.0005.
 NANO_LR = {"muon": (0.04, 0.02), "adamw": (0.005, 0.02)}
 DEFAULT_LR = {"muon": (0.024, 0.006), "adamw": (0.002, 0.006)}
+MUON_OPTIONS = ("momentum", "nesterov", "ns_steps", "ns_coefficients", "ns_method", "lr_scale", "ns_before_momentum")
+MUON_OPTIONS += ("normalize_rows", "decay_rule")
 KERNELS_THAT_PAY: frozenset[str] = frozenset()  # of model.KERNELS: those with an end-to-end win in runs/records
 CPU_KERNELS_THAT_PAY = frozenset(("cross_entropy", "attention"))  # bench/LOG.md
 BATCH_TOKENS, EVAL_TOKENS = 16_384, 131_072
@@ -77,8 +81,11 @@ class Settings:
     """Probability of dropping an attention weight, and a hidden unit of the feed-forward layer or of an expert."""
     doc_mask: bool = False
     """Attention stays within a document, in training and validation; off = all earlier tokens of the sequence."""
-    optimizer: Literal["muon", "adamw"] = "muon"
-    """Optimizer of the block matrices; gains always use AdamW, embedding and router unless --muon-on names them."""
+    optimizer: str = "muon"
+    """Optimizer of the block matrices: muon, adamw or FILE.py:CLASS; gains always use AdamW, embedding and router
+    unless --muon-on names them."""
+    optimizer_options: tuple[str, ...] = ()
+    """Settings of a class of a file, as momentum=0.9 nesterov=True; its rate is --lr."""
     muon_on: str = BLOCKS
     """What Muon trains, by commas: q, k, v, o, gate, up, down (blocks = all of these), embedding, router."""
     data: Path | None = None
@@ -98,7 +105,7 @@ class Settings:
     seed: Annotated[int, Limit("must be 0 or more", lambda value: 0 <= value < 2**63)] = 0
     """Sets initialisation, data order and dropout."""
     lr: Annotated[float, POSITIVE] | None = None
-    """Peak rate of Muon, or of AdamW's block matrices (default: muon 0.024, adamw 0.002; nano 0.04, 0.005)."""
+    """Peak rate of the block matrices (default: muon 0.024, adamw 0.002; nano 0.04, 0.005)."""
     adamw_lr: Annotated[float, POSITIVE] | None = None
     """Peak rate of embedding, gains and router, and of what Muon leaves (default: 0.006; nano 0.02)."""
     momentum: Annotated[float, BELOW_1] = 0.95
@@ -109,12 +116,18 @@ class Settings:
     """Newton-Schulz iterations; 3:0.5,5 is three until half of the run, then five."""
     ns_coefficients: Annotated[str, one_of(COEFFICIENTS)] = "polar_express"
     """Newton-Schulz polynomials: polar_express, quintic or cubic."""
-    ns_method: Annotated[str, one_of(METHODS)] = "auto"
-    """How Newton-Schulz is computed: auto, standard or gram."""
+    ns_method: Annotated[str, one_of(NS_METHODS)] = "auto"
+    """How Newton-Schulz is computed, auto, standard or gram; svd is exact instead, none only scales the momentum."""
     lr_scale: Annotated[str, one_of(LR_SCALES)] = "spectral"
     """Scale of Muon's update by shape: spectral, rms or none."""
     ns_before_momentum: bool = False
     """Orthogonalise each gradient and average the results, instead of orthogonalising the average."""
+    normalize_rows: bool = False
+    """Divide each row of Muon's update by the root of its running mean square, and keep the norm (NorMuon)."""
+    heads_per_matrix: Annotated[int, NOT_NEGATIVE] = 0
+    """Heads of q, k and v that Muon orthogonalises as one matrix; 0 = all of them."""
+    decay_rule: Annotated[str, one_of(DECAY_RULES)] = "plain"
+    """How Muon's weights decay: plain, cautious (where the update shrinks them) or hyperball (their norm is kept)."""
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     """Decoupled weight decay of the block matrices, times the learning rate per step."""
     decay_on: Literal["blocks", "matrices"] = "blocks"
@@ -181,7 +194,9 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
         raise BadInput("--resume needs the --name of the run to continue")
     if given.log == "tensorboard" and find_spec("tensorboard") is None:
         raise BadInput("--log tensorboard: the package is not installed; pip install tensorboard")
-    lr, adamw_lr = (NANO_LR if given.model in NANO else DEFAULT_LR)[given.optimizer]
+    check_optimizer(given)
+    rates = NANO_LR if given.model in NANO else DEFAULT_LR
+    lr, adamw_lr = rates.get(given.optimizer, rates["adamw"])  # a class of a file has given its own lr
     cuda = given.device == "cuda" or (given.device == "auto" and torch.cuda.is_available())
     if cuda and not torch.cuda.is_available():
         raise BadInput("--device cuda: this PyTorch sees no CUDA device")
@@ -194,7 +209,7 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
         "device": "cuda" if cuda else "cpu",
         "precision": given.precision if given.precision != "auto" else ("bf16" if bf16 else "fp32"),
         "data": given.data or default_data(given.model),
-        "name": given.name or f"{given.model}-{given.optimizer}-{given.seed}-{utc_time}",
+        "name": given.name or f"{given.model}-{class_name(given.optimizer)}-{given.seed}-{utc_time}",
     }
     nano = given.model in NANO
     if given.batch_tokens is None:
@@ -212,10 +227,18 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
         raise BadInput(str(wrong)) from None
 
     s = dataclasses.replace(s, muon_on=chosen_for_muon(s, config))
+    if s.heads_per_matrix and (s.heads % s.heads_per_matrix or s.kv_heads % s.heads_per_matrix):
+        heads = f"the {s.heads} heads and the {s.kv_heads} key/value heads"
+        raise BadInput(f"--heads-per-matrix {s.heads_per_matrix}: does not divide {heads}")
     try:
         ns_schedule(s.ns_steps)
     except ValueError as wrong:
         raise BadInput(f"--ns-steps {s.ns_steps}: {wrong}") from None
+    if is_own(s.optimizer) and not try_out(load_class(s.optimizer, s.optimizer_options), s.lr, torch.device(s.device)):
+        if rank.count > 1 or s.workers not in ("auto", 1):
+            words = "its step of one matrix depends on the others, so one process must have them all"
+            raise BadInput(f"--optimizer {s.optimizer}: {words}; use --workers 1, and no torchrun")
+        s = dataclasses.replace(s, workers=1)
     workers, threads = chosen_workers(s, rank, before)
     s = dataclasses.replace(s, workers=workers, threads=threads)
     ranks, what = rank.count * s.workers, "rank" if s.workers == 1 else "worker"
@@ -244,6 +267,28 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
     return s, config, shards
 
 
+def check_optimizer(s: Settings) -> None:
+    """BadInput unless the optimizer exists and its settings go together."""
+    if s.optimizer in NANO_LR:
+        if s.optimizer_options:
+            raise BadInput(
+                f"--optimizer-options: for a class of a file; --optimizer {s.optimizer} has flags of its own"
+            )
+    elif not is_own(s.optimizer):
+        raise BadInput(f"--optimizer {s.optimizer}: choose muon, adamw or FILE.py:CLASS")
+    elif s.lr is None:
+        raise BadInput(f"--optimizer {s.optimizer}: give its peak rate as --lr")
+    elif s.weight_decay:
+        raise BadInput(f"--weight-decay {s.weight_decay}: a class of a file takes it by --optimizer-options, if at all")
+    for field in ("normalize_rows", "heads_per_matrix", "decay_rule"):
+        if s.optimizer != "muon" and getattr(s, field) != getattr(Settings, field):
+            raise BadInput(f"--{field.replace('_', '-')}: only for --optimizer muon")
+    if s.decay_rule == "hyperball" and s.weight_decay:
+        raise BadInput(
+            f"--weight-decay {s.weight_decay}: --decay-rule hyperball keeps every matrix's norm; leave it at 0"
+        )
+
+
 def chosen_for_muon(s: Settings, config: ModelConfig) -> str:
     """--muon-on in one spelling; BadInput where it names what the model lacks, or nothing, or there is no Muon."""
     try:
@@ -252,8 +297,8 @@ def chosen_for_muon(s: Settings, config: ModelConfig) -> str:
         raise BadInput(f"--muon-on {wrong}") from None
     blocks = muon_names(BLOCKS, config)
     chosen = (BLOCKS, *names[len(blocks) :]) if names[: len(blocks)] == blocks else names
-    if s.optimizer == "adamw" and chosen != (BLOCKS,):
-        raise BadInput(f"--muon-on {','.join(chosen)}: --optimizer adamw trains nothing by Muon")
+    if s.optimizer != "muon" and chosen != (BLOCKS,):
+        raise BadInput(f"--muon-on {','.join(chosen)}: --optimizer {s.optimizer} trains nothing by Muon")
     return ",".join(chosen)
 
 
@@ -320,6 +365,10 @@ def compiled_code(s: Settings, config: ModelConfig, shards: Shards) -> str:
 def identity(s: Settings, shards: Shards) -> dict[str, Any]:
     """Every resolved setting under its flag's name, then the data: what config_hash is made of."""
     flags = {key: shown(value) if isinstance(value, Path) else value for key, value in vars(s).items()}
+    flags["optimizer_options"] = shlex.join(s.optimizer_options) or None
+    if is_own(s.optimizer):  # two files of one name are two optimizers
+        code = {"optimizer_code": load_class(s.optimizer, s.optimizer_options).code}
+        return flags | {"data_fingerprint": shards.fingerprint, **code, "vocab_size": shards.vocab_size}
     return flags | {"data_fingerprint": shards.fingerprint, "vocab_size": shards.vocab_size}
 
 
@@ -343,10 +392,11 @@ def describe(s: Settings, shards: Shards, model: Transformer, ranks: int, device
 
 def optimizer_options(s: Settings) -> dict[str, Any]:
     """The settings that `optim.build_optimizers` takes."""
-    muon = ("momentum", "nesterov", "ns_steps", "ns_coefficients", "ns_method", "lr_scale", "ns_before_momentum")
-    both = ("lr", "adamw_lr", "weight_decay", "decay_on", "muon_on", "adam_eps")
+    all_have = ("lr", "adamw_lr", "weight_decay", "decay_on", "muon_on", "adam_eps", "heads_per_matrix")
     first, _ = ns_schedule(s.ns_steps)[0]
-    return {key: getattr(s, key) for key in (*both, *muon)} | {"betas": (s.beta1, s.beta2), "ns_steps": first}
+    own = load_class(s.optimizer, s.optimizer_options) if is_own(s.optimizer) else None
+    found = {key: getattr(s, key) for key in (*all_have, *MUON_OPTIONS)}
+    return found | {"betas": (s.beta1, s.beta2), "ns_steps": first, "own": own}
 
 
 def chosen_kernels(flag: str, capability: tuple[int, int]) -> frozenset[str]:

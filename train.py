@@ -297,8 +297,8 @@ def train(
 
 
 def muon_step(s: Settings, config: ModelConfig, multiplier: float) -> MuonStep | None:
-    """What Muon makes its next update with."""
-    if s.optimizer != "muon":
+    """What Muon makes its next update with; None where it makes none, or none that can be measured."""
+    if s.optimizer != "muon" or s.decay_rule != "plain":  # else what Muon subtracted cannot be told from the decay
         return None
     return MuonStep(muon_names(s.muon_on, config), s.lr * multiplier, s.weight_decay, s.lr_scale)
 

@@ -30,7 +30,8 @@ PROJECTIONS = ("q", "k", "v", "o", "up", "down")  # the six that every dense mod
 
 
 def optimizer_name(optimizer: str) -> str:
-    return OPTIMIZER_NAMES.get(optimizer, optimizer)
+    """Of Muon, AdamW, or the class of FILE.py:CLASS."""
+    return OPTIMIZER_NAMES.get(optimizer, optimizer.rpartition(":")[2])
 
 
 def is_text(value: Any) -> bool:
@@ -202,7 +203,8 @@ class Run:
     def experiment(self) -> dict[str, Any]:
         """Everything but the seed that decides the result: runs that agree in it are repetitions."""
         kept = {key: value for key, value in self.settings().items() if key not in NOT_COMPARED}
-        return kept | {key: self.config.get(key) for key in ("data_fingerprint", "steps")}
+        code = {key: value for key, value in self.config.items() if key == "optimizer_code"}
+        return kept | code | {key: self.config.get(key) for key in ("data_fingerprint", "steps")}
 
     def projections(self) -> list[str]:
         return [name for name in PROJECTIONS if name in self._by_projection]

@@ -11,7 +11,7 @@ import errno
 import math
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,11 +21,12 @@ from torch import Tensor
 
 from engine.cli import BadInput, first_line
 from engine.files import CHECKPOINT, PREVIOUS_CHECKPOINT, sync_folder, writing, written
+from engine.own_optimizer import OwnOptimizer
 from engine.ranks import Sharding
 from engine.step import TrainingStep
+from kernels.optimizer import Muon, state_shapes
 
 Layout = list[list[list[Tensor]]]  # the parameters of each group of each optimizer
-STATE = {"Muon": ("momentum_buffer",), "AdamW": ("exp_avg", "exp_avg_sq")}  # tensors shaped like their parameter
 PARTS = {"model": dict, "optimizer": list, "step": int, "tokens": int, "loader": dict, "rng": dict, "config": dict}
 
 
@@ -106,15 +107,18 @@ def save_optimizers(
     """
     states = []
     for o, groups in zip(optimizers, layout, strict=True):
+        if isinstance(o, OwnOptimizer):
+            states.append(o.whole_state())
+            continue
         state: dict[int, dict[str, Tensor]] = {}
-        for number, p in enumerate(p for group in groups for p in group):
+        for number, (p, shapes) in enumerate(_kept(o, groups)):
             share = sharding.share_of[id(p)]
             mine = {} if share.own is None else o.state[share.own]
             steps = sharding.largest(float(mine.get("step", 0.0)) if mine else -1.0)
             if steps < 0:  # no rank has made a step
                 continue
             # Every rank sends its part; only rank 0, which writes, keeps the whole.
-            kept = {key: sharding.whole(share, mine.get(key)) for key in STATE[type(o).__name__]}
+            kept = {key: sharding.whole(share, mine.get(key), shape) for key, shape in shapes.items()}
             kept = {key: tensor.cpu() for key, tensor in kept.items()} if sharding.rank == 0 else {}
             if isinstance(o, torch.optim.AdamW):
                 kept["step"] = torch.tensor(steps)
@@ -128,25 +132,40 @@ def load_optimizers(
 ) -> None:
     """Give every optimizer this rank's part of what `save_optimizers` returned, on any number of ranks."""
     for o, groups, state in zip(optimizers, layout, states, strict=True):
+        if isinstance(o, OwnOptimizer):
+            o.load_whole_state(state)
+            continue
         mine: dict[int, dict[str, Tensor]] = {}
         place = 0
-        for number, p in enumerate(p for group in groups for p in group):
+        for number, (p, shapes) in enumerate(_kept(o, groups)):
             share = sharding.share_of[id(p)]
             if share.own is None:
                 continue
             if state["state"]:  # empty before the first step
-                _check_state(o, number, p, state["state"])
+                _check_state(o, number, shapes, state["state"])
                 mine[place] = {key: sharding.part(share, t) for key, t in state["state"][number].items()}
             place += 1
         o.load_state_dict({"state": mine, "param_groups": o.state_dict()["param_groups"]})
 
 
-def _check_state(o: torch.optim.Optimizer, number: int, p: Tensor, state: dict[int, dict[str, Tensor]]) -> None:
+def _kept(
+    o: torch.optim.Optimizer, groups: Sequence[Sequence[Tensor]]
+) -> Iterator[tuple[Tensor, dict[str, torch.Size]]]:
+    """Each parameter, and the tensors that its optimizer keeps for it, by name."""
+    for parameters, group in zip(groups, o.param_groups, strict=True):
+        for p in parameters:
+            moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), p.shape)
+            yield p, state_shapes(p.shape, group) if isinstance(o, Muon) else moments
+
+
+def _check_state(
+    o: torch.optim.Optimizer, number: int, shapes: dict[str, torch.Size], state: dict[int, dict[str, Tensor]]
+) -> None:
     """ValueError unless a checkpoint has the state of a parameter, in its shape."""
-    for key in STATE[type(o).__name__]:
+    for key, shape in shapes.items():
         found = state.get(number, {}).get(key)
-        if found is None or found.shape != p.shape:
-            raise ValueError(f"{type(o).__name__} has no {key} of shape {tuple(p.shape)} for parameter {number}")
+        if found is None or found.shape != shape:
+            raise ValueError(f"{type(o).__name__} has no {key} of shape {tuple(shape)} for parameter {number}")
 
 
 def save_checkpoint(folder: Path, contents: dict[str, Any], name: str = CHECKPOINT) -> None:

@@ -286,17 +286,17 @@ class Sharding:
             found.append(self.whole(share, own) if share.split else own.clone())
         return found
 
-    def whole(self, share: Share, own: Tensor | None) -> Tensor:
-        """A tensor like the parameter from every rank's tensor like its part of it."""
+    def whole(self, share: Share, own: Tensor | None, shape: Sequence[int] | None = None) -> Tensor:
+        """A tensor of the parameter's shape, or of one that is cut into units alike, from every rank's part of it."""
         if not share.split:
             return own
-        units = unit_view(share.parameter.detach())
+        whole = share.parameter.new_empty(share.parameter.shape if shape is None else shape)
+        units = unit_view(whole)
         mine = units.new_zeros(share.chunk, *units.shape[1:])
         if own is not None:
             mine[: len(own)] = own
         everybody = units.new_empty(self.world_size * share.chunk, *units.shape[1:])
         dist.all_gather_into_tensor(everybody, mine)
-        whole = torch.empty_like(share.parameter)
         share.unpad(everybody, whole)
         return whole
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from engine.compiling import prepare_compiling
 from engine.cpu import prepare_cpu
+from engine.own_optimizer import OwnOptimizer
 from engine.ranks import Sharding
 from engine.speed import Times
 
@@ -186,8 +187,12 @@ class TrainingStep:
         with torch.no_grad():
             for p, weight in zip(self.model.parameters(), weights, strict=True):
                 p.copy_(weight)
-            for tensor in (t for o in self.optimizers for state in o.state.values() for t in state.values()):
-                tensor.zero_()  # in place: a captured step keeps reading it
+            for o in self.optimizers:
+                if isinstance(o, OwnOptimizer):
+                    o.reset()
+                    continue
+                for tensor in (t for state in o.state.values() for t in state.values()):
+                    tensor.zero_()  # in place: a captured step keeps reading it
 
 
 @contextlib.contextmanager

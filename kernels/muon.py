@@ -155,10 +155,11 @@ def update_kernel(
     stride_ob,
     stride_or,
     stride_oc,
+    CAUTIOUS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """W <- (1 - lr weight_decay) W - lr scale[batch] O."""
+    """W <- (1 - lr weight_decay) W - lr scale[batch] O; CAUTIOUS decays only the entries where W O >= 0."""
     batch, _, offs_r, offs_c = place(blocks, COLS, BLOCK_R, BLOCK_C)
     inside = (offs_r < ROWS)[:, None] & (offs_c < COLS)[None, :]
     lr = tl.load(lr_ptr).to(tl.float32)
@@ -168,7 +169,10 @@ def update_kernel(
     o = tl.load(o_ptr + batch * stride_ob + offs_r[:, None] * stride_or + offs_c[None, :] * stride_oc, mask=inside).to(
         tl.float32
     )
-    w = w * (1.0 - lr * weight_decay) - lr * scale * o
+    decay = lr * weight_decay
+    if CAUTIOUS:
+        decay = tl.where(w * o >= 0.0, decay, 0.0)
+    w = w * (1.0 - decay) - lr * scale * o
     if tl.load(found_inf_ptr) == 0.0:
         tl.store(w_ptrs, w.to(w_ptr.dtype.element_ty), mask=inside)
 
@@ -252,9 +256,17 @@ def _gathered(partial: Tensor) -> Tensor:
     return torch.stack((greatest, total), dim=2)
 
 
-def launch_update(W: Tensor, update: Tensor, lr: Tensor, scale: Tensor, found_inf: Tensor, weight_decay: float) -> None:
+def launch_update(
+    W: Tensor,
+    update: Tensor,
+    lr: Tensor,
+    scale: Tensor,
+    found_inf: Tensor,
+    weight_decay: float,
+    cautious: bool = False,
+) -> None:
     """W <- (1 - lr weight_decay) W - lr scale update, in place, unless found_inf is not zero; lr and found_inf are 0-D
-    fp32 tensors, scale is (batch,)."""
+    fp32 tensors, scale is (batch,). `cautious` decays only the entries where W and update have one sign."""
     batch, rows, cols = W.shape
     block_r, block_c, blocks = _blocks(rows, cols)
     configs.launch(
@@ -271,6 +283,7 @@ def launch_update(W: Tensor, update: Tensor, lr: Tensor, scale: Tensor, found_in
         weight_decay,
         *W.stride(),
         *update.stride(),
+        CAUTIOUS=cautious,
         BLOCK_R=block_r,
         BLOCK_C=block_c,
         num_warps=4,

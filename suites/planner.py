@@ -19,6 +19,7 @@ import tyro
 
 from engine.cli import BadInput, Count
 from engine.identity import MEASUREMENT, NOT_LEARNED, config_hash
+from engine.own_optimizer import class_name
 from engine.ranks import Rank
 from settings import Settings, identity, resolve
 from suites.catalog import MOST_GROWTH, SUITES, Condition, Fields, grown, with_needs
@@ -98,7 +99,7 @@ class Planner:
         defaults = {f.name: f.default for f in dataclasses.fields(Settings)}
         words = [word for name, value in given.items() if value != defaults[name] for word in _flag(name, value)]
         return Job(
-            name=f"{resolved.model}-{resolved.optimizer}-{key[:10]}-seed{seed}",
+            name=f"{resolved.model}-{class_name(resolved.optimizer)}-{key[:10]}-seed{seed}",
             flags=tuple(words),
             steps=resolved.steps,
             tokens=resolved.tokens,
@@ -215,7 +216,7 @@ def _flag(name: str, value: Any) -> list[str]:
     flag = "--" + name.replace("_", "-")
     if isinstance(value, bool):
         return [flag if value else "--no-" + flag[2:]]
-    return [flag, str(value)]
+    return [flag, *map(str, value)] if isinstance(value, tuple) else [flag, str(value)]
 
 
 def unique(planned: Sequence[Planned]) -> list[Job]:

@@ -32,7 +32,7 @@ from suites.catalog import AS_WRITTEN, OPTIMIZERS, Condition, Suite
 TOLERANCES = (0.01, 0.05)  # shares of the best loss by which a good rate may miss it
 # Settings without a meaning for one of the two optimizers.
 NOT_SHARED = {"optimizer", "lr", "momentum", "nesterov", "ns_steps", "ns_coefficients", "ns_method", "lr_scale"}
-NOT_SHARED |= {"muon_on", "ns_before_momentum"}
+NOT_SHARED |= {"muon_on", "ns_before_momentum", "normalize_rows", "decay_rule", "heads_per_matrix", "optimizer_options"}
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,9 @@ class Results:
         return min(found, key=lambda o: o.loss, default=None)
 
     def optimizers(self) -> list[str]:
-        return [name for name in OPTIMIZERS if any(o.optimizer == name for o in self.outcomes)]
+        """Muon, AdamW, then others, as far as they have conditions."""
+        found = {o.optimizer for o in self.outcomes}
+        return [name for name in OPTIMIZERS if name in found] + sorted(found.difference(OPTIMIZERS))
 
     def tolerance(self, optimizer: str, share: float) -> Tolerance | None:
         """Of a suite that varies the learning rate."""

@@ -114,6 +114,12 @@ def test_orthogonalize_through_the_kernels_agrees_with_fp32(shape, method, monke
         ((9, 2, 3, 2, 2), {"flatten": True}),
         ((2, 40, 24), {"ns_before_momentum": True, "transposed": (False, True)}),
         ((12, 5, 3, 2), {"flatten": True, "row_splits": (8, 4), "ns_before_momentum": True, "nesterov": False}),
+        ((2, 40, 24), {"ns_method": "svd", "transposed": (False, True)}),
+        ((2, 40, 24), {"ns_method": "none", "ns_before_momentum": True}),
+        ((2, 40, 24), {"ns_method": "none", "decay_rule": "cautious"}),  # in fp32: a sign decides
+        ((3, 40, 24), {"normalize_rows": True, "transposed": (False, True, True), "row_blocks": (4, 1, 1)}),
+        ((12, 5, 3, 2), {"flatten": True, "row_splits": (8, 4), "normalize_rows": True}),
+        ((2, 40, 24), {"decay_rule": "hyperball", "weight_decay": 0.0, "row_splits": (24, 16)}),
     ],
 )
 def test_the_fused_step_agrees_with_the_reference_step(shape, options, monkeypatch):

@@ -162,10 +162,11 @@ def test_newton_schulz_before_momentum_is_the_documents_loop_at_a_rate_scaled_by
     np.testing.assert_allclose(bank.detach().numpy(), expected, rtol=0, atol=1e-5)
 
 
-def test_muon_takes_a_state_that_was_saved_before_the_option():
+def test_muon_takes_a_state_that_was_saved_before_its_options():
     optimizer = Muon([torch.nn.Parameter(torch.randn(4, 6))])
     state = optimizer.state_dict()
-    del state["param_groups"][0]["ns_before_momentum"]
+    for option in ("ns_before_momentum", "normalize_rows", "decay_rule", "row_blocks"):
+        del state["param_groups"][0][option]
     optimizer.load_state_dict(state)
     optimizer.param_groups[0]["params"][0].grad = torch.randn(4, 6)
     optimizer.step()
