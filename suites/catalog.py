@@ -1,4 +1,4 @@
-"""The experiments of the five documents, each a function from a scale to named conditions.
+"""The experiments of the five documents, each a function from a scale to named conditions; suites/fair.py adds ours.
 
     conditions = SUITES["moe-momentum"].plan(SCALES["nano"], winners)
 

@@ -163,7 +163,7 @@ def trial_findings(results: Results) -> list[str]:
         near = trials_needed(values, 1.01 * values.min())
         sentences.append(
             f"{arm}: best of {n} trials {values.min():.4f}, {failed} diverged; expected {after}; within 1 % of its "
-            f"best after {near}."
+            f"best after {counted(near, 'trial')}."
         )
     for arm, values in own.items():
         for other, theirs in own.items():
@@ -264,6 +264,16 @@ def chapters(results: Results, known: Mapping[str, Results], pictures: Sequence[
             conditions.append(Section("Fairness", fairness))
         found.append(Chapter("Conditions", conditions))
     return [chapter for chapter in found if chapter.items]
+
+
+def flags(results: Results, known: Mapping[str, Results]) -> str:
+    """The flags that repeat a fight."""
+    trials = known[TRIALS]
+    steps = {run.config["steps"] for run in trials.runs()}
+    words = [f"--arms {' '.join(trials.arms())}", f"--trials {len(trials.of_arm(trials.arms()[0]))}"]
+    words += [f"--steps {step}" for step in steps]
+    seeds = sorted({run.config["seed"] for run in results.runs()})
+    return " ".join([*words, "--seeds", *map(str, seeds)])
 
 
 def drawings(results: Results, known: Mapping[str, Results]) -> list[Drawing]:

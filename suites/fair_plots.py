@@ -34,8 +34,8 @@ def _handles(colors: dict[str, str]) -> list[Line2D]:
 @captioned(
     "The best loss to expect after k trials",
     "Lower is better, and flatter is easier to tune. The line is exact: the mean, over all choices of k of the trials, "
-    "of the least loss. The band is a 95 % bootstrap over trials; near the right end, where the few best trials "
-    "decide, it is too narrow. A diverged trial counts as the worst of all.",
+    "of the least loss. The band is a 95 % bootstrap over trials, which cannot fall below the best of them: at the "
+    "right end it is too narrow. A diverged trial counts as the worst of all.",
 )
 def tuning_curves(results: Results) -> Figure:
     """Expected least loss of k trials, by arm."""
@@ -97,7 +97,7 @@ def _panel(
     for low, high in ((0, EDGE), (1 - EDGE, 1)):
         ax.axvspan(low, high, color="#dddddd", linewidth=0, zorder=0)
     ax.set_xlim(-0.03, 1.03)
-    ax.set_xticks((0, 0.5, 1), [_words(axis, place) for place in (0, 0.5, 1)])
+    ax.set_xticks((0, 0.5, 1), [_words(axis, place) for place in (0, 0.5, 1)], fontsize=8)
 
 
 def _words(axis: Axis, place: float) -> str:
@@ -129,14 +129,16 @@ def fight_curves(results: Results) -> Figure:
         ax.set_title(way)
         ax.set_xlim(left=0)
         ax.xaxis.set_major_locator(MaxNLocator(5))
-    reference = results.outcome(f"{results.arms()[0]}, {EQUAL_TOKENS}")
+    handles, reference = _handles(colors), results.outcome(f"{results.arms()[0]}, {EQUAL_TOKENS}")
     if reference is not None and math.isfinite(reference.loss):
-        axes[0].axhline(reference.loss, color="#555555", linewidth=1, linestyle=(0, (4, 3)))
+        dashed = {"color": "#555555", "linewidth": 1, "linestyle": (0, (4, 3))}
+        axes[0].axhline(reference.loss, **dashed)
+        handles.append(Line2D([], [], **dashed, label=f"{reference.arm}'s mean final loss, {reference.loss:.3f}"))
     low = min(finals)
     axes[0].set_ylim(low - 0.03 * (max(starts) - low), low + 0.45 * (max(starts) - low))
     axes[0].set_ylabel("validation loss (nats per token)")
     axes[0].set_xlabel("training tokens")
     axes[0].xaxis.set_major_formatter(EngFormatter(sep=""))
     axes[1].set_xlabel("training time (s)")
-    legend_below(figure, _handles(colors))
+    legend_below(figure, handles)
     return figure

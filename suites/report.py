@@ -243,10 +243,12 @@ def build_page(
     if alone:
         chapters += suite_chapters(results[0], known, pictures[results[0].name])
     suite = results[0].name if alone else "everything"
+    fair = alone and suite in fair_page.FINDINGS
+    flags = f" {fair_page.flags(results[0], known)}" if fair else ""
     made = [
         f"Runs: {finished} finished, {hours:.1f} hours of training in all on {', '.join(devices)}.",
         f"Commits: {', '.join(commits)}. Each run's config.json has its settings, versions and data fingerprint.",
-        f"To repeat: python experiments.py run {suite} --scale {scale}",
+        f"To repeat: python experiments.py run {suite} --scale {scale}{flags}",
     ]
     chapters.append(Chapter("Provenance", [Section("Origin of these numbers", made)]))
     return Page(
@@ -255,7 +257,7 @@ def build_page(
         lead=[*_verdict_lists(judged), f"Finished runs: {finished}, in {counted(len(results), 'suite')}."],
         tiles=[],
         summary=summary,
-        notes=fair_page.NOTES if alone and results[0].name in fair_page.FINDINGS else NOTES,
+        notes=fair_page.NOTES if fair else NOTES,
         warnings=warnings,
         chapters=chapters,
     )

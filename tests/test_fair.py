@@ -216,9 +216,10 @@ def test_both_pages_have_the_numbers(fight, planner, tmp_path, no_drawing):
     pairs = [min(a, b, worst) for a, b in itertools.combinations(losses, 2)]
     assert f"{np.mean(pairs):.4f} (" in page  # the column best of 2
     assert "compute multiplier of muon 1." in page
-    assert "adamw: 25,600 tokens/s in the trials, so 160 steps in equal time; they took 12.80 s" in page
+    assert "adamw: 800 tokens/s in the trials, so 160 steps in equal time; they took 12.80 s" in page
     plots = {path.name for path in (tmp_path / "runs/report/plots").iterdir()}
     assert plots == {"fair-fight_curves.png", "fair-trials_tuning.png", "fair-trials_settings.png"}
+    assert "run fair-fight --scale nano --arms adamw muon --trials 16 --steps 128 --seeds 1 2 3 4" in page
     assert not (tmp_path / "runs/report/power.json").exists()  # of the claims, as it was
     assert fight("report", TRIALS, "--trials", 16)[0] == 0
     assert "Who wins" not in (tmp_path / "runs/report/report.md").read_text()
