@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from suites import fair_page, launcher
 from suites.arms import ARMS, Arm, Axis, draw
 from suites.catalog import SUITES
 from suites.fair import FIGHT, TRIALS, equal_time
-from suites.planner import Planner, Selection
+from suites.planner import Planner, Selection, unique
 from suites.scales import SCALES
 from suites.tuning import band, effect, expected_best, trials_needed
 from tests.test_suites import winners
@@ -39,6 +40,7 @@ def test_axes_are_even_in_what_they_say():
     assert Axis(0.01, 1.0).value(0.5) == pytest.approx(0.1)
     assert Axis(0.0, 0.3, "value").value(0.5) == pytest.approx(0.15)
     assert Axis(0.9, 0.999, "log of 1 - value").value(0.5) == pytest.approx(0.99)
+    assert Axis(0.9, 0.999, "log of 1 - value").value(0.9) == pytest.approx(1 - 0.00158, abs=1e-9)
     assert Axis(0.9, 0.999, "log of 1 - value").place(0.99) == pytest.approx(0.5)
     edges = [Axis(0.01, 1.0).on_edge(value) for value in (0.0119, 0.0135, 0.75, 0.85)]
     assert edges == [True, False, False, True]
@@ -151,30 +153,37 @@ def fight(tmp_path, shards_folder, run_main, monkeypatch):
     return run
 
 
-@pytest.fixture
-def planner(tmp_path, shards_folder):
-    return lambda **chosen: Planner(
-        Selection(suite=FIGHT, scale="nano", runs_dir=tmp_path / "runs", data=shards_folder, **chosen)
-    )
+def plan_of(runs, shards_folder, **chosen):
+    return Planner(Selection(suite=FIGHT, scale="nano", runs_dir=runs, data=shards_folder, **chosen))
 
 
-FLAGS, SAME = ("--trials", 16, "--seeds", 1, 2, 3, 4), {"trials": 16, "seeds": (1, 2, 3, 4)}
+FLAGS, SAME = ("--trials", 8, "--seeds", 1, 2, 3, 4), {"trials": 8, "seeds": (1, 2, 3, 4)}
 
 
-def test_a_fight_is_trained_in_two_stages_and_each_arm_fights_with_its_best_trial(fight, planner):
+@pytest.fixture(scope="module")
+def fought(tmp_path_factory, shards_folder):
+    """The folder of a fight that is over."""
+    runs = tmp_path_factory.mktemp("fought")
+    for name in (TRIALS, FIGHT):
+        for job in unique(plan_of(runs, shards_folder, **SAME).plan(name)):
+            fake_training(job)
+    return runs
+
+
+def test_a_fight_is_trained_in_two_stages_and_each_arm_fights_with_its_best_trial(fight, tmp_path, shards_folder):
     code, out, err, trained = fight("run", FIGHT, *FLAGS)
     assert code == 1, err  # some trials have diverged
     assert [line for line in out.splitlines() if line.endswith("to go")] == [
-        "fair-trials: 32 runs, 32 to go",
+        "fair-trials: 16 runs, 16 to go",
         "fair-fight: 12 runs, 12 to go",  # Muon's runs of equal time are those of equal tokens
     ]
-    assert len(trained) == len(set(trained)) == 44
+    assert len(trained) == len(set(trained)) == 28
     fight("run", FIGHT, *FLAGS)
-    assert len(trained) == 44
-    plan = planner(**SAME)
+    assert len(trained) == 28
+    plan = plan_of(tmp_path / "runs", shards_folder, **SAME)
     assert plan.seeds(TRIALS) == (0,)
     for name, muon in (("muon", True), ("adamw", False)):
-        kept = [t for t in draw(ARMS[name], 16) if not muon or t["lr"] <= 0.15]
+        kept = [t for t in draw(ARMS[name], 8) if not muon or t["lr"] <= 0.15]
         best = min(kept, key=lambda t, muon=muon: loss_above_best(muon, t["lr"], t["weight_decay"]))
         for p in plan.plan(FIGHT):
             if p.condition.arm == name:
@@ -183,9 +192,8 @@ def test_a_fight_is_trained_in_two_stages_and_each_arm_fights_with_its_best_tria
     assert (steps["adamw, equal tokens"], steps["adamw, equal time"], steps["muon, equal time"]) == (128, 160, 128)
 
 
-def test_the_ways_to_win_are_paired_and_corrected_together(fight, planner):
-    fight("run", FIGHT, *FLAGS)
-    results = planner(**SAME).results(FIGHT)
+def test_the_ways_to_win_are_paired_and_corrected_together(fought, shards_folder):
+    results = plan_of(fought, shards_folder, **SAME).results(FIGHT)
     by_name = {way.name: way for way in fair_page.ways(results)}
     mine, theirs = (results.outcome(f"{arm}, equal tokens").losses() for arm in ("muon", "adamw"))
     gaps = np.array([mine[seed] - theirs[seed] for seed in (1, 2, 3, 4)])
@@ -203,43 +211,44 @@ def test_the_ways_to_win_are_paired_and_corrected_together(fight, planner):
         assert by_name[name].ratio() == pytest.approx(tuple(bounds), rel=1e-6)
 
 
-def test_both_pages_have_the_numbers(fight, planner, tmp_path, no_drawing):
-    fight("run", FIGHT, *FLAGS)
-    code, _, err, _ = fight("report", FIGHT, *FLAGS)
+def test_both_pages_have_the_numbers(fought, shards_folder, run_main, tmp_path, no_drawing):
+    where = ("--scale", "nano", "--runs-dir", fought, "--data", shards_folder, "--out", tmp_path)
+    code, _, err = run_main(experiments.main, "report", FIGHT, *where, *FLAGS)
     assert code == 0, err
-    page, trials = (tmp_path / "runs/report/report.md").read_text(), planner(**SAME).results(TRIALS)
-    failed = sum(trial["lr"] > 0.15 for trial in draw(ARMS["muon"], 16))
+    page, trials = (tmp_path / "report.md").read_text(), plan_of(fought, shards_folder, **SAME).results(TRIALS)
+    failed = sum(trial["lr"] > 0.15 for trial in draw(ARMS["muon"], 8))
     assert failed
-    assert f"muon: best of 16 trials {trials.best('muon').loss:.4f}, {failed} diverged" in page
+    assert f"muon: best of 8 trials {trials.best('muon').loss:.4f}, {failed} diverged" in page
     losses = [o.loss if math.isfinite(o.loss) else math.inf for o in trials.of_arm("muon")]
     worst = max(o.loss for o in trials.outcomes if math.isfinite(o.loss))
     pairs = [min(a, b, worst) for a, b in itertools.combinations(losses, 2)]
     assert f"{np.mean(pairs):.4f} (" in page  # the column best of 2
     assert "compute multiplier of muon 1." in page
     assert "adamw: 800 tokens/s in the trials, so 160 steps in equal time; they took 12.80 s" in page
-    plots = {path.name for path in (tmp_path / "runs/report/plots").iterdir()}
+    plots = {path.name for path in (tmp_path / "plots").iterdir()}
     assert plots == {"fair-fight_curves.png", "fair-trials_tuning.png", "fair-trials_settings.png"}
-    assert "run fair-fight --scale nano --arms adamw muon --trials 16 --steps 128 --seeds 1 2 3 4" in page
-    assert not (tmp_path / "runs/report/power.json").exists()  # of the claims, as it was
-    assert fight("report", TRIALS, "--trials", 16)[0] == 0
-    assert "Who wins" not in (tmp_path / "runs/report/report.md").read_text()
+    assert "run fair-fight --scale nano --arms adamw muon --trials 8 --steps 128 --seeds 1 2 3 4" in page
+    assert not (tmp_path / "power.json").exists()  # of the claims, as it was
+    assert run_main(experiments.main, "report", TRIALS, *where, "--trials", 8)[0] == 0
+    assert "Who wins" not in (tmp_path / "report.md").read_text()
 
 
-def test_a_diverged_fighter_is_counted_and_not_tested(fight, planner, tmp_path):
-    fight("run", FIGHT, *FLAGS)
+def test_a_diverged_fighter_is_counted_and_not_tested(fought, shards_folder, tmp_path):
+    shutil.copytree(fought, tmp_path / "runs")
     for path in (tmp_path / "runs").glob("*-seed2/summary.json"):
         if json.loads((path.parent / "config.json").read_text())["optimizer"] == "muon":
             path.write_text('{"status": "failed", "reason": "the loss is not finite"}')
-    results = planner(**SAME).results(FIGHT)
+    results = plan_of(tmp_path / "runs", shards_folder, **SAME).results(FIGHT)
     assert {way.winner for way in fair_page.ways(results)} == {"open"}
     assert "equal tokens: 1 run of muon and adamw diverged, so no test." in fair_page.fight_findings(results)
 
 
-def test_arms_that_share_an_optimizer_are_told_apart(fight, planner, monkeypatch):
+def test_arms_that_share_an_optimizer_are_told_apart(fight, tmp_path, shards_folder, monkeypatch):
     plain = Arm("muon-plain", {"optimizer": "muon", "nesterov": False}, ARMS["muon"].space)
     monkeypatch.setitem(ARMS, plain.name, plain)
     fight("run", FIGHT, "--arms", "muon-plain", "muon", "--trials", 4, "--seeds", 1, 2, "--steps", 32)
-    results = planner(trials=4, seeds=(1, 2), steps=32, arms=("muon-plain", "muon")).results(FIGHT)
+    chosen = {"trials": 4, "seeds": (1, 2), "steps": 32, "arms": ("muon-plain", "muon")}
+    results = plan_of(tmp_path / "runs", shards_folder, **chosen).results(FIGHT)
     assert [o.condition.fields.get("nesterov", True) for o in results.outcomes] == [False, True, False, True]
     assert results.outcomes[1].condition.versus == "muon-plain, equal tokens"
     assert fair_page.ways(results)[0].test.difference == pytest.approx(-0.5)
