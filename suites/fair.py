@@ -29,10 +29,11 @@ VALIDATIONS = 16  # of a run of the fight, so that the time to a loss is read fr
 def fair_trials(scale: Scale, winners: Winners) -> list[Condition]:
     fight = scale.fight
     base = {**fight.fields, **fight.budget(fight.steps, validations=1)}
-    return [
-        Condition(f"{name} {i:02d}", {**base, **ARMS[name].fixed, **drawn}, arm=name)
+    drawn = {name: draw(ARMS[name], fight.trials) for name in fight.arms}
+    return [  # arms in turns, so that a machine that slows down does so for all
+        Condition(f"{name} {i + 1:02d}", {**base, **ARMS[name].fixed, **drawn[name][i]}, arm=name)
+        for i in range(fight.trials)
         for name in fight.arms
-        for i, drawn in enumerate(draw(ARMS[name], fight.trials), start=1)
     ]
 
 
