@@ -24,7 +24,7 @@ from suites import power_table
 from suites.catalog import MOST_GROWTH, SUITES, with_needs
 from suites.cost import minutes
 from suites.launcher import OVER, Interrupted, Job, LaterStages, free_slots, is_held, run_here, submit
-from suites.planner import NotYet, Planner, Selection, UnknownRates, unique
+from suites.planner import NotYet, Planner, Selection, Unknown, unique
 from suites.scales import SCALES
 
 
@@ -72,11 +72,12 @@ def list_suites(arguments: ListArguments) -> None:
         suite = SUITES[name]
         needs = f"  needs {', '.join(suite.needs)}" if suite.needs else ""
         scale = SCALES[arguments.scale]
-        conditions = suite.plan(scale, lambda other, optimizer: UnknownRates())
+        conditions = suite.plan(scale, Unknown())
         count = len(suite.seeds_at(scale))
         seeds = f"{count} seed{'s' * (count > 1)}"
         print(f"{name:18} {suite.source}  {suite.question}")
-        print(f"{'':22} {len(conditions)} conditions x {seeds}{needs}")
+        apart = "" if suite.of_a_document else "  not in everything"
+        print(f"{'':22} {len(conditions)} conditions x {seeds}{needs}{apart}")
 
 
 def run(arguments: RunArguments) -> int:

@@ -1,4 +1,4 @@
-"""The experiments of the five documents, each a function from a scale to named conditions.
+"""The experiments of the five documents, each a function from a scale to named conditions; suites/fair.py adds ours.
 
     conditions = SUITES["moe-momentum"].plan(SCALES["nano"], winners)
 
@@ -11,25 +11,43 @@ written" have a document's own settings.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from suites import documents
 from suites.scales import Fields, Scale
 
-Winners = Callable[[str, str], Fields]  # (suite, optimizer) -> the settings of its best condition
+
+class Winners(Protocol):
+    """What the finished runs of other suites have shown; an arm is an optimizer, or what `Condition.arm` names."""
+
+    def __call__(self, suite: str, arm: str) -> Fields:
+        """The settings of the arm's best condition."""
+        ...
+
+    def seconds_per_token(self, suite: str, arm: str) -> float:
+        """Training seconds, the median over the arm's runs."""
+        ...
+
 
 OPTIMIZERS = ("muon", "adamw")
 AS_WRITTEN = "as written"  # ends the name of a condition with the settings of a document
+OURS = "ours"  # the source of suites that repeat no document
 MOST_GROWTH = 2  # rates beyond each optimizer's grid, while the best is on its edge
 
 
 @dataclass(frozen=True)
 class Condition:
-    """Named settings, and the condition of the same suite against which they are tested."""
+    """Named settings, and the condition of the same suite against which they are tested. `arm` tells apart what shares
+    an optimizer (default: the optimizer)."""
 
     name: str
     fields: Fields
     versus: str | None = None
+    arm: str | None = None
+
+    @property
+    def side(self) -> str:
+        return self.arm or str(self.fields["optimizer"])
 
 
 @dataclass(frozen=True)
@@ -38,7 +56,8 @@ class Suite:
 
     Claims compare it with the runs of the suites `beside` it, which a report reads too where they are there.
     `extra_tests` counts the tests that claims make on its runs beyond its own pairs; every correction includes them.
-    `claimed`: a claim of a document hangs on it. `confirms`: other seeds than its own chose its settings.
+    `claimed`: a claim of a document hangs on it. `confirms`: other seeds than its own chose its settings. `one_seed`:
+    it spends its runs on settings instead of seeds.
     """
 
     name: str
@@ -51,8 +70,16 @@ class Suite:
     confirms: bool
     beside: tuple[str, ...]
     plan: Callable[[Scale, Winners], list[Condition]]
+    one_seed: bool = False
+
+    @property
+    def of_a_document(self) -> bool:
+        """Whether `everything` includes it."""
+        return self.source in documents.WRITTEN
 
     def seeds_at(self, scale: Scale) -> tuple[int, ...]:
+        if self.one_seed:
+            return scale.sweep_seeds[:1]
         return scale.fresh_seeds if self.confirms else scale.claim_seeds if self.claimed else scale.sweep_seeds
 
 
@@ -73,11 +100,13 @@ def suite(
     claimed: bool = True,
     confirms: bool = False,
     beside: tuple[str, ...] = (),
+    one_seed: bool = False,
 ) -> Callable[[Plan], Plan]:
     """Register a function as a suite."""
 
     def register(plan: Plan) -> Plan:
-        SUITES[name] = Suite(name, source, question, varies, needs, extra_tests, claimed, confirms, beside, plan)
+        rest = (needs, extra_tests, claimed, confirms, beside, plan, one_seed)
+        SUITES[name] = Suite(name, source, question, varies, *rest)
         return plan
 
     return register

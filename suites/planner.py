@@ -13,20 +13,21 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from engine.cli import BadInput, Count
+from engine.cli import AT_LEAST_1, BadInput, Count, Limit
 from engine.identity import MEASUREMENT, NOT_LEARNED, config_hash
 from engine.own_optimizer import class_name
 from engine.ranks import Rank
 from settings import Settings, identity, resolve
 from suites.catalog import MOST_GROWTH, SUITES, Condition, Fields, grown, with_needs
 from suites.cost import run_seconds
+from suites.fair import FIGHT, TRIALS, chosen_fight
 from suites.launcher import OVER, Job, LaterStages
 from suites.results import Results
-from suites.scales import SCALES
+from suites.scales import SCALES, Scale
 
 EVERYTHING = "everything"
 # Settings that are newer than published runs, at the value those runs have: left out of the hash, so names stay;
@@ -39,7 +40,7 @@ class Selection:
     """Selects runs and their folder."""
 
     suite: tyro.conf.Positional[str]
-    """Choose a suite of `list`, or everything."""
+    """Choose a suite of `list`, or everything: those that repeat a document."""
     scale: Literal["full", "nano"] = "full"
     """Use the documents' sizes, or the same experiments on a model for two CPU cores."""
     only: str | None = None
@@ -49,6 +50,12 @@ class Selection:
     suite confirms what they chose."""
     tokens: Count | None = None
     """Train every run on this many tokens, for a first look; such runs have names of their own."""
+    arms: tuple[str, ...] | None = None
+    """Let these arms of suites/arms.py fight, the first as the reference (fair-fight; default: adamw muon)."""
+    trials: Annotated[int, Limit("must be at least 4", lambda value: value >= 4)] | None = None
+    """Draw so many settings for each arm (fair-fight; default: 32)."""
+    steps: Annotated[int, AT_LEAST_1] | None = None
+    """Train each trial, and the slowest arm of the fight, for so many steps (fair-fight; default: the scale's)."""
     data: Path | None = None
     """Read this folder of token shards (default: the embedded shards that make speedrun builds)."""
     runs_dir: Path | None = None
@@ -61,7 +68,19 @@ class Selection:
     def suites(self) -> list[str]:
         if self.suite != EVERYTHING and self.suite not in SUITES:
             raise BadInput(f"{self.suite}: no such suite; choose from {', '.join(SUITES)} or {EVERYTHING}")
-        return list(SUITES) if self.suite == EVERYTHING else [self.suite]
+        everything = [name for name, suite in SUITES.items() if suite.of_a_document]
+        return everything if self.suite == EVERYTHING else [self.suite]
+
+    def scaled(self) -> Scale:
+        """The scale, with the fight that the flags choose."""
+        given = {flag: getattr(self, flag) for flag in ("arms", "trials", "steps")}
+        used = [flag for flag, value in given.items() if value is not None]
+        ours = self.suite in (TRIALS, FIGHT)
+        if used and not ours:
+            raise BadInput(f"--{used[0]}: belongs to {TRIALS} and {FIGHT}, not to {self.suite}")
+        if ours and self.tokens is not None:
+            raise BadInput(f"--tokens: {self.suite} counts its budget in --steps")
+        return dataclasses.replace(SCALES[self.scale], fight=chosen_fight(SCALES[self.scale].fight, **given))
 
 
 class NotYet(BadInput):
@@ -80,7 +99,8 @@ class Planner:
     """Plans suites; one that uses the winners of another can be planned when the runs of that one are over."""
 
     def __init__(self, chosen: Selection) -> None:
-        self.chosen, self.scale = chosen, SCALES[chosen.scale]
+        chosen.suites()  # refuses an unknown one
+        self.chosen, self.scale = chosen, chosen.scaled()
 
     @functools.cache  # noqa: B019  one planner per command
     def job(self, fields: tuple[tuple[str, Any], ...], seed: int) -> Job:
@@ -109,7 +129,7 @@ class Planner:
 
     def plan(self, name: str) -> list[Planned]:
         """The conditions of a suite with their runs; NotYet if a suite that it needs has runs to go."""
-        conditions = SUITES[name].plan(self.scale, self.winner)
+        conditions = SUITES[name].plan(self.scale, Measured(self))
         if self._narrowed(name):
             conditions = [c for c in conditions if fnmatch.fnmatchcase(c.name, self.chosen.only)]
             if not conditions and self.chosen.suite != EVERYTHING:
@@ -147,7 +167,7 @@ class Planner:
         """Which rates a sweep has beyond its grid; empty where it has none."""
         if not self.grows(name):
             return ""
-        before = {c.name for c in SUITES[name].plan(self.scale, self.winner)}
+        before = {c.name for c in SUITES[name].plan(self.scale, Measured(self))}
         more = [p.condition.name for p in self.plan(name) if p.condition.name not in before]
         return f"  {name}: the best rate was on the edge of the grid, so also {', '.join(more)}" if more else ""
 
@@ -160,7 +180,7 @@ class Planner:
         everything = self.chosen.suite == EVERYTHING
         exact = suite.confirms == (False if everything else SUITES[self.chosen.suite].confirms)
         others = (seed for seed in itertools.count() if seed not in given)
-        return given if exact else tuple(itertools.islice(others, len(given)))
+        return given if exact else tuple(itertools.islice(others, 1 if suite.one_seed else len(given)))
 
     def missing_corpora(self) -> list[str]:
         """A sentence for each document whose corpus is not there, so that its suites train on other text."""
@@ -181,27 +201,32 @@ class Planner:
         return Results.load(SUITES[name], [(p.condition, {j.folder: j.state() for j in p.jobs}) for p in planned])
 
     @functools.cache  # noqa: B019
-    def winner(self, name: str, optimizer: str) -> Fields:
-        """The settings of the suite's condition with the least mean loss; NotYet until all its runs are over."""
-        planned = [p for p in self.plan(name) if p.condition.fields["optimizer"] == optimizer]
+    def winner(self, name: str, arm: str) -> Fields:
+        """The settings of the arm's condition with the least mean loss; NotYet until all its runs are over."""
+        planned = [p for p in self.plan(name) if p.condition.side == arm]
         if not planned:
             raise BadInput(
-                f"--only {self.chosen.only}: leaves no run of {optimizer} in {name}, but its best setting is needed"
+                f"--only {self.chosen.only}: leaves no run of {arm} in {name}, but its best setting is needed"
             )
         to_go = [job.name for p in planned for job in p.jobs if job.state() not in OVER]
         if to_go:
             raise NotYet(f"{name}: {to_go[0]} has not finished, and its best setting is needed")
-        best = self.results(name).best(optimizer)
+        best = self.results(name).best(arm)
         if best is None:
-            raise BadInput(f"{name}: every setting of {optimizer} has a failed run, so there is no best one")
+            raise BadInput(f"{name}: every setting of {arm} has a failed run, so there is no best one")
         return best.condition.fields
+
+    def seconds_per_token(self, name: str, arm: str) -> float:
+        """Training seconds, the median over the arm's finished runs."""
+        self.winner(name, arm)  # so all runs are over, and some have finished
+        return self.results(name).seconds_per_token(arm)
 
     def estimate(self, stages: Sequence[Sequence[str]]) -> LaterStages:
         """The size of stages whose settings are not known yet. Runs that suites share count once."""
         defaults = {f.name: f.default for f in dataclasses.fields(Settings)}
         runs: dict[tuple, Fields] = {}
         for name in (name for stage in stages for name in stage):
-            for condition in SUITES[name].plan(self.scale, lambda suite, optimizer: UnknownRates()):
+            for condition in SUITES[name].plan(self.scale, Unknown()):
                 settings = tuple(sorted((k, str(v)) for k, v in {**defaults, **condition.fields}.items()))
                 runs |= {(settings, seed): condition.fields for seed in self.seeds(name)}
         tokens = [self.chosen.tokens or fields["tokens"] for fields in runs.values()]
@@ -222,6 +247,29 @@ def _flag(name: str, value: Any) -> list[str]:
 def unique(planned: Sequence[Planned]) -> list[Job]:
     """Each run once, in the order of the plan."""
     return list({job.name: job for p in planned for job in p.jobs}.values())
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What plans are given as `catalog.Winners`."""
+
+    planner: Planner
+
+    def __call__(self, suite: str, arm: str) -> Fields:
+        return self.planner.winner(suite, arm)
+
+    def seconds_per_token(self, suite: str, arm: str) -> float:
+        return self.planner.seconds_per_token(suite, arm)
+
+
+class Unknown:
+    """The same before any run."""
+
+    def __call__(self, suite: str, arm: str) -> Fields:
+        return UnknownRates()
+
+    def seconds_per_token(self, suite: str, arm: str) -> float:
+        return 1.0
 
 
 class UnknownRates(dict[str, Any]):

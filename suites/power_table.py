@@ -72,9 +72,10 @@ def key(claim: Claim) -> str:
 
 
 def write(results: Mapping[str, Results], path: Path) -> None:
-    """power.json of every claim whose suite is among `results`."""
+    """power.json of every claim whose suite is among `results`; where there is none, the file stays as it is."""
     contents = {key(claim): claim_power(claim, results) for claim in CLAIMS if claim.suite in results}
-    files.write_json(path, contents)
+    if contents:
+        files.write_json(path, contents)
 
 
 def _shown(folder: Path) -> Path:

@@ -18,7 +18,7 @@ from analysis.questions import answers
 from analysis.runs import optimizer_name
 from analysis.stats import Contrast, p_words
 from engine.cli import BadInput, make_folder
-from suites import documents, power_table
+from suites import documents, fair_page, power_table
 from suites.advice import HOLDS, NOT, OPEN, Advice, advice, effects, recipes
 from suites.claims import Claim, judge_all
 from suites.figures import figures, watched
@@ -32,6 +32,8 @@ ADVICE = "advice"  # the name of its page and of its figure
 
 def findings(results: Results) -> list[str]:
     """The suite's question answered in sentences with the numbers in them."""
+    if results.name in fair_page.FINDINGS:
+        return fair_page.FINDINGS[results.name](results)
     if results.suite.varies == "lr":
         return [sentence for optimizer in results.optimizers() for sentence in rate_sentences(results, optimizer)]
     tests = results.tests()
@@ -109,6 +111,8 @@ def claims_table(judged: Sequence[tuple[Claim, Finding]]) -> Table:
 
 def suite_chapters(results: Results, known: Mapping[str, Results], pictures: Sequence[Picture]) -> list[Chapter]:
     """Everything about one suite: answer, tables, figures, spectra in sentences, fairness."""
+    if results.name in fair_page.FINDINGS:
+        return fair_page.chapters(results, known, pictures)
     title = f"{results.suite.question} ({results.suite.source})"
     numbers: list[Table | Section] = [
         Section(title, findings(results) or ["No run has finished yet."]),
@@ -239,10 +243,12 @@ def build_page(
     if alone:
         chapters += suite_chapters(results[0], known, pictures[results[0].name])
     suite = results[0].name if alone else "everything"
+    fair = alone and suite in fair_page.FINDINGS
+    flags = f" {fair_page.flags(results[0], known)}" if fair else ""
     made = [
         f"Runs: {finished} finished, {hours:.1f} hours of training in all on {', '.join(devices)}.",
         f"Commits: {', '.join(commits)}. Each run's config.json has its settings, versions and data fingerprint.",
-        f"To repeat: python experiments.py run {suite} --scale {scale}",
+        f"To repeat: python experiments.py run {suite} --scale {scale}{flags}",
     ]
     chapters.append(Chapter("Provenance", [Section("Origin of these numbers", made)]))
     return Page(
@@ -251,7 +257,7 @@ def build_page(
         lead=[*_verdict_lists(judged), f"Finished runs: {finished}, in {counted(len(results), 'suite')}."],
         tiles=[],
         summary=summary,
-        notes=NOTES,
+        notes=fair_page.NOTES if fair else NOTES,
         warnings=warnings,
         chapters=chapters,
     )
@@ -313,7 +319,7 @@ def write_suite_report(
     make_folder(folder, exist_ok=True)
     for old in (*folder.glob("*.png"), *folder.glob("*.svg")):
         old.unlink()
-    drawn = {r.name: plots.save_all(figures(r), folder, ("png",)) for r in results}
+    drawn = {r.name: plots.save_all(drawings(r, known), folder, ("png",)) for r in results}
     if len(results) > 1:
         judged, everyone = judge_all(known), links(results)
         pages = {r.name: suite_page(r, known, judged, scale, drawn[r.name]) for r in results}
@@ -327,6 +333,11 @@ def write_suite_report(
     power_table.write(known, out / power_table.POWER)
     front = build_page(results, known, later, scale, drawn)
     return write_pages(replace(front, links=everyone) if len(results) > 1 else front, out, linked=True)
+
+
+def drawings(results: Results, known: Mapping[str, Results]) -> list[Drawing]:
+    fair = results.name in fair_page.FINDINGS
+    return fair_page.drawings(results, known) if fair else figures(results)
 
 
 def _advice_figures(known: Mapping[str, Results]) -> list[Drawing]:

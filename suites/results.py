@@ -53,6 +53,10 @@ class Outcome:
         return str(self.condition.fields["optimizer"])
 
     @property
+    def arm(self) -> str:
+        return self.condition.side
+
+    @property
     def as_written(self) -> bool:
         return self.name.endswith(AS_WRITTEN)
 
@@ -121,8 +125,8 @@ class Results:
         return [(a, b) for a, b in found if b is not None]
 
     def crosses(self) -> list[tuple[Outcome, Outcome]]:
-        """The fair pairs of two optimizers that both have a finished run."""
-        pairs = [(a, b) for a, b in self.pairs() if a.optimizer != b.optimizer and not a.as_written]
+        """The fair pairs of two arms that both have a finished run."""
+        pairs = [(a, b) for a, b in self.pairs() if a.arm != b.arm and not a.as_written]
         return [(a, b) for a, b in pairs if a.finished() and b.finished()]
 
     def tests(self, value_of: Callable[[Run], float] | None = None) -> list[Contrast]:
@@ -137,9 +141,21 @@ class Results:
         tested = sum(min(len(a.losses()), len(b.losses())) > 1 for a, b in self.pairs())
         return max(1, tested + self.suite.extra_tests)
 
-    def best(self, optimizer: str) -> Outcome | None:
-        """The condition with the least mean loss."""
-        tried = [o for o in self.outcomes if o.optimizer == optimizer and not o.as_written]
+    def of_arm(self, arm: str) -> list[Outcome]:
+        return [o for o in self.outcomes if o.arm == arm]
+
+    def arms(self) -> list[str]:
+        """In the order of the plan."""
+        return list(dict.fromkeys(o.arm for o in self.outcomes))
+
+    def seconds_per_token(self, arm: str) -> float:
+        """Of training, the median over the arm's finished runs."""
+        runs = [run for outcome in self.of_arm(arm) for run in outcome.finished()]
+        return float(np.median([1 / run.tokens_per_second for run in runs]))
+
+    def best(self, arm: str) -> Outcome | None:
+        """The arm's condition with the least mean loss."""
+        tried = [o for o in self.of_arm(arm) if not o.as_written]
         found = [o for o in tried if math.isfinite(o.loss)]
         return min(found, key=lambda o: o.loss, default=None)
 

@@ -15,6 +15,23 @@ Fields = Mapping[str, Any]  # of settings.Settings
 
 
 @dataclass(frozen=True)
+class Fight:
+    """The runs of a fair fight: model and budget, the arms, the first being the reference, and the trials of each."""
+
+    fields: Fields
+    arms: tuple[str, ...] = ("adamw", "muon")
+    trials: int = 32
+
+    @property
+    def steps(self) -> int:
+        return self.fields["tokens"] // self.fields["batch_tokens"]
+
+    def budget(self, steps: int, validations: int = 1) -> Fields:
+        """So many steps, and so many validations after the first."""
+        return {"tokens": steps * self.fields["batch_tokens"], "eval_every": max(1, steps // validations)}
+
+
+@dataclass(frozen=True)
 class Scale:
     """Model and budget of each kind of suite, and the grids of their sweeps."""
 
@@ -25,6 +42,7 @@ class Scale:
     moe: Fields  # S4's mixture of experts
     moe_long: Fields
     moe_short: Fields  # S4's fast sweep, 200 of its 500 steps
+    fight: Fight  # of no document
     rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by suite and optimizer
     sweep_seeds: tuple[int, ...] = (0, 1, 2)  # of the suites on which no claim hangs
     claim_seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5)  # of those on which one hangs
@@ -55,6 +73,7 @@ SCALES = {
         moe=_S4 | {"model": "moe-79m", **_budget(125, 49_152), "precision": "fp32"},
         moe_long=_budget(500, 49_152),
         moe_short=_budget(50, 49_152),
+        fight=Fight({"model": "88m", **_budget(123, 16_384), "spectra_every": 0}),
         rates={
             "lr-sensitivity muon": (0.001, 0.003, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05),
             "lr-sensitivity adamw": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
@@ -82,6 +101,7 @@ SCALES = {
         moe=_NANO | _S4 | {"model": "moe-nano", **_budget(128, 2048)},
         moe_long=_budget(384, 2048) | {"eval_every": 48},
         moe_short=_budget(51, 2048),
+        fight=Fight(_NANO | {"model": "nano", **_budget(128, 2048), "spectra_every": 0}),
         rates={
             "lr-sensitivity muon": (0.003, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2),
             "lr-sensitivity adamw": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),

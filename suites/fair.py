@@ -1,0 +1,83 @@
+"""The fair fight: as many trials for every arm, then the best of each on fresh seeds, by tokens and by time.
+
+    SUITES["fair-trials"].plan(scale, winners); SUITES["fair-fight"].plan(scale, winners)
+
+The first arm is the reference. `everything` leaves both suites out: they are of no document.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from engine.cli import BadInput
+from suites.arms import ARMS, draw
+from suites.catalog import OURS, Condition, Winners, suite
+from suites.scales import Fight, Scale
+
+TRIALS, FIGHT = "fair-trials", "fair-fight"
+EQUAL_TOKENS, EQUAL_TIME = "equal tokens", "equal time"
+VALIDATIONS = 16  # of a run of the fight, so that the time to a loss is read from a curve
+
+
+@suite(
+    TRIALS,
+    "How low does each optimizer get, with how many trials?",
+    source=OURS,
+    varies="trial",
+    claimed=False,
+    one_seed=True,
+)
+def fair_trials(scale: Scale, winners: Winners) -> list[Condition]:
+    fight = scale.fight
+    base = {**fight.fields, **fight.budget(fight.steps, validations=1)}
+    drawn = {name: draw(ARMS[name], fight.trials) for name in fight.arms}
+    return [  # arms in turns, so that a machine that slows down does so for all
+        Condition(f"{name} {i + 1:02d}", {**base, **ARMS[name].fixed, **drawn[name][i]}, arm=name)
+        for i in range(fight.trials)
+        for name in fight.arms
+    ]
+
+
+@suite(
+    FIGHT,
+    "Who wins after equal tuning: at equal tokens, in equal time, and to a fixed loss?",
+    source=OURS,
+    varies="arm",
+    claimed=False,
+    confirms=True,
+    needs=(TRIALS,),
+)
+def fair_fight(scale: Scale, winners: Winners) -> list[Condition]:
+    fight = scale.fight
+    steps = equal_time(fight.steps, {arm: winners.seconds_per_token(TRIALS, arm) for arm in fight.arms})
+    return [
+        Condition(
+            f"{arm}, {way}",
+            {**fight.fields, **ARMS[arm].fixed, **winners(TRIALS, arm), **fight.budget(steps_of[arm], VALIDATIONS)},
+            None if arm == fight.arms[0] else f"{fight.arms[0]}, {way}",
+            arm,
+        )
+        for way, steps_of in ((EQUAL_TOKENS, dict.fromkeys(fight.arms, fight.steps)), (EQUAL_TIME, steps))
+        for arm in fight.arms
+    ]
+
+
+def equal_time(steps: int, seconds_per_token: Mapping[str, float]) -> dict[str, int]:
+    """Steps of each arm that take as long as `steps` of the slowest one. Schedules are shares of the steps, so each
+    arm's ends when the time is over."""
+    slowest = max(seconds_per_token.values())
+    return {arm: round(steps * slowest / seconds) for arm, seconds in seconds_per_token.items()}
+
+
+def chosen_fight(
+    fight: Fight, arms: tuple[str, ...] | None = None, trials: int | None = None, steps: int | None = None
+) -> Fight:
+    """A fight with the arms, trials and steps of the flags; BadInput where there is no such fight."""
+    if arms is not None:
+        if unknown := [arm for arm in arms if arm not in ARMS]:
+            raise BadInput(f"--arms {unknown[0]}: no such arm; choose from {', '.join(ARMS)}")
+        if len(set(arms)) < max(2, len(arms)):
+            raise BadInput(f"--arms {' '.join(arms)}: name two or more, each once")
+        fight = replace(fight, arms=arms)
+    if trials is not None:
+        fight = replace(fight, trials=trials)
+    return fight if steps is None else replace(fight, fields={**fight.fields, **fight.budget(steps)})

@@ -1,0 +1,300 @@
+"""The pages of fair-trials and fair-fight: the ways to win as one table, the trials, the search space.
+
+    FINDINGS["fair-fight"](results); chapters(results, known, pictures); drawings(results, known)
+
+Differences are of the final validation loss in nats; ratios are the reference's tokens or seconds over the arm's.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from analysis.pages import Chapter, Picture, Section, Table, counted, number
+from analysis.plots import Drawing, drawing
+from analysis.stats import Contrast, Reached, family, first_reaching, p_words
+from suites.arms import ARMS
+from suites.fair import EQUAL_TIME, EQUAL_TOKENS, FIGHT, TRIALS
+from suites.fair_plots import fight_curves, setting_effects, tuning_curves
+from suites.results import Outcome, Results
+from suites.tables import conditions_table, mean_of, p_cell
+from suites.tuning import band, effect, expected_best, losses, trials_needed
+
+TO_A_LOSS = {"tokens": "tokens to the loss", "train_seconds": "seconds to the loss"}
+
+
+@dataclass(frozen=True)
+class Way:
+    """One arm against the reference in one of the ways to win. `test` compares losses, or logarithms of times with the
+    reference's budget; `times` are the arm's, where the way is a time to the reference's loss."""
+
+    name: str
+    arm: Outcome
+    reference: Outcome
+    test: Contrast
+    times: Reached | None = None
+    budget: float = math.nan
+
+    @property
+    def winner(self) -> str:
+        if not self.test.excludes_zero:
+            return "open"
+        return (self.arm if self.test.difference < 0 else self.reference).arm
+
+    def ratio(self) -> tuple[float, float, float]:
+        """The reference's time over the arm's, with its interval: over tokens, the compute multiplier."""
+        low, mean, high = (math.exp(-value) for value in (self.test.high, self.test.difference, self.test.low))
+        return mean, low, high
+
+
+def ways(results: Results) -> list[Way]:
+    """Every arm against the reference, all tests corrected together. A side with a diverged run is not tested, nor a
+    time that some run has not reached."""
+    arms, found, pairs = results.arms(), [], []
+
+    def add(name: str, a: Outcome, b: Outcome, mine: dict[int, float], theirs: dict[int, float], **more) -> None:
+        found.append((name, a, b, more))
+        diverged = a.failed or b.failed
+        pairs.append((a.name, b.name, {} if diverged else mine, {} if diverged else theirs))
+
+    for way in (EQUAL_TOKENS, EQUAL_TIME):
+        for arm in arms[1:]:
+            a, b = results.outcome(f"{arm}, {way}"), results.outcome(f"{arms[0]}, {way}")
+            if a is not None and b is not None:
+                add(way, a, b, a.losses(), b.losses())
+    for column, name in TO_A_LOSS.items():
+        for arm in arms[1:]:
+            a, b = results.outcome(f"{arm}, {EQUAL_TOKENS}"), results.outcome(f"{arms[0]}, {EQUAL_TOKENS}")
+            if a is None or b is None or not math.isfinite(b.loss):
+                continue
+            times = {
+                run.config["seed"]: first_reaching(run.val[column], run.val["val_loss"], b.loss) for run in a.finished()
+            }
+            whole = b.values(lambda run, column=column: float(run.val[column][-1]))
+            reached = all(times.values())
+            logs = {seed: math.log(time) for seed, time in times.items()} if reached else {}
+            budget = float(np.mean(list(whole.values())))
+            more = {"times": results.reached(a, b)[f"a {column}"], "budget": budget}
+            add(name, a, b, logs, {seed: math.log(time) for seed, time in whole.items()}, **more)
+    tests = family(pairs)
+    return [Way(name, a, b, test, **more) for (name, a, b, more), test in zip(found, tests, strict=True)]
+
+
+def ways_table(results: Results) -> Table | None:
+    rows = []
+    for way in ways(results):
+        test, times = way.test, way.times
+        if times is None:
+            mine, theirs = (number(o.loss, ".4f") for o in (way.arm, way.reference))
+            gain = number(test.difference, "+.4f", " nats")
+            interval = f"{test.low:+.4f} to {test.high:+.4f}" if math.isfinite(test.low) else "no test"
+        else:
+            form = ",.0f" if way.name == TO_A_LOSS["tokens"] else ".2f"
+            mine = "-" if times.median is None else f"{times.median:{form}}"
+            theirs = number(way.budget, form)
+            ratio, low, high = way.ratio()
+            gain = f"{ratio:.2f} x" if math.isfinite(ratio) else f"not reached by {times.never} of {times.n}"
+            interval = f"{low:.2f} to {high:.2f}" if math.isfinite(low) else "no test"
+        row = {
+            "way": way.name,
+            "arm": way.arm.arm,
+            "its": mine,
+            f"{way.reference.arm}'s": theirs,
+            "difference or ratio": gain,
+            "corrected interval": interval,
+            "p Holm": p_cell(test.p_holm),
+            "test": test.test if test.tested else "-",
+            "n": " and ".join(str(n) for n in dict.fromkeys(test.n)),
+            "winner": way.winner,
+        }
+        rows.append(row)
+    return Table.of(rows, whole=True) if rows else None
+
+
+def fight_findings(results: Results) -> list[str]:
+    sentences = []
+    for way in ways(results):
+        a, b, test = way.arm, way.reference, way.test
+        words = f"corrected interval {test.low:+.4f} to {test.high:+.4f}, Holm {p_words(test.p_holm)}, n = {test.n[0]}"
+        if diverged := a.failed + b.failed:
+            sentences.append(f"{way.name}: {counted(diverged, 'run')} of {a.arm} and {b.arm} diverged, so no test.")
+        elif way.times is None:
+            verdict = {a.arm: "wins", b.arm: "loses"}.get(way.winner, "does not differ significantly")
+            tested = words if test.tested else "no test"
+            sentences.append(
+                f"{way.name.capitalize()}: {a.arm} {verdict}, {test.difference:+.4f} nats from {b.arm} ({tested})."
+            )
+        elif test.tested:
+            ratio, low, high = way.ratio()
+            what = "compute multiplier" if way.name == TO_A_LOSS["tokens"] else "speed-up"
+            sentences.append(
+                f"{way.name.capitalize()} of {b.arm}, {b.loss:.4f}: {what} of {a.arm} {ratio:.2f} "
+                f"(corrected interval {low:.2f} to {high:.2f}, n = {test.n[0]})."
+            )
+        else:
+            never = f"{way.times.never} of {way.times.n} runs never reach it"
+            sentences.append(f"{way.name.capitalize()} of {b.arm}, {b.loss:.4f}: {a.arm}: {never}; no test.")
+    return sentences
+
+
+def time_sentences(results: Results, trials: Results | None) -> list[str]:
+    """From which speeds the budgets of equal time follow, and how long these took."""
+    lines = []
+    for arm in results.arms():
+        outcome = results.outcome(f"{arm}, {EQUAL_TIME}")
+        if outcome is None or not outcome.finished():
+            continue
+        speed = "" if trials is None else f"{1 / trials.seconds_per_token(arm):,.0f} tokens/s in the trials, so "
+        seconds = mean_of(outcome, lambda run: run.train_seconds)
+        steps = outcome.finished()[0].config["steps"]
+        lines.append(f"{arm}: {speed}{steps} steps in equal time; they took {seconds:.2f} s (mean).")
+    return lines
+
+
+def trial_findings(results: Results) -> list[str]:
+    sentences = []
+    own = {arm: losses(results, arm) for arm in results.arms()}
+    own = {arm: values for arm, values in own.items() if np.isfinite(values).all() and len(values)}
+    for arm, values in own.items():
+        n, curve, failed = len(values), expected_best(values), sum(o.failed > 0 for o in results.of_arm(arm))
+        few = [k for k in (1, 4, 16) if k < n]
+        after = ", ".join(f"{curve[k - 1]:.4f} after {counted(k, 'trial')}" for k in few)
+        near = trials_needed(values, 1.01 * values.min())
+        sentences.append(
+            f"{arm}: best of {n} trials {values.min():.4f}, {failed} diverged; expected {after}; within 1 % of its "
+            f"best after {counted(near, 'trial')}."
+        )
+    for arm, values in own.items():
+        for other, theirs in own.items():
+            if arm != other and values.min() <= theirs.min():
+                needed = trials_needed(values, theirs.min())
+                many = f"after {counted(needed, 'trial')}" if needed else "only with its best trial"
+                sentences.append(f"{arm} is expected to reach the best of {len(theirs)} trials of {other} {many}.")
+    return sentences
+
+
+def expectation_table(results: Results) -> Table | None:
+    """The figure's numbers at powers of two."""
+    rows = []
+    for arm in results.arms():
+        own = losses(results, arm)
+        if not len(own) or not np.isfinite(own).all():
+            continue
+        curve, (low, high) = expected_best(own), band(own)
+        ks = sorted({*(2**i for i in range(int(math.log2(len(own))) + 1)), len(own)})
+        rows.append(
+            {
+                "arm": arm,
+                "trials": str(len(own)),
+                "diverged": str(sum(o.failed > 0 for o in results.of_arm(arm))),
+                "median": f"{np.median(own):.4f}",
+                **{f"best of {k}": f"{curve[k - 1]:.4f} ({low[k - 1]:.3f} to {high[k - 1]:.3f})" for k in ks},
+            }
+        )
+    columns = dict.fromkeys(key for row in rows for key in row)
+    return Table.of([{key: row.get(key, "-") for key in columns} for row in rows], whole=True) if rows else None
+
+
+def space_table(results: Results) -> Table | None:
+    """The declared search space, where the best trial is in it, and what each setting does."""
+    rows = []
+    for arm in results.arms():
+        best, own = results.best(arm), [o for o in results.of_arm(arm) if not o.to_go]
+        if best is None:
+            continue
+        for setting, axis in ARMS[arm].space.items():
+            value = best.condition.fields[setting]
+            found = effect([o.condition.fields[setting] for o in own], losses(results, arm))
+            row = {
+                "arm": arm,
+                "setting": setting,
+                "from": f"{axis.low:g}",
+                "to": f"{axis.high:g}",
+                "even in": axis.along,
+                "best trial": f"{value:g}",
+                "place": f"{100 * axis.place(value):.0f} %",
+                "edge": "ON THE EDGE" if axis.on_edge(value) else "inside",
+                "rank correlation": number(found.rho, "+.2f"),
+                "p": p_cell(found.p_value),
+                "worst - best third": number(found.nats, ".4f", " nats"),
+            }
+            rows.append(row)
+    return Table.of(rows, whole=True) if rows else None
+
+
+def trials_table(results: Results) -> Table:
+    """Every trial with its settings, the best of each arm first."""
+    settings = list(dict.fromkeys(key for arm in results.arms() for key in ARMS[arm].space))
+    rows = []
+    for arm in results.arms():
+        shown = sorted(results.of_arm(arm), key=lambda o: (math.isnan(o.loss), o.loss))
+        for o in shown:
+            state = "to go" if o.to_go else "diverged" if o.failed else f"{o.loss:.4f}"
+            values = {key: f"{o.condition.fields[key]:g}" if key in o.condition.fields else "-" for key in settings}
+            rows.append({"trial": o.name, "final loss": state, **values})
+    return Table.of(rows)
+
+
+def _trial_items(results: Results) -> list[Table | Section]:
+    tables = (
+        ("The best loss to expect, with its 95 % band", expectation_table(results)),
+        ("The search space, and where the best trial is", space_table(results)),
+        ("Every trial", trials_table(results)),
+    )
+    return [item for title, table in tables if table is not None for item in (Section(title, []), table)]
+
+
+def chapters(results: Results, known: Mapping[str, Results], pictures: Sequence[Picture]) -> list[Chapter]:
+    """Everything about one of the two suites; the page of the fight includes the trials."""
+    trials = known.get(TRIALS)
+    answer = Section(results.suite.question, FINDINGS[results.name](results) or ["No run has finished yet."])
+    if results.name == TRIALS:
+        found = [Chapter(TRIALS, [answer, *_trial_items(results)]), Chapter("Figures", list(pictures))]
+    else:
+        table = ways_table(results)
+        fight = [answer, *([table] if table else [])]
+        fight.append(Section("Budgets of equal time", time_sentences(results, trials)))
+        found = [Chapter(FIGHT, fight), Chapter("Figures", list(pictures))]
+        if trials is not None:
+            answer = Section(trials.suite.question, trial_findings(trials))
+            found.append(Chapter("The trials", [answer, *_trial_items(trials)]))
+        conditions: list[Table | Section] = [conditions_table(results)]
+        if fairness := results.fairness():
+            conditions.append(Section("Fairness", fairness))
+        found.append(Chapter("Conditions", conditions))
+    return [chapter for chapter in found if chapter.items]
+
+
+def flags(results: Results, known: Mapping[str, Results]) -> str:
+    """The flags that repeat a fight."""
+    trials = known[TRIALS]
+    steps = {run.config["steps"] for run in trials.runs()}
+    words = [f"--arms {' '.join(trials.arms())}", f"--trials {len(trials.of_arm(trials.arms()[0]))}"]
+    words += [f"--steps {step}" for step in steps]
+    seeds = sorted({run.config["seed"] for run in results.runs()})
+    return " ".join([*words, "--seeds", *map(str, seeds)])
+
+
+def drawings(results: Results, known: Mapping[str, Results]) -> list[Drawing]:
+    found = []
+    if results.name == FIGHT and results.finished():
+        found.append(drawing(fight_curves, results, stem=f"{FIGHT}_curves"))
+    trials = known.get(TRIALS)
+    if trials is not None and any(math.isfinite(o.loss) for o in trials.outcomes):
+        found.append(drawing(tuning_curves, trials, stem=f"{TRIALS}_tuning"))
+        found.append(drawing(setting_effects, trials, stem=f"{TRIALS}_settings"))
+    return found
+
+
+FINDINGS: dict[str, Callable[[Results], list[str]]] = {TRIALS: trial_findings, FIGHT: fight_findings}
+NOTES = (
+    "Every arm gets the same number of trials, drawn from the space declared for it before any was trained, on one "
+    "seed; the best one is trained on fresh seeds. A diverged trial counts as the worst trial of any arm.",
+    "Equal tokens: final losses, paired by seed. Equal time: each arm has the steps that take as long as the slowest "
+    "arm's, by its speed in the trials, and a schedule that ends with them.",
+    "Tokens and seconds to the loss: when the curve of the equal-token runs first reaches the reference's mean final "
+    "loss, its schedule not yet over. The ratio is the reference's whole budget over that: of tokens, the compute "
+    "multiplier. Its interval is a t-interval of logarithms.",
+    "All tests of the table are corrected together, p values by Holm, intervals by Bonferroni.",
+)

@@ -1,0 +1,274 @@
+"""The fair fight: equal trials from declared spaces, equal time, what trials tell, and both pages from fake runs."""
+
+import itertools
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import experiments
+from bench.synthetic import write_run
+from settings import Settings
+from suites import fair_page, launcher
+from suites.arms import ARMS, Arm, Axis, draw
+from suites.catalog import SUITES
+from suites.fair import FIGHT, TRIALS, equal_time
+from suites.planner import Planner, Selection, unique
+from suites.scales import SCALES
+from suites.tuning import band, effect, expected_best, trials_needed
+from tests.test_suites import winners
+
+
+@pytest.mark.parametrize("arm", ARMS.values(), ids=ARMS)
+def test_more_trials_contain_the_fewer_and_lie_evenly_in_the_declared_range(arm):
+    many, few = draw(arm, 64), draw(arm, 24)
+    assert many[:24] == few
+    assert len({json.dumps(trial) for trial in many}) == 64
+    for setting, axis in arm.space.items():
+        values = [trial[setting] for trial in many]
+        assert axis.low <= min(values) < max(values) <= axis.high, setting
+        thirds = np.histogram([axis.place(value) for value in values], bins=4, range=(0, 1))[0]
+        assert max(thirds) - min(thirds) <= 4, setting  # 16 in each quarter, but for the rounding
+        tuned = [1 - value if "1 - value" in axis.along else value for value in values]
+        assert [float(f"{value:.3g}") for value in tuned] == pytest.approx(tuned, rel=1e-6)
+
+
+def test_axes_are_even_in_what_they_say():
+    assert Axis(0.01, 1.0).value(0.5) == pytest.approx(0.1)
+    assert Axis(0.0, 0.3, "value").value(0.5) == pytest.approx(0.15)
+    assert Axis(0.9, 0.999, "log of 1 - value").value(0.5) == pytest.approx(0.99)
+    assert Axis(0.9, 0.999, "log of 1 - value").value(0.9) == pytest.approx(1 - 0.00158, abs=1e-9)
+    assert Axis(0.9, 0.999, "log of 1 - value").place(0.99) == pytest.approx(0.5)
+    edges = [Axis(0.01, 1.0).on_edge(value) for value in (0.0119, 0.0135, 0.75, 0.85)]
+    assert edges == [True, False, False, True]
+
+
+def test_the_space_of_adamw_reaches_the_best_public_settings():
+    space = ARMS["adamw"].space
+    for setting, value in {"weight_decay": 1.0, "beta1": 0.9, "beta2": 0.9}.items():
+        assert not space[setting].on_edge(value), setting
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_arm_has_as_many_trials_on_the_same_budget(scale):
+    conditions = SUITES[TRIALS].plan(SCALES[scale], winners)
+    by_arm = {arm: [c for c in conditions if c.arm == arm] for arm in ("adamw", "muon")}
+    assert [len(own) for own in by_arm.values()] == [32, 32]
+    tuned = {setting for arm in ARMS.values() for setting in arm.space} | {"optimizer"}
+    rest = {json.dumps({k: v for k, v in c.fields.items() if k not in tuned}) for c in conditions}
+    assert len(rest) == 1
+    assert all(Settings(**c.fields).steps == (128 if scale == "nano" else 123) for c in conditions)
+
+
+def test_equal_time_gives_each_arm_the_steps_of_the_slowest_ones_time():
+    seconds = {"muon": 2e-4, "adamw": 1.6e-4, "sgd": 1e-4}
+    steps = equal_time(100, seconds)
+    assert steps == {"muon": 100, "adamw": 125, "sgd": 200}
+    for arm, own in steps.items():
+        assert own * seconds[arm] == pytest.approx(100 * 2e-4)
+    fields = {c.name: c.fields for c in SUITES[FIGHT].plan(SCALES["nano"], winners)}
+    assert {name: f["tokens"] // 2048 for name, f in fields.items()} == {
+        "adamw, equal tokens": 128,
+        "muon, equal tokens": 128,
+        "adamw, equal time": 160,
+        "muon, equal time": 128,
+    }
+
+
+def test_the_expected_best_is_the_mean_over_every_choice_of_trials():
+    values = [3.1, 2.9, 3.3, 3.3, 4.0, 2.95]
+    curve = expected_best(values)
+    for k in range(1, 7):
+        chosen = [min(some) for some in itertools.combinations(values, k)]
+        assert curve[k - 1] == pytest.approx(sum(chosen) / len(chosen), rel=1e-12)
+    assert trials_needed(values, 3.0) == 1 + next(i for i, value in enumerate(curve) if value <= 3.0)
+    assert trials_needed(values, 2.0) is None
+
+
+def test_the_band_of_one_trial_is_that_of_a_mean():
+    values = np.random.default_rng(1).normal(3.0, 0.2, 40)
+    low, high = band(values)
+    half = 1.96 * values.std() / math.sqrt(40)  # of a mean of 40 resampled values
+    assert (low[0], high[0]) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.006)
+    curve = expected_best(values)
+    assert (low <= curve).all()
+    assert (curve <= high).all()
+
+
+def test_the_effect_of_a_setting_is_of_ranks_and_thirds():
+    values = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    losses = [5.0, 5.1, 4.9, 3.0, 3.1, 2.9, 4.0, 4.1, 99.0]  # best in the middle, one outlier
+    found = effect(values, losses)
+    ranks = np.argsort(np.argsort(losses))
+    assert found.rho == pytest.approx(np.corrcoef(range(9), ranks)[0, 1])
+    assert found.nats == pytest.approx(5.0 - 3.0)
+    assert math.isnan(effect([1, 1, 1], [1, 2, 3]).rho)
+
+
+def fake_training(job):
+    """What train.py would leave: the loss has an optimum in rate and decay, Muon's steps take longer and it diverges
+    above a rate of 0.15."""
+    words = job.command()[2:]
+    flags = {k[2:].replace("-", "_"): v for k, v in itertools.pairwise(words) if k.startswith("--")}
+    steps, seed, muon = job.steps, int(flags.get("seed", 0)), flags.get("optimizer", "muon") == "muon"
+    numbers = {
+        key: float(flags[key]) for key in ("adamw_lr", "weight_decay", "warmup", "beta1", "beta2") if key in flags
+    }
+    lr = numbers["lr"] = float(flags["lr"])
+    final = 3 + loss_above_best(muon, lr, numbers["weight_decay"]) + 0.01 * (seed * (7 if muon else 3) % 5)
+    final += 0.3 * (not muon) - 0.001 * (steps - 128) + 0.5 * ("--no-nesterov" in words)
+    state = "failed" if muon and lr > 0.15 else "finished"
+    settings = {"optimizer": "muon" if muon else "adamw", "seed": seed, "batch_tokens": 2048} | numbers
+    ms = 100.0 if muon else 80.0
+    write_run(job.folder, final=final, steps=steps, status=state, spectra=False, step_ms=ms, **settings)
+    summary = json.loads((job.folder / "summary.json").read_text()) | {"final_val_loss": final}
+    (job.folder / "summary.json").write_text(json.dumps(summary))
+
+
+def loss_above_best(muon, lr, decay):
+    return 0.3 * abs(math.log10(lr / (0.03 if muon else 0.003))) + 0.1 * abs(math.log10(decay / 0.5))
+
+
+@pytest.fixture
+def fight(tmp_path, shards_folder, run_main, monkeypatch):
+    """run(command, suite, *flags) with a training that writes its run at once; returns exit code, output, errors, and
+    the runs that were trained."""
+    trained = []
+
+    def run_here(jobs, slots, later):
+        for job in jobs:
+            if job.state() not in launcher.OVER:
+                trained.append(job.name)
+                fake_training(job)
+
+    def run(command, suite, *flags):
+        where = ("--scale", "nano", "--runs-dir", tmp_path / "runs", "--data", shards_folder)
+        code, out, err = run_main(experiments.main, command, suite, *where, *flags)
+        return code, out, err, trained
+
+    monkeypatch.setattr(experiments, "run_here", run_here)
+    return run
+
+
+def plan_of(runs, shards_folder, **chosen):
+    return Planner(Selection(suite=FIGHT, scale="nano", runs_dir=runs, data=shards_folder, **chosen))
+
+
+FLAGS, SAME = ("--trials", 8, "--seeds", 1, 2, 3, 4), {"trials": 8, "seeds": (1, 2, 3, 4)}
+
+
+@pytest.fixture(scope="module")
+def fought(tmp_path_factory, shards_folder):
+    """The folder of a fight that is over."""
+    runs = tmp_path_factory.mktemp("fought")
+    for name in (TRIALS, FIGHT):
+        for job in unique(plan_of(runs, shards_folder, **SAME).plan(name)):
+            fake_training(job)
+    return runs
+
+
+def test_a_fight_is_trained_in_two_stages_and_each_arm_fights_with_its_best_trial(fight, tmp_path, shards_folder):
+    code, out, err, trained = fight("run", FIGHT, *FLAGS)
+    assert code == 1, err  # some trials have diverged
+    assert [line for line in out.splitlines() if line.endswith("to go")] == [
+        "fair-trials: 16 runs, 16 to go",
+        "fair-fight: 12 runs, 12 to go",  # Muon's runs of equal time are those of equal tokens
+    ]
+    assert len(trained) == len(set(trained)) == 28
+    fight("run", FIGHT, *FLAGS)
+    assert len(trained) == 28
+    plan = plan_of(tmp_path / "runs", shards_folder, **SAME)
+    assert plan.seeds(TRIALS) == (0,)
+    for name, muon in (("muon", True), ("adamw", False)):
+        kept = [t for t in draw(ARMS[name], 8) if not muon or t["lr"] <= 0.15]
+        best = min(kept, key=lambda t, muon=muon: loss_above_best(muon, t["lr"], t["weight_decay"]))
+        for p in plan.plan(FIGHT):
+            if p.condition.arm == name:
+                assert {k: v for k, v in p.condition.fields.items() if k in best} == best
+    steps = {p.condition.name: p.condition.fields["tokens"] // 2048 for p in plan.plan(FIGHT)}
+    assert (steps["adamw, equal tokens"], steps["adamw, equal time"], steps["muon, equal time"]) == (128, 160, 128)
+
+
+def test_the_ways_to_win_are_paired_and_corrected_together(fought, shards_folder):
+    results = plan_of(fought, shards_folder, **SAME).results(FIGHT)
+    by_name = {way.name: way for way in fair_page.ways(results)}
+    mine, theirs = (results.outcome(f"{arm}, equal tokens").losses() for arm in ("muon", "adamw"))
+    gaps = np.array([mine[seed] - theirs[seed] for seed in (1, 2, 3, 4)])
+    half = stats.t.ppf(1 - 0.05 / 4 / 2, 3) * gaps.std(ddof=1) / 2  # four tests, four pairs
+    first = by_name["equal tokens"]
+    assert (first.test.low, first.test.high) == pytest.approx((gaps.mean() - half, gaps.mean() + half))
+    assert first.winner == "muon"
+    assert by_name["equal time"].test.difference == pytest.approx(gaps.mean() + 0.001 * 32)
+    # Losses fall linearly from 5, so the share of the budget to a target follows by hand.
+    target = sum(theirs.values()) / 4
+    logs = np.log([(5 - mine[seed]) / (5 - target) for seed in (1, 2, 3, 4)])
+    half = stats.t.ppf(1 - 0.05 / 4 / 2, 3) * logs.std(ddof=1) / 2
+    for name, faster in (("tokens to the loss", 1.0), ("seconds to the loss", 80 / 100)):
+        bounds = faster * np.exp([logs.mean(), logs.mean() - half, logs.mean() + half])
+        assert by_name[name].ratio() == pytest.approx(tuple(bounds), rel=1e-6)
+
+
+def test_both_pages_have_the_numbers(fought, shards_folder, run_main, tmp_path, no_drawing):
+    where = ("--scale", "nano", "--runs-dir", fought, "--data", shards_folder, "--out", tmp_path)
+    code, _, err = run_main(experiments.main, "report", FIGHT, *where, *FLAGS)
+    assert code == 0, err
+    page, trials = (tmp_path / "report.md").read_text(), plan_of(fought, shards_folder, **SAME).results(TRIALS)
+    failed = sum(trial["lr"] > 0.15 for trial in draw(ARMS["muon"], 8))
+    assert failed
+    assert f"muon: best of 8 trials {trials.best('muon').loss:.4f}, {failed} diverged" in page
+    losses = [o.loss if math.isfinite(o.loss) else math.inf for o in trials.of_arm("muon")]
+    worst = max(o.loss for o in trials.outcomes if math.isfinite(o.loss))
+    pairs = [min(a, b, worst) for a, b in itertools.combinations(losses, 2)]
+    assert f"{np.mean(pairs):.4f} (" in page  # the column best of 2
+    assert "compute multiplier of muon 1." in page
+    assert "adamw: 800 tokens/s in the trials, so 160 steps in equal time; they took 12.80 s" in page
+    plots = {path.name for path in (tmp_path / "plots").iterdir()}
+    assert plots == {"fair-fight_curves.png", "fair-trials_tuning.png", "fair-trials_settings.png"}
+    assert "run fair-fight --scale nano --arms adamw muon --trials 8 --steps 128 --seeds 1 2 3 4" in page
+    assert not (tmp_path / "power.json").exists()  # of the claims, as it was
+    assert run_main(experiments.main, "report", TRIALS, *where, "--trials", 8)[0] == 0
+    assert "Who wins" not in (tmp_path / "report.md").read_text()
+
+
+def test_a_diverged_fighter_is_counted_and_not_tested(fought, shards_folder, tmp_path):
+    shutil.copytree(fought, tmp_path / "runs")
+    for path in (tmp_path / "runs").glob("*-seed2/summary.json"):
+        if json.loads((path.parent / "config.json").read_text())["optimizer"] == "muon":
+            path.write_text('{"status": "failed", "reason": "the loss is not finite"}')
+    results = plan_of(tmp_path / "runs", shards_folder, **SAME).results(FIGHT)
+    assert {way.winner for way in fair_page.ways(results)} == {"open"}
+    assert "equal tokens: 1 run of muon and adamw diverged, so no test." in fair_page.fight_findings(results)
+
+
+def test_arms_that_share_an_optimizer_are_told_apart(fight, tmp_path, shards_folder, monkeypatch):
+    plain = Arm("muon-plain", {"optimizer": "muon", "nesterov": False}, ARMS["muon"].space)
+    monkeypatch.setitem(ARMS, plain.name, plain)
+    fight("run", FIGHT, "--arms", "muon-plain", "muon", "--trials", 4, "--seeds", 1, 2, "--steps", 32)
+    chosen = {"trials": 4, "seeds": (1, 2), "steps": 32, "arms": ("muon-plain", "muon")}
+    results = plan_of(tmp_path / "runs", shards_folder, **chosen).results(FIGHT)
+    assert [o.condition.fields.get("nesterov", True) for o in results.outcomes] == [False, True, False, True]
+    assert results.outcomes[1].condition.versus == "muon-plain, equal tokens"
+    assert fair_page.ways(results)[0].test.difference == pytest.approx(-0.5)
+    assert {run.config["steps"] for o in results.outcomes for run in o.finished()} == {32}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("fair-fight", "--arms", "muon", "sgd"), "--arms sgd: no such arm; choose from adamw, muon"),
+        (("fair-fight", "--arms", "muon"), "--arms muon: name two or more, each once"),
+        (("fair-trials", "--arms", "muon", "muon"), "--arms muon muon: name two or more, each once"),
+        (("fair-fight", "--trials", "3"), "--trials 3: must be at least 4"),
+        (("fair-fight", "--steps", "0"), "--steps 0: must be at least 1"),
+        (("fair-fight", "--tokens", "4096"), "--tokens: fair-fight counts its budget in --steps"),
+        (("moe-final", "--trials", "8"), "--trials: belongs to fair-trials and fair-fight, not to moe-final"),
+    ],
+)
+def test_a_fight_that_cannot_be_is_refused_in_a_sentence(tmp_path, shards_folder, run_main, arguments, words):
+    where = ("--data", shards_folder, "--runs-dir", tmp_path / "runs", "--scale", "nano")
+    for command in ("run", "status", "report"):
+        code, _, err = run_main(experiments.main, command, *arguments, *where)
+        assert (code, err) == (2, f"error: {words}\n")
