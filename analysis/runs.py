@@ -24,7 +24,7 @@ MOST_LAYERS = 10_000  # a greater number is damage, and arrays of that size woul
 LARGEST = 2**53  # floats do not hold every whole number beyond
 RATES = ("lr", "adamw_lr", "weight_decay", "momentum", "warmup", "min_lr", "grad_clip", "dropout", "inner_dropout")
 SIZES = ("batch_tokens", "seq_len", "eval_tokens", "vocab_size", "params", "active_params", "tokens", "world_size")
-CONFIG_NUMBERS = (*RATES, *SIZES)
+CONFIG_NUMBERS = (*RATES, *SIZES, "unigram_val_loss", "bytes_per_token")
 OPTIMIZER_NAMES = {"muon": "Muon", "adamw": "AdamW"}
 PROJECTIONS = ("q", "k", "v", "o", "up", "down")  # the six that every dense model logs, in the order they are shown
 
@@ -57,6 +57,10 @@ def is_list_of_numbers(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(map(is_number_or_null, value))
 
 
+def is_deciles(value: Any) -> bool:
+    return is_list_of_numbers(value) and len(value) == files.DECILES
+
+
 Rule = Callable[[Any], bool]
 CONFIG: dict[str, Rule] = {"optimizer": is_text, "seed": is_count, "model": is_text, "steps": is_count}
 SUMMARY: dict[str, Rule] = {"status": is_text}
@@ -69,6 +73,7 @@ LINES = {
     | dict.fromkeys(("val_loss", "val_accuracy", "train_seconds"), is_number_or_null),
     "experts": LINE | {"layer": is_layer, "utilization": is_list_of_numbers},
 }
+LISTS_OF_VAL: dict[str, Rule] = {"val_loss_by_decile": is_deciles}  # older runs have none
 SPECTRA: dict[str, Rule] = {"step": is_count, "layer": is_layer, "proj": is_text, "singular_values": is_list_of_numbers}
 
 
@@ -109,7 +114,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             raise BadInput(f'{path}: line {number} has no "kind"')
         if kind in LINES:
             other = (lambda value: True) if kind == "experts" else is_number_or_null
-            _check(f"{path}: line {number}", line, LINES[kind], other, needed=LINES[kind])
+            _check(f"{path}: line {number}", line, LINES[kind] | LISTS_OF_VAL, other, needed=LINES[kind])
     return lines
 
 
@@ -128,7 +133,8 @@ def read_spectra(path: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Run:
-    """One run's folder in memory; columns are float arrays with NaN where the file says null."""
+    """One run's folder in memory; columns are float arrays with NaN where the file says null, val_loss_by_decile one
+    of (validations, 10)."""
 
     path: Path
     config: dict[str, Any]
@@ -170,6 +176,11 @@ class Run:
     def final_loss(self) -> float:
         """The last validation loss of a finished run, NaN for any other."""
         return float(self.val["val_loss"][-1]) if self.status == "finished" and self.val else math.nan
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Of the last validation, NaN where it was not logged."""
+        return float(self.val["val_bpb"][-1]) if "val_bpb" in self.val else math.nan
 
     @property
     def train_seconds(self) -> float:
@@ -285,8 +296,10 @@ def _whole_events(spectra: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _columns(lines: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    keys = [key for key in lines[0] if key != "kind"] if lines else []
-    return {key: np.array([line.get(key) for line in lines], dtype=float) for key in keys}
+    """Each key but the kind as an array, NaN where a line lacks it, as those of an older version do."""
+    keys = dict.fromkeys(key for line in lines for key in line if key != "kind")
+    absent = dict.fromkeys(keys) | {key: [None] * files.DECILES for key in LISTS_OF_VAL}
+    return {key: np.array([line.get(key, absent[key]) for line in lines], dtype=float) for key in keys}
 
 
 @dataclass(frozen=True)

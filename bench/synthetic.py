@@ -42,6 +42,7 @@ def write_run(
     layers: int = 3,
     step_ms: float = 2000.0,
     gap: bool = False,
+    by_token: bool = False,
     decay: float = 0.02,
     experts: int = 0,
     projections: Iterable[str] = tuple(PROJECTION_SHAPES),
@@ -49,13 +50,16 @@ def write_run(
 ) -> Path:
     """A run whose loss falls linearly from 5 to `final` over `steps`; `done` of them; spectra every 5.
 
-    Singular values are (1, .., 1) x (1 + 0.1 step) but for the smaller half, which shrinks by `decay` a step.
+    Singular values are (1, .., 1) x (1 + 0.1 step) but for the smaller half, which shrinks by `decay` a step. With
+    `by_token` the loss of decile d = 0 .. 9 is the run's times 0.55 + 0.1 d, a token has 4 bytes, and the unigram loss
+    is 4.5.
     """
     done = steps if done is None else done
     folder.mkdir(parents=True)
     flags = {"model": "nano", "optimizer": "muon", "tokens": 64 * steps, "batch_tokens": 64, "seq_len": 32, "seed": 0}
     flags |= {"lr": 0.02, "adamw_lr": 0.005, "nesterov": True, "schedule": "linear", "eval_tokens": 512}
     derived = {"data_fingerprint": "f00d", "vocab_size": 320, "steps": steps, "params": 1000, "device_name": "cpu"}
+    derived |= {"unigram_val_loss": 4.5, "bytes_per_token": 4.0} if by_token else {}
     derived |= {"world_size": 1, "git_commit": "c0ffee", "torch_version": "2.13.0"}
     extra = {key: settings.pop(key) for key in list(settings) if key in derived}
     (folder / "config.json").write_text(json.dumps(flags | settings | derived | extra), encoding="utf-8")
@@ -64,6 +68,9 @@ def write_run(
         for step in range(done + 1):
             loss = 5 + (final - 5) * step / steps
             val = {"kind": "val", "step": step, "tokens": 64 * step, "val_loss": loss, "val_accuracy": 0.01 * step}
+            if by_token:
+                val["val_bpb"] = loss / 4 / math.log(2)
+                val["val_loss_by_decile"] = [loss * (0.55 + 0.1 * decile) for decile in range(10)]
             file.write(json.dumps(val | {"train_seconds": seconds * step}) + "\n")
             if step < done:
                 train = {"kind": "train", "step": step + 1, "tokens": 64 * (step + 1), "train_loss": loss}

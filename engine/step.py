@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from engine.compiling import prepare_compiling
 from engine.cpu import prepare_cpu
+from engine.files import DECILES
 from engine.ranks import Sharding
 from engine.speed import Times
 
@@ -201,21 +202,44 @@ def random_numbers_kept(device: torch.device) -> Iterator[None]:
         torch.cuda.set_rng_state_all(states[1])
 
 
+class Evaluation(NamedTuple):
+    """Mean loss in nats, next-token accuracy, and the mean loss over the targets of each decile, NaN where there are
+    none."""
+
+    loss: float
+    accuracy: float
+    by_decile: list[float]
+
+
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[np.ndarray], world_size: int = 1) -> tuple[float, float]:
-    """Mean loss in nats and next-token accuracy over this rank's `batches` of token rows and all other ranks'."""
+def evaluate(model: nn.Module, batches: Iterable[np.ndarray], deciles_V: Tensor, world_size: int = 1) -> Evaluation:
+    """The losses of this rank's `batches` of token rows and all other ranks'; `deciles_V` is the decile of each token
+    id (corpus/frequency.py)."""
     model.eval()
     device = model.embedding.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, tokens
+    by_decile = torch.zeros(2, DECILES, dtype=torch.float64, device=device)  # loss, tokens
     for batch in batches:
         rows = torch.from_numpy(batch).to(device).long()
         targets = rows[:, 1:].flatten()
-        logits = model(rows[:, :-1]).flatten(0, 1).float()
-        sums[0] += F.cross_entropy(logits, targets, reduction="sum")
-        sums[1] += (logits.argmax(dim=-1) == targets).sum()
+        loss, losses, correct = _losses(model(rows[:, :-1]), targets)
+        sums[0] += loss
+        sums[1] += correct
         sums[2] += len(targets)
+        of_targets = torch.stack((losses.double(), torch.ones_like(losses, dtype=torch.float64)))
+        by_decile.index_add_(1, deciles_V[targets], of_targets)
     if world_size > 1:
         dist.all_reduce(sums)
+        dist.all_reduce(by_decile)
     model.train()
     loss, accuracy = (sums[:2] / sums[2]).tolist()
-    return loss, accuracy
+    return Evaluation(loss, accuracy, (by_decile[0] / by_decile[1]).tolist())
+
+
+def _losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of the cross-entropies, each of them, and how many targets have the largest logit."""
+    logits = logits.flatten(0, 1).float()
+    log_p = F.log_softmax(logits, dim=-1)
+    # The sum as F.cross_entropy makes it, whose order of adding is its own: no loss changes by a bit.
+    loss = F.nll_loss(log_p, targets, reduction="sum")
+    return loss, -log_p.gather(1, targets[:, None])[:, 0], (logits.argmax(dim=-1) == targets).sum()
