@@ -43,7 +43,8 @@ from engine.speed import Point, Speed, Stopwatch, Times, device_name, point, sec
 from engine.step import PendingStats, TrainingStep, evaluate, prepare_torch
 from engine.workers import workers
 from kernels.configs import capability
-from metrics import MuonStep, SpectraRecorder, WorkerFailed
+from kernels.newton_schulz import reach
+from metrics import Momenta, MuonStep, SpectraRecorder, WorkerFailed
 from model import PROJECTIONS, ModelConfig, Transformer
 from optim import (
     build_optimizers,
@@ -257,10 +258,12 @@ def train(
         if spectra is not None:
             spectra.check()
         if measures:
-            gradients = work.sharding.bank_gradients()  # every rank takes part
+            gradients, momenta = work.sharding.bank_gradients(), work.bank_momenta()  # every rank takes part
             if spectra is not None:
-                spectra.before_update(gradients, muon_step(s, work.model.config, multiplier))
-            del gradients
+                least = reach(s.ns_coefficients, ns_steps_at(step, s.steps, s.ns_steps))
+                muon = muon_step(s, work.model.config, multiplier)
+                spectra.before_update(gradients, muon, Momenta(momenta, least))
+            del gradients, momenta
             work.sharding.settle()
         times = work.apply()
         step += 1

@@ -9,7 +9,7 @@ settings, the best of each optimizer and model come first. Captions are in plots
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from analysis import plots, plots_layer, plots_settings, plots_spectra, plots_tokens
+from analysis import plots, plots_layer, plots_momentum, plots_settings, plots_spectra, plots_tokens
 from analysis.pages import Picture
 from analysis.plots import Drawing, drawing
 from analysis.runs import Group, Run, group_seeds, representative
@@ -92,6 +92,10 @@ def spectra_drawings(runs: Sequence[Run]) -> list[Drawing]:
             stem = f"pair_grid_{group.optimizer}"
             drawings.append(drawing(plots_spectra.pair_grid, *group.runs[:2], stem=stem, about=label))
             seen.add(group.optimizer)
+    if logged := plots_momentum.with_momentum(pooled):
+        drawings.append(drawing(plots_momentum.momentum_over_time, logged))
+    if logged := plots_momentum.with_momentum(pair):
+        drawings.append(drawing(plots_momentum.momentum_spectra, logged))
     return [
         *drawings,
         heatmap("spectral_entropy"),

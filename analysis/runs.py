@@ -75,6 +75,8 @@ LINES = {
 }
 LISTS_OF_VAL: dict[str, Rule] = {"val_loss_by_decile": is_deciles}  # older runs have none
 SPECTRA: dict[str, Rule] = {"step": is_count, "layer": is_layer, "proj": is_text, "singular_values": is_list_of_numbers}
+MOMENTUM = "momentum_singular_values"  # null where there was no update; older runs have none
+LISTS_OF_SPECTRA: dict[str, Rule] = {MOMENTUM: lambda value: value is None or is_list_of_numbers(value)}
 
 
 def _check(where: str, record: dict[str, Any], rules: dict[str, Rule], other: Rule, needed: Iterable[str]) -> None:
@@ -124,10 +126,11 @@ def read_spectra(path: Path) -> list[dict[str, Any]]:
     sizes: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         where = f"{path}: line {number}"
-        _check(where, line, SPECTRA, other=is_number_or_null, needed=SPECTRA)
-        proj, size = line["proj"], len(line["singular_values"])
-        if sizes.setdefault(proj, size) != size:
-            raise BadInput(f"{where}: {size} singular values, earlier lines of {proj} have {sizes[proj]}")
+        _check(where, line, SPECTRA | LISTS_OF_SPECTRA, other=is_number_or_null, needed=SPECTRA)
+        proj = line["proj"]
+        for size in (len(line["singular_values"]), len(line.get(MOMENTUM) or line["singular_values"])):
+            if sizes.setdefault(proj, size) != size:
+                raise BadInput(f"{where}: {size} singular values, earlier lines of {proj} have {sizes[proj]}")
     return lines
 
 
@@ -242,12 +245,12 @@ class Run:
                 counts[place] += 1
         return steps, np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
 
-    def singular_values(self, proj: str, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """Event steps (E,) and all singular values (E, r), descending; a mean over experts."""
+    def singular_values(self, proj: str, layer: int, key: str = "singular_values") -> tuple[np.ndarray, np.ndarray]:
+        """Steps (E,) of the events that have them, and all singular values (E, r), descending; a mean over experts."""
         by_step: dict[int, list[np.ndarray]] = {}
         for line in self._by_projection.get(proj, []):
-            if line["layer"] == layer:
-                by_step.setdefault(line["step"], []).append(line["singular_values"])
+            if line["layer"] == layer and line.get(key) is not None:
+                by_step.setdefault(line["step"], []).append(line[key])
         steps = sorted(by_step)
         return np.array(steps), np.array([np.mean(by_step[step], axis=0) for step in steps], dtype=float)
 
@@ -263,7 +266,9 @@ def load_run(path: Path) -> Run:
     config, summary = read_config(path / files.CONFIG), read_summary(path / files.SUMMARY)
     metrics, spectra = read_metrics(path / files.METRICS), read_spectra(path / files.SPECTRA)
     for line in spectra:
-        line["singular_values"] = np.array(line["singular_values"], dtype=np.float32)  # an eighth of the list's memory
+        for key in ("singular_values", MOMENTUM):
+            if line.get(key) is not None:
+                line[key] = np.array(line[key], dtype=np.float32)  # an eighth of the list's memory
     return Run(
         path=path,
         config=config,

@@ -31,6 +31,14 @@ def spectral_line(step: int, layer: int, proj: str, s, alignment: float | None, 
     return line | (of_step if step else dict.fromkeys(of_step)) | more
 
 
+def momentum_of(r: int, layer: int, step: int) -> dict:
+    s = 2.0 ** -np.arange(r)
+    values = {"momentum_stable_rank": float((s**2).sum()), "momentum_effective_rank": effective_rank(s)}
+    values |= {"momentum_below_range": float(np.mean(s / np.linalg.norm(s) < 0.05)), "momentum_range": 0.05}
+    values["momentum_singular_values"] = ((1 + layer) * s).tolist()
+    return values if step else dict.fromkeys(values)
+
+
 def write_run(
     folder: Path,
     *,
@@ -43,6 +51,7 @@ def write_run(
     step_ms: float = 2000.0,
     gap: bool = False,
     by_token: bool = False,
+    momentum: bool = False,
     decay: float = 0.02,
     experts: int = 0,
     projections: Iterable[str] = tuple(PROJECTION_SHAPES),
@@ -52,7 +61,7 @@ def write_run(
 
     Singular values are (1, .., 1) x (1 + 0.1 step) but for the smaller half, which shrinks by `decay` a step. With
     `by_token` the loss of decile d = 0 .. 9 is the run's times 0.55 + 0.1 d, a token has 4 bytes, and the unigram loss
-    is 4.5.
+    is 4.5. With `momentum` its singular values are 1, 1/2, 1/4, .. (times 1, 2, 3, .. by layer), its range 0.05.
     """
     done = steps if done is None else done
     folder.mkdir(parents=True)
@@ -88,6 +97,7 @@ def write_run(
                         r = min(PROJECTION_SHAPES[proj])
                         s = (1 + 0.1 * step) * np.where(np.arange(r) < r // 2, 1.0, max(0.0, 1 - decay * step))
                         more = {"update_gap": None if step == 0 else 0.01} if gap else {}
+                        more |= momentum_of(r, layer, step) if momentum else {}
                         aligned = None if step == 0 else float(rng.uniform(0.4, 0.9))
                         file.write(json.dumps(spectral_line(step, layer, proj, s, aligned, **more)) + "\n")
     if status:

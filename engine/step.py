@@ -23,6 +23,7 @@ from engine.cpu import prepare_cpu
 from engine.files import DECILES
 from engine.ranks import Sharding
 from engine.speed import Times
+from kernels import Muon
 
 WARMUP_STEPS = 4  # the first makes optimizer state, the third captures Muon's step
 
@@ -165,6 +166,18 @@ class TrainingStep:
             dist.all_reduce(counts)
         return counts / counts.sum(-1, keepdim=True)
 
+    @torch.no_grad()
+    def bank_momenta(self) -> list[Tensor]:
+        """What `apply` will make each bank's update of, on every rank, which all must ask for: Muon's input of
+        Newton-Schulz, AdamW's first moment; from the gradients as they are after clipping."""
+        owner = {id(p): o for o in self.optimizers for group in o.param_groups for p in group["params"]}
+        found = []
+        for p in self.sharding.banks:
+            share = self.sharding.share_of[id(p)]
+            own = None if share.own is None else next_momentum(owner[id(share.own)], share.own)
+            found.append(self.sharding.whole(share, own))
+        return found
+
     def apply(self) -> Times:
         """The optimizers' step on the gradients, clipped, or nothing where they are not finite; frees the gradients."""
         for optimizer in self.optimizers:
@@ -189,6 +202,15 @@ class TrainingStep:
                 p.copy_(weight)
             for tensor in (t for o in self.optimizers for state in o.state.values() for t in state.values()):
                 tensor.zero_()  # in place: a captured step keeps reading it
+
+
+def next_momentum(optimizer: torch.optim.Optimizer, p: Tensor) -> Tensor:
+    """Muon's `next_input`, or the first moment that AdamW's next step makes of a parameter's gradient, in its shape."""
+    if isinstance(optimizer, Muon):
+        return optimizer.next_input(p)
+    beta = next(group["betas"][0] for group in optimizer.param_groups if any(p is one for one in group["params"]))
+    before = optimizer.state[p].get("exp_avg", torch.zeros_like(p))
+    return before.lerp(p.grad / optimizer.grad_scale, 1 - beta)
 
 
 @contextlib.contextmanager

@@ -77,7 +77,8 @@ def assert_same_training(folder, reference, tolerance=1e-4):
     for mine, other in zip(*(map(json.loads, lines) for lines in spectra), strict=True):
         assert (mine["step"], mine["layer"], mine["proj"]) == (other["step"], other["layer"], other["proj"])
         if mine["step"]:
-            assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-2)
+            for key in ("grad_norm", "momentum_stable_rank", "momentum_effective_rank"):
+                assert mine[key] == pytest.approx(other[key], rel=1e-2), key
 
 
 def test_three_ranks_train_like_one_and_one_or_four_go_on_from_their_checkpoint(train_small, shards_folder, tmp_path):
