@@ -46,7 +46,9 @@ def test_workers_train_to_the_losses_and_spectra_of_one_process(trained):
                 if not isinstance(value, float | list):
                     assert b[key] == value, key
                 elif key not in ("left_alignment", "right_alignment"):  # arbitrary where Muon's update is flat
-                    rel = 2e-3 if any(word in key for word in ("gap", "rank", "momentum")) else 2e-4
+                    rel = 2e-3 if any(word in key for word in ("gap", "rank", "momentum", "residual")) else 2e-4
+                    if key == "grad_condition":  # an error of 1e-6 of the largest singular value, in the smallest
+                        rel = max(rel, 1e-6 * value)
                     assert b[key] == pytest.approx(value, rel=rel, abs=2e-5), (key, a["step"])
 
 
