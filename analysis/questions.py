@@ -99,7 +99,7 @@ def layers_apart(group: Group, layers: tuple[int, int] | None = None) -> str:
     """Two layers against each other, by default those that differ most: by how much, since when, where most, and how
     sure that is over seeds. The distance is the mean |ln ratio| over projections and three metrics."""
     events = {(proj, key): _events(group, key)[proj] for key in STANDOUT_KEYS for proj in group.runs[0].projections()}
-    steps = next(iter(events.values()))[0]
+    steps, _ = next(iter(events.values()), ((), ()))  # a damaged run may have none of the projections
     logs = {place: np.log(values) for place, (_, values) in events.items() if (values > 0).all()}
     count = min((len(values) for values in logs.values()), default=0)
     if count < 2 or (layers and max(layers) >= count):
