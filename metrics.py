@@ -50,7 +50,7 @@ MOMENTUM_KEYS = (
     "momentum_range",
     "momentum_singular_values",
 )
-MOMENTUM_DIGITS = 4  # of each singular value: a third of the file else
+MOMENTUM_DIGITS = 4  # of each singular value, which are many
 # Eigenvalues of a Gram matrix below this times its larger side, as a share of the largest, are rounding: singular
 # values below 7e-7 of the largest read as 0 at 2048 x 512. Weights in fp32 have no more digits.
 ROUNDING = torch.finfo(torch.float64).eps
