@@ -271,6 +271,14 @@ def validation_batches(stream: TokenStream, tokens: int, seq_len: int, rows: int
         yield np.stack([stream.read(w * seq_len, seq_len + 1) for w in range(first, last)])
 
 
+def target_counts(stream: TokenStream, tokens: int, seq_len: int) -> np.ndarray:
+    """How often each token id is what `validation_batches` ask to predict, int64 (vocab,)."""
+    counts = np.zeros(stream.vocab_size, np.int64)
+    for batch in validation_batches(stream, tokens, seq_len, max(1, CHUNK_TOKENS // seq_len)):
+        counts += np.bincount(batch[:, 1:].ravel(), minlength=len(counts))
+    return counts
+
+
 if __name__ == "__main__":
     from corpus.commands import main  # imported here: a machine that only trains needs neither tokenizers nor datasets
 

@@ -1,13 +1,13 @@
 """Spectral metrics of every weight matrix, each defined once, and the worker that logs them next to the training loop.
 
     spectrum = decompose(W_BMN); record = projection_record(spectrum.of(0), of_update, of_gradient)
-    recorder = SpectraRecorder(model, path); recorder.before_update(gradients); optimizer.step()
+    recorder = SpectraRecorder(model, path); recorder.before_update(gradients, momenta=momenta); optimizer.step()
     recorder.record(step, tokens); recorder.flush(); recorder.close()
 
 Float64 throughout, by the symmetric eigenproblem of the smaller Gram matrix: `python -m bench.spectra` shows its error
 and its time next to those of an SVD. An undefined value is None (JSON null), never 0.0 or NaN. An event costs the loop
-one copy of the block matrices, their gradients and their update, asynchronous on a GPU; the worker writes its lines in
-one piece.
+one copy of the block matrices, their gradients, momenta and update, asynchronous on a GPU; the worker writes its lines
+in one piece.
 """
 
 import functools
@@ -43,6 +43,14 @@ UPDATE_KEYS = (
     "update_gap",
     "ns_residual",
 )
+MOMENTUM_KEYS = (
+    "momentum_stable_rank",
+    "momentum_effective_rank",
+    "momentum_below_range",
+    "momentum_range",
+    "momentum_singular_values",
+)
+MOMENTUM_DIGITS = 4  # of each singular value, which are many
 # Eigenvalues of a Gram matrix below this times its larger side, as a share of the largest, are rounding: singular
 # values below 7e-7 of the largest read as 0 at 2048 x 512. Weights in fp32 have no more digits.
 ROUNDING = torch.finfo(torch.float64).eps
@@ -184,8 +192,35 @@ def projection_record(
     return record
 
 
+def momentum_record(momentum: Tensor | None, least: float | None) -> dict[str, Any]:
+    """The metrics of a momentum's singular values s (descending, float64), None without one: its ranks, and the share
+    of the s with s / |s| < `least`, the lower end of the range that Newton-Schulz brings to 0.5 or more."""
+    record: dict[str, Any] = dict.fromkeys(MOMENTUM_KEYS)
+    if momentum is None:
+        return record
+    energy = momentum.square().sum()
+    record["momentum_stable_rank"] = finite((energy / momentum[0].square()).item())
+    record["momentum_effective_rank"] = finite(math.exp(entropy_nats(momentum)))
+    if energy > 0:
+        record["momentum_below_range"] = finite((momentum < least * energy.sqrt()).double().mean().item())
+    record["momentum_range"] = finite(least)
+    values = momentum.tolist()
+    record["momentum_singular_values"] = [
+        float(f"{s:.{MOMENTUM_DIGITS}g}") if math.isfinite(s) else None for s in values
+    ]
+    return record
+
+
 class WorkerFailed(RunFailed):
     """The worker died; the message is its reason."""
+
+
+class Momenta(NamedTuple):
+    """What each bank's update is made of (`TrainingStep.bank_momenta`), and the least singular value, as a share of the
+    Frobenius norm, that Newton-Schulz brings to 0.5 or more (kernels/newton_schulz.py: `reach`)."""
+
+    banks: list[Tensor]
+    least: float
 
 
 class MuonStep(NamedTuple):
@@ -214,14 +249,15 @@ def ns_residuals(weights: Tensor, updates: Tensor, spectrum: Spectrum, bank: Ban
 
 @dataclass(frozen=True)
 class Event:
-    """The block matrices after an update, what it changed, its gradients, and what Muon made it with; all but the
-    weights are None where there was no update, the last one also where there is no Muon."""
+    """The block matrices after an update, what it changed, its gradients and momenta, and what Muon made it with; all
+    but the weights are None where there was no update, the last one also where there is no Muon."""
 
     step: int
     tokens: int
     weights: list[Tensor]
     updates: list[Tensor] | None
     gradients: list[Tensor] | None
+    momenta: Momenta | None
     muon: MuonStep | None
     copied: torch.cuda.Event | None
 
@@ -243,6 +279,7 @@ class SpectraRecorder:
         self.seconds_blocked = seconds_blocked
         self.before: list[Tensor] | None = None
         self.gradients: list[Tensor] | None = None
+        self.momenta: Momenta | None = None
         self.muon: MuonStep | None = None
         self.failure: BaseException | None = None
         self.events: queue.Queue[Event | None] = queue.Queue(QUEUE_EVENTS)
@@ -250,11 +287,14 @@ class SpectraRecorder:
         self.worker.start()
 
     @torch.no_grad()
-    def before_update(self, gradients: list[Tensor], muon: MuonStep | None = None) -> None:
-        """Keep the weights as they are before the optimizer touches them, and a copy of each bank's gradient."""
+    def before_update(
+        self, gradients: list[Tensor], muon: MuonStep | None = None, momenta: Momenta | None = None
+    ) -> None:
+        """Keep the weights as they are before the optimizer touches them, and each bank's gradient and momentum, which
+        must be copies."""
         start = time.perf_counter()
         self.before = [bank.parameter.detach().clone() for bank in self.model.banks()]
-        self.gradients, self.muon = gradients, muon
+        self.gradients, self.momenta, self.muon = gradients, momenta, muon
         self.seconds_blocked += time.perf_counter() - start
 
     @torch.no_grad()
@@ -266,17 +306,16 @@ class SpectraRecorder:
         updates = (
             None if self.before is None else [torch.sub(w, b, out=b) for w, b in zip(weights, self.before, strict=True)]
         )
-        copied = None
+        copied, gradients, momenta, muon = None, self.gradients, self.momenta, self.muon
         if self.stream is not None:  # the copies overlap with what the device does next
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.stream):
-                weights, updates, gradients = (self._to_host(t) for t in (weights, updates, self.gradients))
+                weights, updates, gradients = (self._to_host(t) for t in (weights, updates, gradients))
+                momenta = momenta and momenta._replace(banks=self._to_host(momenta.banks))
                 copied = torch.cuda.Event()
                 copied.record()
-        else:
-            gradients = self.gradients
-        muon, self.before, self.gradients, self.muon = self.muon, None, None, None
-        self._put(Event(step, tokens, weights, updates, gradients, muon, copied))
+        self.before = self.gradients = self.momenta = self.muon = None
+        self._put(Event(step, tokens, weights, updates, gradients, momenta, muon, copied))
         self.seconds_blocked += time.perf_counter() - start
 
     def _to_host(self, tensors: list[Tensor] | None) -> list[Tensor] | None:
@@ -340,7 +379,8 @@ class SpectraRecorder:
             event.copied.synchronize()
         of_weights = [decompose_bank(bank) for bank in event.weights]
         of_updates = event.updates and [decompose_bank(bank) for bank in event.updates]
-        of_gradients = event.gradients and [torch.cat(measure_bank(bank, singular_values)) for bank in event.gradients]
+        of_gradients = event.gradients and singular_values_of(event.gradients)
+        of_momenta = event.momenta and singular_values_of(event.momenta.banks)
         residuals = self._residuals(event, of_updates)
         lines = []
         for place in self.model.places():
@@ -349,11 +389,15 @@ class SpectraRecorder:
             if place.transposed:
                 of_weight, of_update = of_weight.mT, of_update and of_update.mT
             of_gradient = None if of_gradients is None else of_gradients[place.bank][place.index]
+            momentum = (
+                (None, None) if of_momenta is None else (of_momenta[place.bank][place.index], event.momenta.least)
+            )
             residual = None if residuals[place.bank] is None else residuals[place.bank][place.index].item()
             line = {"step": event.step, "tokens": event.tokens, "layer": place.layer, "proj": place.name}
             if place.expert is not None:
                 line["expert"] = place.expert
-            lines.append(line | projection_record(of_weight, of_update, of_gradient, residual))
+            line |= projection_record(of_weight, of_update, of_gradient, residual)
+            lines.append(line | momentum_record(*momentum))
         self.writer.write(*lines)
         for listener in tuple(self.listeners):
             try:
@@ -374,6 +418,11 @@ class SpectraRecorder:
 def decompose_bank(bank: Tensor) -> Spectrum:
     """The spectra of all matrices of a bank."""
     return Spectrum(*(torch.cat(tensors) for tensors in zip(*measure_bank(bank, decompose), strict=True)))
+
+
+def singular_values_of(banks: Sequence[Tensor]) -> list[Tensor]:
+    """The singular values of all matrices of each bank."""
+    return [torch.cat(measure_bank(bank, singular_values)) for bank in banks]
 
 
 def measure_bank(bank: Tensor, measure: Callable[[Tensor], Any]) -> list[Any]:

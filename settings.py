@@ -18,12 +18,13 @@ from typing import Annotated, Any, Literal
 
 import torch
 
+from corpus.frequency import Yardstick
 from corpus.shards import TRAIN_PATTERN, Shards, open_shards
 from data import Packing
 from engine.cli import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, BadInput, Count, Limit, check_limits, one_of
 from engine.compiling import cache_key, pays, why_no_compiler
 from engine.cores import free_cores
-from engine.files import CONFIG, is_safe_name, load_json, shown
+from engine.files import CONFIG, finite, is_safe_name, load_json, shown
 from engine.identity import config_hash, provenance
 from engine.own_optimizer import class_name, is_own, load_class, try_out
 from engine.ranks import Rank
@@ -372,7 +373,9 @@ def identity(s: Settings, shards: Shards) -> dict[str, Any]:
     return flags | {"data_fingerprint": shards.fingerprint, "vocab_size": shards.vocab_size}
 
 
-def describe(s: Settings, shards: Shards, model: Transformer, ranks: int, device_name: str) -> dict[str, Any]:
+def describe(
+    s: Settings, shards: Shards, model: Transformer, ranks: int, device_name: str, yardstick: Yardstick
+) -> dict[str, Any]:
     """config.json: every resolved setting under its flag's name, and where the run comes from."""
     flags = identity(s, shards)
     return {
@@ -383,6 +386,8 @@ def describe(s: Settings, shards: Shards, model: Transformer, ranks: int, device
         "matmul_params": model.matmul_parameter_count(),
         "active_matmul_params": model.active_matmul_parameter_count(),
         "flops_per_token": model.flops_per_token(s.seq_len),
+        "unigram_val_loss": finite(yardstick.unigram),
+        "bytes_per_token": yardstick.bytes_per_token,
         "world_size": ranks,
         "device_name": device_name,
         "config_hash": config_hash(flags),

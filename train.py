@@ -26,8 +26,9 @@ import torch
 import torch.distributed as dist
 import tyro
 
+from corpus.frequency import yardstick_of
 from corpus.shards import Shards
-from data import Loader, TokenStream, validation_batches
+from data import Loader, TokenStream, target_counts, validation_batches
 from engine import files
 from engine.checkpoint import Layout, Progress, restore, state_of
 from engine.cli import BadInput, CannotWrite, TrainingFailed, exit_with_a_sentence
@@ -42,7 +43,8 @@ from engine.speed import Point, Speed, Stopwatch, Times, device_name, point, sec
 from engine.step import PendingStats, TrainingStep, evaluate, prepare_torch
 from engine.workers import workers
 from kernels.configs import capability
-from metrics import MuonStep, SpectraRecorder, WorkerFailed
+from kernels.newton_schulz import reach
+from metrics import Momenta, MuonStep, SpectraRecorder, WorkerFailed
 from model import PROJECTIONS, ModelConfig, Transformer
 from optim import (
     build_optimizers,
@@ -132,8 +134,12 @@ def run(s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> int:
     progress, clock, spectra, signals = Progress(), Stopwatch(device), None, []
     try:
         with contextlib.ExitStack() as threads:  # on every way out they end first and write their last lines
+            # What a loss means: how frequent each token is in training, and its bytes of text.
+            yardstick = yardstick_of(shards, target_counts(val_stream, s.eval_tokens, s.seq_len))
+            deciles = torch.from_numpy(yardstick.deciles).to(device)
+
             # Folder. An interrupted run continues from its last checkpoint.
-            loaded = folder.last_checkpoint(describe(s, shards, model, rank.count, speed.name))
+            loaded = folder.last_checkpoint(describe(s, shards, model, rank.count, speed.name, yardstick))
             if fresh := loaded is None:
                 folder.open(-1)
             else:
@@ -176,6 +182,7 @@ def run(s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> int:
                 layout=layout,
                 loader=loader,
                 val_stream=val_stream,
+                deciles=deciles,
                 folder=folder,
                 spectra=spectra,
                 speed=speed,
@@ -215,6 +222,7 @@ def train(
     layout: Layout,
     loader: Loader,
     val_stream: TokenStream,
+    deciles: torch.Tensor,  # of each token id
     folder: RunFolder,
     spectra: SpectraRecorder | None,  # on rank 0
     speed: Speed,
@@ -232,7 +240,7 @@ def train(
         if spectra is not None:
             spectra.record(step, 0)
         clock.stop()
-        validate(s, work, val_stream, folder, progress, clock)
+        validate(s, work, val_stream, deciles, folder, progress, clock)
         last = clock.start()
 
     # Several ranks must stop at the same step, so they agree on it in its statistics; a single one just looks.
@@ -250,10 +258,12 @@ def train(
         if spectra is not None:
             spectra.check()
         if measures:
-            gradients = work.sharding.bank_gradients()  # every rank takes part
+            gradients, momenta = work.sharding.bank_gradients(), work.bank_momenta()  # every rank takes part
             if spectra is not None:
-                spectra.before_update(gradients, muon_step(s, work.model.config, multiplier))
-            del gradients
+                least = reach(s.ns_coefficients, ns_steps_at(step, s.steps, s.ns_steps))
+                muon = muon_step(s, work.model.config, multiplier)
+                spectra.before_update(gradients, muon, momenta and Momenta(momenta, least))
+            del gradients, momenta
             work.sharding.settle()
         times = work.apply()
         step += 1
@@ -276,7 +286,7 @@ def train(
         if validates or saves:
             clock.stop()
             if validates:
-                validate(s, work, val_stream, folder, progress, clock)
+                validate(s, work, val_stream, deciles, folder, progress, clock)
             if saves:
                 read_clocks(progress, clock, spectra)
                 save(work, layout, loader, folder, progress)
@@ -331,21 +341,28 @@ def collect(
 
 
 def validate(
-    s: Settings, work: TrainingStep, stream: TokenStream, folder: RunFolder, progress: Progress, clock: Stopwatch
+    s: Settings,
+    work: TrainingStep,
+    stream: TokenStream,
+    deciles: torch.Tensor,
+    folder: RunFolder,
+    progress: Progress,
+    clock: Stopwatch,
 ) -> None:
     """Mean loss and next-token accuracy over the first --eval-tokens validation tokens, shared out over the ranks."""
     rank = folder.rank
     rows = max(1, VALIDATION_TOKENS[work.device.type] // s.seq_len)
     batches = validation_batches(stream, s.eval_tokens, s.seq_len, rows)
-    loss, accuracy = evaluate(work.model, itertools.islice(batches, rank.index, None, rank.count), rank.count)
+    mine = itertools.islice(batches, rank.index, None, rank.count)
+    found = evaluate(work.model, mine, deciles, rank.count)
     stream.wait_until_checked()
-    progress.val_loss, progress.val_accuracy = finite(loss), accuracy
-    if loss < progress.best_val_loss:
-        progress.best_val_loss = loss
+    progress.val_loss, progress.val_accuracy = finite(found.loss), found.accuracy
+    if found.loss < progress.best_val_loss:
+        progress.best_val_loss = found.loss
         if progress.step and rank.index == 0:
-            result = {"val_loss": progress.val_loss, "val_accuracy": accuracy}
+            result = {"val_loss": progress.val_loss, "val_accuracy": found.accuracy}
             folder.save_best({"model": work.model.state_dict(), "step": progress.step, **result})
-    folder.log_validation(progress.step, loss, accuracy, clock.seconds())
+    folder.log_validation(progress.step, found, clock.seconds())
 
 
 def stop_on(signals: list[int]) -> None:

@@ -95,6 +95,7 @@ def comparison(a: Sequence[Run], b: Sequence[Run]) -> list[str]:
     rows = [("", "A", "B")]
     rows.append(("runs with a final loss", *(str(len(group.losses())) for group in sides)))
     rows.append(("final validation loss", *map(_interval, sides)))
+    rows.append(("bits per byte", *(number(group.mean("bits_per_byte"), ".4f") for group in sides)))
     rows.append(("validation accuracy", *(_percent(group) for group in sides)))
     for words, key, form in (
         ("ms per step", "step_ms", ",.1f"),

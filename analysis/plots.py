@@ -265,7 +265,8 @@ def whole_steps(ax: plt.Axes) -> None:
 @captioned(
     "Loss and accuracy",
     "Lower loss and higher accuracy are better. The left column compares at equal tokens, the right column at equal "
-    "training time, which excludes compilation, validation and checkpoints. A band spans the seeds.",
+    "training time, which excludes compilation, validation and checkpoints. A band spans the seeds. Dotted: the loss "
+    "of a model that knows how frequent each token is in the training text, and nothing else.",
 )
 def loss_curves(runs: Sequence[Run]) -> Figure:
     """Validation loss and accuracy against steps and against training seconds.
@@ -305,6 +306,9 @@ def loss_curves(runs: Sequence[Run]) -> Figure:
     if len(tops) == len(groups) and np.isfinite(tops).all():
         lowest = min(float(np.nanmin(line.get_ydata())) for line in axes[0, 0].lines)
         axes[0, 0].set_ylim(lowest - 0.06 * (max(tops) - lowest), max(tops))  # the first steps would hide the rest
+    unigram = {group.config["unigram_val_loss"] for group in groups if group.config.get("unigram_val_loss") is not None}
+    for level in unigram:
+        _unigram_line(axes[0, 0], level)
     whole_steps(axes[1, 0])
     axes[1, 1].set_xlabel("training time (s)")
     axes[1, 0].set_ylim(bottom=0)
@@ -319,6 +323,18 @@ def loss_curves(runs: Sequence[Run]) -> Figure:
         words += ": mean over seeds, band from the lowest to the highest"
     figure.suptitle(words + ("; thin: training loss" if len(groups) <= FEW_GROUPS else ""))
     return figure
+
+
+def _unigram_line(ax: plt.Axes, level: float) -> None:
+    """The level where it is in sight, else a word at the upper edge."""
+    low, high = ax.get_ylim()
+    above = bool(level > high)
+    if not above:
+        ax.axhline(level, color=REFERENCE_COLOR, linestyle=":", linewidth=1.2)
+    place = (0.985, high if above else level)
+    style = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "top" if above else "bottom", "fontsize": 8}
+    ax.annotate(f"token frequencies alone: {level:.2f}{' ↑' * above}", place, color=REFERENCE_COLOR, **style)
+    ax.set_ylim(low, high)
 
 
 def _training_loss(run: Run, against_seconds: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -204,7 +204,7 @@ def metric_over_time(runs: Sequence[Run], key: str = "effective_rank") -> Figure
     figure, panels = projection_panels(runs[0].projections(), "step", key.replace("_", " "))
     for name, ax in panels:
         for group, style in zip(groups, line_styles(groups), strict=True):
-            _mean_and_band(ax, *group_grid(group, name, key), style)
+            mean_and_band(ax, *group_grid(group, name, key), style)
             initial = group_grid(group, name, key)[1]
             if initial.size and np.isfinite(initial[:, 0]).any():
                 ax.axhline(np.nanmean(initial[:, 0]), color=REFERENCE_COLOR, linestyle=":", linewidth=1.2)
@@ -214,7 +214,7 @@ def metric_over_time(runs: Sequence[Run], key: str = "effective_rank") -> Figure
     return figure
 
 
-def _mean_and_band(ax: plt.Axes, steps: np.ndarray, values: np.ndarray, style: LineStyle) -> None:
+def mean_and_band(ax: plt.Axes, steps: np.ndarray, values: np.ndarray, style: LineStyle) -> None:
     defined = ~np.isnan(values).all(axis=0)
     steps, values = steps[defined], values[:, defined]
     if not len(steps):
@@ -256,14 +256,14 @@ def alignment_with_chance(runs: Sequence[Run], side: str = "left") -> Figure:
         ax.axhspan(chance * low, chance * high, color=REFERENCE_COLOR, alpha=0.16, linewidth=0)
         ax.axhline(chance, color=REFERENCE_COLOR, linestyle=":", linewidth=1.2)
         for group, style in zip(groups, line_styles(groups), strict=True):
-            _mean_and_band(ax, *group_grid(group, name, key), style)
+            mean_and_band(ax, *group_grid(group, name, key), style)
             if rows > 1:
                 steps, gap = group_grid(group, name, "update_gap")
                 # root mean square of the singular values: the Frobenius norm squared is the sum of s²
                 rms = group_grid(group, name, "update_norm")[1] / np.sqrt(group.runs[0].full_rank(name))
                 relative = np.divide(gap, rms, out=np.full_like(gap, np.nan), where=rms > 0)
                 relative[relative <= 0] = np.nan
-                _mean_and_band(axes[1, column], steps, relative, style)
+                mean_and_band(axes[1, column], steps, relative, style)
         ax.set_title(PROJECTION_TITLES[name])
         axes[-1, column].set_xlabel("step")
         axes[-1, column].xaxis.set_major_locator(MaxNLocator(3, integer=True))

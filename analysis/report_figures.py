@@ -9,7 +9,7 @@ settings, the best of each optimizer and model come first. Captions are in plots
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from analysis import plots, plots_layer, plots_settings, plots_spectra
+from analysis import plots, plots_layer, plots_momentum, plots_settings, plots_spectra, plots_tokens
 from analysis.pages import Picture
 from analysis.plots import Drawing, drawing
 from analysis.runs import Group, Run, group_seeds, representative
@@ -35,6 +35,10 @@ def curve_drawings(runs: Sequence[Run]) -> list[Drawing]:
         if len([group for group in group_seeds(part) if group.losses()]) > 2:
             stem = f"ablation_bars{mark}"
             drawings.append(drawing(plots_settings.ablation_bars, part, stem=stem, about=verdict.title))
+        if counted := plots_tokens.with_deciles(part):
+            drawings.append(
+                drawing(plots_tokens.loss_by_decile, counted, stem=f"loss_by_decile{mark}", about=verdict.title)
+            )
         if plots_settings.has_rates(part):
             stem = f"learning_rate_sensitivity{mark}"
             drawings.append(drawing(plots_settings.learning_rate_sensitivity, part, stem=stem, about=verdict.title))
@@ -88,6 +92,10 @@ def spectra_drawings(runs: Sequence[Run]) -> list[Drawing]:
             stem = f"pair_grid_{group.optimizer}"
             drawings.append(drawing(plots_spectra.pair_grid, *group.runs[:2], stem=stem, about=label))
             seen.add(group.optimizer)
+    if logged := plots_momentum.with_momentum(pooled):
+        drawings.append(drawing(plots_momentum.momentum_over_time, logged))
+    if logged := plots_momentum.with_momentum(pair):
+        drawings.append(drawing(plots_momentum.momentum_spectra, logged))
     return [
         *drawings,
         heatmap("spectral_entropy"),

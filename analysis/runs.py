@@ -24,7 +24,7 @@ MOST_LAYERS = 10_000  # a greater number is damage, and arrays of that size woul
 LARGEST = 2**53  # floats do not hold every whole number beyond
 RATES = ("lr", "adamw_lr", "weight_decay", "momentum", "warmup", "min_lr", "grad_clip", "dropout", "inner_dropout")
 SIZES = ("batch_tokens", "seq_len", "eval_tokens", "vocab_size", "params", "active_params", "tokens", "world_size")
-CONFIG_NUMBERS = (*RATES, *SIZES)
+CONFIG_NUMBERS = (*RATES, *SIZES, "unigram_val_loss", "bytes_per_token")
 OPTIMIZER_NAMES = {"muon": "Muon", "adamw": "AdamW"}
 PROJECTIONS = ("q", "k", "v", "o", "up", "down")  # the six that every dense model logs, in the order they are shown
 
@@ -58,6 +58,10 @@ def is_list_of_numbers(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(map(is_number_or_null, value))
 
 
+def is_deciles(value: Any) -> bool:
+    return is_list_of_numbers(value) and len(value) == files.DECILES
+
+
 Rule = Callable[[Any], bool]
 CONFIG: dict[str, Rule] = {"optimizer": is_text, "seed": is_count, "model": is_text, "steps": is_count}
 SUMMARY: dict[str, Rule] = {"status": is_text}
@@ -70,7 +74,10 @@ LINES = {
     | dict.fromkeys(("val_loss", "val_accuracy", "train_seconds"), is_number_or_null),
     "experts": LINE | {"layer": is_layer, "utilization": is_list_of_numbers},
 }
+LISTS_OF_VAL: dict[str, Rule] = {"val_loss_by_decile": is_deciles}  # older runs have none
 SPECTRA: dict[str, Rule] = {"step": is_count, "layer": is_layer, "proj": is_text, "singular_values": is_list_of_numbers}
+MOMENTUM = "momentum_singular_values"  # null where there was no update; older runs have none
+LISTS_OF_SPECTRA: dict[str, Rule] = {MOMENTUM: lambda value: value is None or is_list_of_numbers(value)}
 
 
 def _check(where: str, record: dict[str, Any], rules: dict[str, Rule], other: Rule, needed: Iterable[str]) -> None:
@@ -110,7 +117,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             raise BadInput(f'{path}: line {number} has no "kind"')
         if kind in LINES:
             other = (lambda value: True) if kind == "experts" else is_number_or_null
-            _check(f"{path}: line {number}", line, LINES[kind], other, needed=LINES[kind])
+            _check(f"{path}: line {number}", line, LINES[kind] | LISTS_OF_VAL, other, needed=LINES[kind])
     return lines
 
 
@@ -120,16 +127,18 @@ def read_spectra(path: Path) -> list[dict[str, Any]]:
     sizes: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         where = f"{path}: line {number}"
-        _check(where, line, SPECTRA, other=is_number_or_null, needed=SPECTRA)
-        proj, size = line["proj"], len(line["singular_values"])
-        if sizes.setdefault(proj, size) != size:
-            raise BadInput(f"{where}: {size} singular values, earlier lines of {proj} have {sizes[proj]}")
+        _check(where, line, SPECTRA | LISTS_OF_SPECTRA, other=is_number_or_null, needed=SPECTRA)
+        proj = line["proj"]
+        for size in (len(line["singular_values"]), len(line.get(MOMENTUM) or line["singular_values"])):
+            if sizes.setdefault(proj, size) != size:
+                raise BadInput(f"{where}: {size} singular values, earlier lines of {proj} have {sizes[proj]}")
     return lines
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run's folder in memory; columns are float arrays with NaN where the file says null."""
+    """One run's folder in memory; columns are float arrays with NaN where the file says null, val_loss_by_decile one
+    of (validations, 10)."""
 
     path: Path
     config: dict[str, Any]
@@ -171,6 +180,11 @@ class Run:
     def final_loss(self) -> float:
         """The last validation loss of a finished run, NaN for any other."""
         return float(self.val["val_loss"][-1]) if self.status == "finished" and self.val else math.nan
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Of the last validation, NaN where it was not logged."""
+        return float(self.val["val_bpb"][-1]) if "val_bpb" in self.val else math.nan
 
     @property
     def train_seconds(self) -> float:
@@ -233,12 +247,12 @@ class Run:
                 counts[place] += 1
         return steps, np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
 
-    def singular_values(self, proj: str, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """Event steps (E,) and all singular values (E, r), descending; a mean over experts."""
+    def singular_values(self, proj: str, layer: int, key: str = "singular_values") -> tuple[np.ndarray, np.ndarray]:
+        """Steps (E,) of the events that have them, and all singular values (E, r), descending; a mean over experts."""
         by_step: dict[int, list[np.ndarray]] = {}
         for line in self._by_projection.get(proj, []):
-            if line["layer"] == layer:
-                by_step.setdefault(line["step"], []).append(line["singular_values"])
+            if line["layer"] == layer and line.get(key) is not None:
+                by_step.setdefault(line["step"], []).append(line[key])
         steps = sorted(by_step)
         return np.array(steps), np.array([np.mean(by_step[step], axis=0) for step in steps], dtype=float)
 
@@ -254,7 +268,9 @@ def load_run(path: Path) -> Run:
     config, summary = read_config(path / files.CONFIG), read_summary(path / files.SUMMARY)
     metrics, spectra = read_metrics(path / files.METRICS), read_spectra(path / files.SPECTRA)
     for line in spectra:
-        line["singular_values"] = np.array(line["singular_values"], dtype=np.float32)  # an eighth of the list's memory
+        for key in ("singular_values", MOMENTUM):
+            if line.get(key) is not None:
+                line[key] = np.array(line[key], dtype=np.float32)  # an eighth of the list's memory
     return Run(
         path=path,
         config=config,
@@ -287,8 +303,10 @@ def _whole_events(spectra: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _columns(lines: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    keys = [key for key in lines[0] if key != "kind"] if lines else []
-    return {key: np.array([line.get(key) for line in lines], dtype=float) for key in keys}
+    """Each key but the kind as an array, NaN where a line lacks it, as those of an older version do."""
+    keys = dict.fromkeys(key for line in lines for key in line if key != "kind")
+    absent = dict.fromkeys(keys) | {key: [None] * files.DECILES for key in LISTS_OF_VAL}
+    return {key: np.array([line.get(key, absent[key]) for line in lines], dtype=float) for key in keys}
 
 
 @dataclass(frozen=True)

@@ -211,7 +211,9 @@ def _score(group: Group, name: str) -> str:
     mean, low, high = t_interval(losses)
     spread = "single seed" if len(losses) < 2 else f"{len(losses)} seeds, 95 % [{low:.4f}, {high:.4f}]"
     accuracy = np.mean([run.val["val_accuracy"][-1] for run in group.samples()])
-    return f"{name}: final validation loss {mean:.4f} ({spread}), accuracy {100 * accuracy:.2f} %."
+    bits = group.mean("bits_per_byte")
+    in_bytes = f", {bits:.4f} bits per byte" if math.isfinite(bits) else ""
+    return f"{name}: final validation loss {mean:.4f} ({spread}){in_bytes}, accuracy {100 * accuracy:.2f} %."
 
 
 def _speed(group: Group) -> str:

@@ -240,7 +240,7 @@ def shards_to_damage(folder: Path) -> None:
 
 
 def run_to_damage(folder: Path) -> None:
-    write_run(folder, steps=6, layers=1, gap=True, experts=2)
+    write_run(folder, steps=6, layers=1, gap=True, experts=2, by_token=True, momentum=True)
 
 
 def try_cases(

@@ -21,8 +21,8 @@ from bench.harness import JsonFlag, interleaved, write_figures
 from engine import files
 from engine.cli import AT_LEAST_1, check_limits, exit_with_a_sentence, one_of
 from engine.ranks import Sharding
-from kernels.newton_schulz import orthogonalize
-from metrics import SUBSPACE_RANK, SpectraRecorder, decompose_bank
+from kernels.newton_schulz import orthogonalize, reach
+from metrics import SUBSPACE_RANK, Momenta, SpectraRecorder, decompose_bank
 from model import SIZES, Transformer
 
 SINGULAR_VALUE_TOLERANCE, ANGLE_TOLERANCE = 1e-5, 1e-4
@@ -84,7 +84,8 @@ def main() -> int:
         recorder.flush()  # simulates levels of chance, once per process
 
         def whole_event(step: int) -> None:
-            recorder.before_update(sharding.bank_gradients())
+            momenta = Momenta(sharding.bank_gradients(), reach("polar_express", 5))
+            recorder.before_update(sharding.bank_gradients(), momenta=momenta)
             with torch.no_grad():
                 for W, update in zip(weights, updates, strict=True):
                     W.add_(update)

@@ -31,6 +31,14 @@ def spectral_line(step: int, layer: int, proj: str, s, alignment: float | None, 
     return line | (of_step if step else dict.fromkeys(of_step)) | more
 
 
+def momentum_of(r: int, layer: int, step: int) -> dict:
+    s = 2.0 ** -np.arange(r)
+    values = {"momentum_stable_rank": float((s**2).sum()), "momentum_effective_rank": effective_rank(s)}
+    values |= {"momentum_below_range": float(np.mean(s / np.linalg.norm(s) < 0.05)), "momentum_range": 0.05}
+    values["momentum_singular_values"] = ((1 + layer) * s).tolist()
+    return values if step else dict.fromkeys(values)
+
+
 def write_run(
     folder: Path,
     *,
@@ -42,6 +50,8 @@ def write_run(
     layers: int = 3,
     step_ms: float = 2000.0,
     gap: bool = False,
+    by_token: bool = False,
+    momentum: bool = False,
     decay: float = 0.02,
     experts: int = 0,
     projections: Iterable[str] = tuple(PROJECTION_SHAPES),
@@ -49,13 +59,16 @@ def write_run(
 ) -> Path:
     """A run whose loss falls linearly from 5 to `final` over `steps`; `done` of them; spectra every 5.
 
-    Singular values are (1, .., 1) x (1 + 0.1 step) but for the smaller half, which shrinks by `decay` a step.
+    Singular values are (1, .., 1) x (1 + 0.1 step) but for the smaller half, which shrinks by `decay` a step. With
+    `by_token` the loss of decile d = 0 .. 9 is the run's times 0.55 + 0.1 d, a token has 4 bytes, and the unigram loss
+    is 4.5. With `momentum` its singular values are 1, 1/2, 1/4, .. (times 1, 2, 3, .. by layer), its range 0.05.
     """
     done = steps if done is None else done
     folder.mkdir(parents=True)
     flags = {"model": "nano", "optimizer": "muon", "tokens": 64 * steps, "batch_tokens": 64, "seq_len": 32, "seed": 0}
     flags |= {"lr": 0.02, "adamw_lr": 0.005, "nesterov": True, "schedule": "linear", "eval_tokens": 512}
     derived = {"data_fingerprint": "f00d", "vocab_size": 320, "steps": steps, "params": 1000, "device_name": "cpu"}
+    derived |= {"unigram_val_loss": 4.5, "bytes_per_token": 4.0} if by_token else {}
     derived |= {"world_size": 1, "git_commit": "c0ffee", "torch_version": "2.13.0"}
     extra = {key: settings.pop(key) for key in list(settings) if key in derived}
     (folder / "config.json").write_text(json.dumps(flags | settings | derived | extra), encoding="utf-8")
@@ -64,6 +77,9 @@ def write_run(
         for step in range(done + 1):
             loss = 5 + (final - 5) * step / steps
             val = {"kind": "val", "step": step, "tokens": 64 * step, "val_loss": loss, "val_accuracy": 0.01 * step}
+            if by_token:
+                val["val_bpb"] = loss / 4 / math.log(2)
+                val["val_loss_by_decile"] = [loss * (0.55 + 0.1 * decile) for decile in range(10)]
             file.write(json.dumps(val | {"train_seconds": seconds * step}) + "\n")
             if step < done:
                 train = {"kind": "train", "step": step + 1, "tokens": 64 * (step + 1), "train_loss": loss}
@@ -81,6 +97,7 @@ def write_run(
                         r = min(PROJECTION_SHAPES[proj])
                         s = (1 + 0.1 * step) * np.where(np.arange(r) < r // 2, 1.0, max(0.0, 1 - decay * step))
                         more = {"update_gap": None if step == 0 else 0.01} if gap else {}
+                        more |= momentum_of(r, layer, step) if momentum else {}
                         aligned = None if step == 0 else float(rng.uniform(0.4, 0.9))
                         file.write(json.dumps(spectral_line(step, layer, proj, s, aligned, **more)) + "\n")
     if status:

@@ -42,7 +42,8 @@ from engine.cli import AT_LEAST_1, NOT_NEGATIVE, BadInput, Count, check_limits, 
 from engine.memory import GIB, MemoryCount, available_bytes, choose_micro_batch
 from engine.speed import Times, point, seconds_between
 from engine.step import TrainingStep, prepare_torch
-from metrics import SpectraRecorder
+from kernels.newton_schulz import reach
+from metrics import Momenta, SpectraRecorder
 from model import KERNELS, SIZES, Transformer
 from optim import build_optimizers, step_cost
 from settings import BATCH_TOKENS, CPU_KERNELS_THAT_PAY, DEFAULT_LR, NANO_BATCH_TOKENS, NANO_LR
@@ -325,7 +326,8 @@ def time_surroundings(place: Workplace, step_seconds: float) -> dict[str, float 
         for step in range(2):  # the first one simulates levels of chance, once per run
             work.gradients(place.random_rows(step))
             recorder.seconds_blocked, start = 0.0, time.perf_counter()
-            recorder.before_update(work.sharding.bank_gradients())
+            momenta = Momenta(work.bank_momenta(), reach("polar_express", 5))
+            recorder.before_update(work.sharding.bank_gradients(), momenta=momenta)
             work.apply()
             recorder.record(step, 0)
             blocked_seconds = recorder.seconds_blocked  # the loop does not wait for the worker, the next line does

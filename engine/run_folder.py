@@ -1,11 +1,12 @@
 """Writes runs/<name>/ while it trains: its lock, lines, log, live view and summary. Every rank looks, rank 0 writes.
 
     folder = RunFolder(Path("runs/name"), rank, device, resume=True); contents = folder.last_checkpoint(config)
-    folder.open(last_step); folder.log_validation(step, loss, accuracy, seconds); folder.save(contents)
+    folder.open(last_step); folder.log_validation(step, evaluation, seconds); folder.save(contents)
 
 The names of the files are in files.py, checkpoints in checkpoint.py.
 """
 
+import math
 import os
 import sys
 import threading
@@ -26,7 +27,7 @@ from engine.identity import check_same_run
 from engine.memory import peak_bytes
 from engine.ranks import Rank
 from engine.speed import Speed
-from engine.step import StepStats
+from engine.step import Evaluation, StepStats
 
 SPECTRA_SHOWN = ("spectral_norm", "effective_rank", "stable_rank", "spectral_entropy", "left_alignment", "update_norm")
 
@@ -176,12 +177,23 @@ class RunFolder:
         }
         self.out.line(line | fields, terminal=self.out.bar is None)  # on a terminal the bar shows them
 
-    def log_validation(self, step: int, loss: float, accuracy: float, train_seconds: float) -> None:
+    def log_validation(self, step: int, found: Evaluation, train_seconds: float) -> None:
         """A validation's line in metrics.jsonl, printed too."""
-        numbers = {"val_loss": finite(loss), "val_accuracy": accuracy, "train_seconds": finite(train_seconds)}
+        loss, seconds = finite(found.loss), finite(train_seconds)
+        bits = self.bits_per_byte("val_bpb", loss)
+        numbers = {"val_loss": loss, **bits, "val_accuracy": found.accuracy, "train_seconds": seconds}
+        numbers["val_loss_by_decile"] = [finite(value) for value in found.by_decile]
         self.write({"kind": "val", "step": step, "tokens": step * self.config["batch_tokens"], **numbers})
-        line = {"step": f"{step}/{self.config['steps']}", "val_loss": f"{loss:.4f}", "val_accuracy": f"{accuracy:.4f}"}
-        self.out.line(line | {"train_seconds": f"{train_seconds:.1f}"})
+        line = {"step": f"{step}/{self.config['steps']}", "val_loss": f"{found.loss:.4f}"}
+        line |= {key: f"{value:.4f}" for key, value in bits.items() if value is not None}
+        line |= {"val_accuracy": f"{found.accuracy:.4f}", "train_seconds": f"{train_seconds:.1f}"}
+        self.out.line(line)
+
+    def bits_per_byte(self, key: str, loss: float | None) -> dict[str, float | None]:
+        """A mean loss over the evaluated tokens, in nats, as bits per byte of their text: the sum of the nats over ln 2
+        and the sum of the bytes. No `key` without a tokenizer that tells the bytes."""
+        per_token = self.config["bytes_per_token"]
+        return {} if per_token is None else {key: None if loss is None else finite(loss / math.log(2) / per_token)}
 
     def save(self, contents: dict[str, Any]) -> None:
         """Write checkpoint.pt, after the lines that it vouches for are on disk."""
@@ -209,8 +221,10 @@ class RunFolder:
             "reason": reason,
             "final_train_loss": progress.train_loss,
             "final_val_loss": progress.val_loss,
+            **self.bits_per_byte("final_val_bpb", progress.val_loss),
             "best_val_loss": finite(progress.best_val_loss),
             "final_val_accuracy": progress.val_accuracy,
+            "unigram_val_loss": self.config["unigram_val_loss"],
             "tokens": tokens,
             "steps": progress.step,
             "train_seconds": seconds,

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from engine.compiling import prepare_compiling
 from engine.cpu import prepare_cpu
+from engine.files import DECILES
 from engine.own_optimizer import OwnOptimizer
 from engine.ranks import Sharding
 from engine.speed import Times
+from kernels import Muon
 
 WARMUP_STEPS = 4  # the first makes optimizer state, the third captures Muon's step
 
@@ -165,6 +167,21 @@ class TrainingStep:
             dist.all_reduce(counts)
         return counts / counts.sum(-1, keepdim=True)
 
+    @torch.no_grad()
+    def bank_momenta(self) -> list[Tensor] | None:
+        """What `apply` will make each bank's update of, on every rank, which all must ask for: Muon's input of
+        Newton-Schulz, AdamW's first moment; from the gradients as they are after clipping. None where a user's
+        optimizer trains the banks."""
+        if any(isinstance(o, OwnOptimizer) for o in self.optimizers):
+            return None
+        owner = {id(p): o for o in self.optimizers for group in o.param_groups for p in group["params"]}
+        found = []
+        for p in self.sharding.banks:
+            share = self.sharding.share_of[id(p)]
+            own = None if share.own is None else next_momentum(owner[id(share.own)], share.own)
+            found.append(self.sharding.whole(share, own))
+        return found
+
     def apply(self) -> Times:
         """The optimizers' step on the gradients, clipped, or nothing where they are not finite; frees the gradients."""
         for optimizer in self.optimizers:
@@ -195,6 +212,15 @@ class TrainingStep:
                     tensor.zero_()  # in place: a captured step keeps reading it
 
 
+def next_momentum(optimizer: torch.optim.Optimizer, p: Tensor) -> Tensor:
+    """Muon's `next_input`, or the first moment that AdamW's next step makes of a parameter's gradient, in its shape."""
+    if isinstance(optimizer, Muon):
+        return optimizer.next_input(p)
+    beta = next(group["betas"][0] for group in optimizer.param_groups if any(p is one for one in group["params"]))
+    before = optimizer.state[p].get("exp_avg", torch.zeros_like(p))
+    return before.lerp(p.grad / optimizer.grad_scale, 1 - beta)
+
+
 @contextlib.contextmanager
 def random_numbers_kept(device: torch.device) -> Iterator[None]:
     """Draw in the body without consequence. CUDA is asked only where it trains: a forked worker cannot start it."""
@@ -206,21 +232,44 @@ def random_numbers_kept(device: torch.device) -> Iterator[None]:
         torch.cuda.set_rng_state_all(states[1])
 
 
+class Evaluation(NamedTuple):
+    """Mean loss in nats, next-token accuracy, and the mean loss over the targets of each decile, NaN where there are
+    none."""
+
+    loss: float
+    accuracy: float
+    by_decile: list[float]
+
+
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[np.ndarray], world_size: int = 1) -> tuple[float, float]:
-    """Mean loss in nats and next-token accuracy over this rank's `batches` of token rows and all other ranks'."""
+def evaluate(model: nn.Module, batches: Iterable[np.ndarray], deciles_V: Tensor, world_size: int = 1) -> Evaluation:
+    """The losses of this rank's `batches` of token rows and all other ranks'; `deciles_V` is the decile of each token
+    id (corpus/frequency.py)."""
     model.eval()
     device = model.embedding.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, tokens
+    by_decile = torch.zeros(2, DECILES, dtype=torch.float64, device=device)  # loss, tokens
     for batch in batches:
         rows = torch.from_numpy(batch).to(device).long()
         targets = rows[:, 1:].flatten()
-        logits = model(rows[:, :-1]).flatten(0, 1).float()
-        sums[0] += F.cross_entropy(logits, targets, reduction="sum")
-        sums[1] += (logits.argmax(dim=-1) == targets).sum()
+        loss, losses, correct = _losses(model(rows[:, :-1]), targets)
+        sums[0] += loss
+        sums[1] += correct
         sums[2] += len(targets)
+        of_targets = torch.stack((losses.double(), torch.ones_like(losses, dtype=torch.float64)))
+        by_decile.index_add_(1, deciles_V[targets], of_targets)
     if world_size > 1:
         dist.all_reduce(sums)
+        dist.all_reduce(by_decile)
     model.train()
     loss, accuracy = (sums[:2] / sums[2]).tolist()
-    return loss, accuracy
+    return Evaluation(loss, accuracy, (by_decile[0] / by_decile[1]).tolist())
+
+
+def _losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of the cross-entropies, each of them, and how many targets have the largest logit."""
+    logits = logits.flatten(0, 1).float()
+    log_p = F.log_softmax(logits, dim=-1)
+    # The sum as F.cross_entropy makes it, whose order of adding is its own: no loss changes by a bit.
+    loss = F.nll_loss(log_p, targets, reduction="sum")
+    return loss, -log_p.gather(1, targets[:, None])[:, 0], (logits.argmax(dim=-1) == targets).sum()

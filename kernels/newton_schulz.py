@@ -13,6 +13,7 @@ All products but the last of each form are symmetric (kernels/symmetric.py). 5 s
 into chunks that fit.
 """
 
+import functools
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -71,6 +72,18 @@ def coefficient_schedule(name: str, steps: int) -> list[tuple[float, float, floa
     rows, safety = COEFFICIENTS[name], SAFETY[name]
     schedule = [rows[min(i, len(rows) - 1)] for i in range(steps)]
     return [(a / safety, b / safety**3, c / safety**5) for a, b, c in schedule[:-1]] + schedule[-1:]
+
+
+@functools.cache
+def reach(coefficients: str, steps: int) -> float:
+    """The least s / |G|_F that `steps` iterations bring to half or more, where 1 is the aim: the direction of a smaller
+    singular value s is still small in the update. To 0.1 %, from the composed polynomial, by a scan from zero: five
+    steps of Polar Express reach down to 5.6e-4, of Jordan's quintic to 1.1e-3, of the cubic to 7.1e-2."""
+    start = torch.logspace(-9, 0, 20_001, dtype=torch.float64)
+    s = start / NORM_MARGIN[coefficients]
+    for a, b, c in coefficient_schedule(coefficients, steps):
+        s = a * s + b * s**3 + c * s**5
+    return start[s >= 0.5][0].item()
 
 
 def restarts_of(m: int) -> range:

@@ -204,7 +204,7 @@ class Muon(torch.optim.Optimizer):
                 if group["ns_before_momentum"]:
                     G = _direction(G, group)
                 M.lerp_(G, 1 - group["momentum"])
-                update = G.lerp(M, group["momentum"]) if group["nesterov"] else M
+                update = _mixed(G, M, group)
                 if not group["ns_before_momentum"]:
                     update = _direction(update, group)
                 no_inf = torch.zeros((), device=p.device)
@@ -217,6 +217,16 @@ class Muon(torch.optim.Optimizer):
                     restore_norms(W, norms, no_inf)
             if self.updated is not None:
                 self.updated(p)
+
+    @torch.no_grad()
+    def next_input(self, p: Tensor) -> Tensor:
+        """A new tensor like parameter `p`: what the next step will orthogonalise of its gradient and momentum."""
+        group = next(group for group in self.param_groups if any(p is one for one in group["params"]))
+        G = p.grad / self._scaling()[0]
+        if group["ns_before_momentum"]:
+            return G
+        buffer = self.state[p].get("momentum_buffer", torch.zeros_like(p))
+        return _mixed(G, buffer.lerp(G, 1 - group["momentum"]), group)
 
     def _step_fused(self) -> None:
         """The step in Triton kernels: three passes over each bank, and Newton-Schulz."""
@@ -360,6 +370,11 @@ def as_bank(t: Tensor, group: dict[str, Any]) -> Tensor:
     # (out, in, h, w) in channels_last is (out, h, w, in) in memory. The columns may come in any order, since
     # orthogonalize(G P) = orthogonalize(G) P for a permutation P.
     return (t if t.is_contiguous() else t.movedim(1, -1)).view(1, len(t), -1)
+
+
+def _mixed(gradient: Tensor, moved: Tensor, group: dict[str, Any]) -> Tensor:
+    """u of a gradient and of the momentum that it has moved."""
+    return gradient.lerp(moved, group["momentum"]) if group["nesterov"] else moved
 
 
 def _strided_as(p: Tensor, t: Tensor) -> Tensor:

@@ -54,6 +54,7 @@ def conditions_table(results: Results) -> Table:
             "best val. loss": number(mean_of(outcome, best_loss), ".4f"),
             "final val. loss": number(mean, ".4f"),
             "95 % interval": f"{low:.4f} to {high:.4f}" if math.isfinite(low) else "-",
+            "bits/byte": number(mean_of(outcome, lambda run: run.bits_per_byte), ".4f"),
             "std. dev.": f"{np.std(losses, ddof=1):.4f}" if len(losses) > 1 else "-",
             "accuracy": number(mean_of(outcome, accuracy), ".2f", " %"),
             "unsteadiness": number(mean_of(outcome, unsteadiness), ".3f"),

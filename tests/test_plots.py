@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from analysis import plots, plots_layer, plots_settings, plots_spectra, report_figures
+from analysis import plots, plots_layer, plots_momentum, plots_settings, plots_spectra, plots_tokens, report_figures
 from analysis.runs import group_seeds, load_run
 from analysis.stats import chance_spread
 from bench.synthetic import write_run
@@ -19,13 +19,14 @@ from engine.files import ROOT
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two optimizers, two seeds each; the gap of the update is logged."""
+    """Two optimizers, two seeds each; update gaps, losses by token frequency and momenta are logged."""
     folder = tmp_path_factory.mktemp("runs")
     made = []
     for optimizer, final in (("muon", 3.0), ("adamw", 3.5)):
         for seed in (0, 1):
             path = folder / f"{optimizer}-{seed}"
-            made.append(write_run(path, optimizer=optimizer, seed=seed, final=final + 0.1 * seed, gap=True, experts=4))
+            logged = {"gap": True, "by_token": True, "momentum": True, "experts": 4}
+            made.append(write_run(path, optimizer=optimizer, seed=seed, final=final + 0.1 * seed, **logged))
     return [load_run(path) for path in made]
 
 
@@ -40,6 +41,8 @@ FIGURES = {
     "optimizer_comparison": lambda runs: plots.optimizer_comparison(*group_seeds(runs)),
     "ablation_bars": lambda runs: plots_settings.ablation_bars(runs),
     "model_scaling": lambda runs: plots_settings.model_scaling(runs),
+    "loss_by_decile": plots_tokens.loss_by_decile,
+    "loss_by_decile_of_one": lambda runs: plots_tokens.loss_by_decile(runs[:1]),
     "learning_rate_schedules": lambda runs: plots.learning_rate_schedules(runs),
     "expert_utilization": lambda runs: plots.expert_utilization(runs[0]),
     "spectral_norm_by_depth": plots_spectra.spectral_norm_by_depth,
@@ -51,6 +54,8 @@ FIGURES = {
     "quick_scan": plots_spectra.quick_scan,
     "rank_grid": plots_spectra.rank_grid,
     "pair_grid": lambda runs: plots_spectra.pair_grid(runs[0], runs[1], "effective_rank"),
+    "momentum_spectra": lambda runs: plots_momentum.momentum_spectra(runs[::2]),
+    "momentum_over_time": plots_momentum.momentum_over_time,
     "singular_value_fan": lambda runs: plots_layer.singular_value_fan(runs[::2]),
     "singular_value_spectrum": plots_layer.singular_value_spectrum,
     "layer_mri": lambda runs: plots_layer.layer_mri(runs[::2]),
@@ -85,6 +90,7 @@ def test_no_two_figures_of_a_report_share_a_file(runs, tmp_path):
     drawings = [*report_figures.curve_drawings([*runs, *more]), *report_figures.spectra_drawings([*runs, *more])]
     stems = [drawing.picture.stem for drawing in drawings]
     assert {"pair_grid_muon", "pair_grid_adamw", "rank_grid", "loss_curves", "ablation_bars"} <= set(stems)
+    assert {"loss_by_decile", "momentum_spectra", "momentum_over_time"} <= set(stems)
     assert len(set(stems)) == len(stems)
     assert all(drawing.picture.how_to_read.endswith(".") for drawing in drawings)
 
@@ -94,6 +100,58 @@ def test_curves_show_the_mean_over_seeds(runs):
     curves = {line.get_label(): line.get_ydata() for line in ax.lines}
     np.testing.assert_allclose(curves["Muon"], 5 + (3.05 - 5) * np.arange(11) / 10)
     np.testing.assert_allclose(curves["AdamW"], 5 + (3.55 - 5) * np.arange(11) / 10)
+
+
+def test_losses_by_decile_and_the_lead_on_each(runs):
+    left, right = plots_tokens.loss_by_decile(runs).axes
+    curves = {line.get_label(): line.get_ydata() for line in left.lines}
+    factors = 0.55 + 0.1 * np.arange(10)
+    np.testing.assert_allclose(curves["Muon"], 3.05 * factors)
+    np.testing.assert_allclose(curves["AdamW"], 3.55 * factors)
+    leads = {line.get_label(): line.get_ydata() for line in right.lines}
+    np.testing.assert_allclose(leads["Muon"], 0.5 * factors)
+    assert "AdamW" not in leads
+    assert right.get_title() == "ahead of AdamW by"
+
+
+def test_momentum_is_drawn_in_shares_of_its_norm_with_the_reach(runs):
+    figure = plots_momentum.momentum_spectra(runs[::2])
+    assert len(figure.axes) == 2 * 6
+    for ax in figure.axes[:1]:  # q: 8 singular values of each of 3 layers, and the dashed reach
+        reach, *layers = ax.lines
+        assert (reach.get_ydata()[0], reach.get_linestyle(), len(layers)) == (0.05, "--", 3)
+        for line in layers:
+            np.testing.assert_allclose(
+                line.get_ydata(), 2.0 ** -np.arange(8) / np.sqrt((1 - 4.0**-8) / (1 - 0.25)), rtol=1e-6
+            )
+        assert ax.get_yscale() == "log"
+    above, below = plots_momentum.momentum_over_time(runs).axes[0], plots_momentum.momentum_over_time(runs).axes[6]
+    np.testing.assert_allclose(above.lines[0].get_ydata(), (1 - 4.0**-8) / (1 - 0.25))
+    np.testing.assert_allclose(below.lines[0].get_ydata(), 100 * 3 / 8)  # 2^-5, 2^-6 and 2^-7 over 1.155
+    assert list(below.lines[0].get_xdata()) == [5, 10]
+
+
+def test_runs_of_before_have_no_figures_of_momentum_or_of_token_frequency(tmp_path):
+    old = [load_run(write_run(tmp_path / f"{seed}", seed=seed)) for seed in (0, 1)]
+    stems = {
+        drawing.picture.stem for drawing in report_figures.curve_drawings(old) + report_figures.spectra_drawings(old)
+    }
+    assert "loss_curves" in stems
+    assert not [stem for stem in stems if "momentum" in stem or "decile" in stem]
+
+
+def test_the_unigram_loss_is_a_line_where_it_is_in_sight_and_a_word_above(runs, tmp_path):
+    ax = plots.loss_curves(runs).axes[0]
+    assert [line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == ":"] == [4.5]
+    assert [text.get_text() for text in ax.texts] == ["token frequencies alone: 4.50"]
+    old, rare = (
+        load_run(write_run(tmp_path / name, by_token=name == "rare", unigram_val_loss=level))
+        for name, level in (("old", None), ("rare", 9.0))
+    )
+    for run, words in ((old, []), (rare, ["token frequencies alone: 9.00 ↑"])):
+        ax = plots.loss_curves([run]).axes[0]
+        assert not [line for line in ax.lines if line.get_linestyle() == ":"]
+        assert [text.get_text() for text in ax.texts] == words
 
 
 def test_an_optimizer_keeps_its_colour_and_settings_differ_by_line_style(runs, tmp_path):

@@ -12,7 +12,7 @@ import train
 from corpus import build
 from engine.files import ROOT as REPOSITORY
 from engine.ranks import Sharding
-from engine.step import WARMUP_STEPS, TrainingStep
+from engine.step import WARMUP_STEPS, Evaluation, TrainingStep
 from tests.conftest import SMALL_MODEL, ask_to_stop, random_documents
 from tests.test_data import damage
 
@@ -64,9 +64,8 @@ def test_a_run_learns_and_its_folder_is_complete(train_small, optimizer, request
     assert all(record.keys() == keys for record in trained)
     validated = lines(folder, kind="val")
     assert [record["step"] for record in validated] == list(range(0, steps + 1, 2))
-    assert all(
-        record.keys() == {"kind", "step", "tokens", "val_loss", "val_accuracy", "train_seconds"} for record in validated
-    )
+    of_losses = {"val_loss", "val_accuracy", "val_bpb", "val_loss_by_decile"}
+    assert all(record.keys() == {"kind", "step", "tokens", "train_seconds"} | of_losses for record in validated)
     assert validated[0]["val_loss"] == pytest.approx(math.log(320), rel=0.02)
     assert validated[-1]["val_loss"] < validated[0]["val_loss"] - 0.3
     spectra = lines(folder, "manifold_stats.jsonl")
@@ -264,7 +263,7 @@ def test_the_summary_of_the_part_before_is_gone_while_the_run_goes_on(train_smal
 
 def test_the_best_weights_are_kept_also_over_a_resume(train_small, monkeypatch, before_step):
     evaluated = iter((9.0, 5.0, 3.0, 4.0, 6.0))
-    monkeypatch.setattr(train, "evaluate", lambda *_: (next(evaluated), 0.5))
+    monkeypatch.setattr(train, "evaluate", lambda *_: Evaluation(next(evaluated), 0.5, [1.0] * 10))
     take_back = before_step(2, ask_to_stop)
     arguments = ("--tokens", 4 * 256, "--eval-every", 1)
     _, folder, _, _ = train_small("run", *arguments)
@@ -426,6 +425,9 @@ def test_two_ranks_train_like_one(train_small, shards_folder, tmp_path):
     assert [r["val_loss"] for r in lines(two, kind="val")] == pytest.approx(
         [r["val_loss"] for r in lines(one, kind="val")], abs=1e-4
     )
+    for one_line, line in zip(lines(one, kind="val"), lines(two, kind="val"), strict=True):
+        assert line["val_loss_by_decile"] == pytest.approx(one_line["val_loss_by_decile"], abs=1e-3)
+        assert line["val_bpb"] == pytest.approx(one_line["val_bpb"], abs=1e-4)
     assert len(lines(two, "manifold_stats.jsonl")) == len(lines(one, "manifold_stats.jsonl"))
 
 

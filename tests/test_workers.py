@@ -15,7 +15,7 @@ from tests.processes import TEN, children_of, command, run, steps_logged, summar
 from tests.test_rank_faults import start, steps_logged_so_far
 
 CLOCKS = ("step_ms", "tokens_per_second", "train_seconds")
-SENSITIVE = ("gap", "rank", "condition", "residual")  # to rounding: they divide by, or subtract, the small
+SENSITIVE = ("gap", "rank", "condition", "momentum", "residual")  # to rounding: they divide by, or subtract, the small
 TWO = ("--workers", "2")
 STEPS = 40
 LONG = ("--tokens", STEPS * 256, "--spectra-every", 0, "--eval-every", STEPS, "--checkpoint-every", 2)
