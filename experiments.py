@@ -22,7 +22,7 @@ from engine.cli import AT_LEAST_1, check_limits, exit_with_a_sentence, make_fold
 from engine.cores import own_cores
 from suites import power_table
 from suites.catalog import MOST_GROWTH, SUITES, with_needs
-from suites.cost import minutes
+from suites.cost import minutes, slowness
 from suites.launcher import OVER, Interrupted, Job, LaterStages, free_slots, is_held, run_here, submit
 from suites.planner import NotYet, Planner, Selection, Unknown, unique
 from suites.scales import SCALES
@@ -195,7 +195,8 @@ def time_needed(planner: Planner, jobs: Collection[Job], later: LaterStages) -> 
     total = f"{len(jobs) + later.runs} runs, {sum(job.tokens for job in jobs) + later.tokens:,} tokens"
     if math.isnan(whole):
         return f"{total}; no estimate of the time: no run of this scale was timed yet"
-    return f"{total}; about {whole:.0f} minutes on {slots} idle cores, {to_go:.0f} of them to go"
+    slower = slowness()
+    return f"{total}; about {whole * slower:.0f} minutes on {slots} idle cores, {to_go * slower:.0f} of them to go"
 
 
 def status(arguments: StatusArguments) -> None:

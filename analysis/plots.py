@@ -136,8 +136,8 @@ def save(figure: Figure, folder: Path, stem: str, formats: Sequence[str] = ("png
         figure.set_dpi(PNG_DPI)
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
-        drawn = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba(), "raw", "RGBA", 0, 1)
-        _with_a_palette(drawn.convert("RGB")).save(folder / f"{stem}.png", optimize=True)
+        drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+        _with_a_palette(drawn).save(folder / f"{stem}.png", optimize=True)
     if "svg" in formats:
         figure.set_dpi(SVG_DPI)
         FigureCanvasSVG(figure).print_svg(folder / f"{stem}.svg", metadata={"Date": None})

@@ -51,18 +51,18 @@ class Arguments(JsonFlag):
 
 def start(folder: Path, name: str, steps: int, data: Path | None) -> subprocess.Popen[bytes]:
     words = ["--model", "nano", "--batch-tokens", BATCH_TOKENS, "--tokens", steps * BATCH_TOKENS, "--device", "cpu"]
+    words += ["--checkpoint-every", CHECKPOINT_EVERY, "--spectra-every", 16, "--eval-every", 32, "--eval-tokens", 4096]
     words += [
-        "--checkpoint-every",
-        CHECKPOINT_EVERY,
-        "--spectra-every",
-        16,
-        "--eval-every",
-        32,
-        "--eval-tokens",
-        4096,
         "--no-plots",
+        "--dropout",
+        0.1,
+        "--runs-dir",
+        folder,
+        "--name",
+        name,
+        "--resume",
+        *(("--data", data) if data else ()),
     ]
-    words += ["--dropout", 0.1, "--runs-dir", folder, "--name", name, "--resume", *(("--data", data) if data else ())]
     with (folder / f"{name}.txt").open("ab") as output:
         return subprocess.Popen([sys.executable, str(TRAIN), *map(str, words)], stdout=output, stderr=output)
 
@@ -94,7 +94,8 @@ def train_with_kills(folder: Path, name: str, steps: int, data: Path | None, rng
         done["starts"] += 1
         end = before + rng.randint(CHECKPOINT_EVERY, max(2 * CHECKPOINT_EVERY, 2 * steps // STARTS))
         while process.poll() is None and last_step(run) < end:
-            time.sleep(rng.uniform(0.01, 0.1))  # anywhere in a step
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0.0, 0.1))  # anywhere in a step
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             process.wait()

@@ -86,7 +86,11 @@ def small_kernel(
 
     for segment in range(SEGMENTS):
         # Not carried from segment to segment: with equal coefficients Triton 3.7.1 then takes it for 0 in all of them.
-        start = tl.where(segment == 0, 0, FIRST + EVERY * (segment - 1))
+        # Two forms, 0 for the first and FIRST + EVERY (segment - 1) for the others: either alone spills on sm_80.
+        if FIRST > EVERY:
+            start = EVERY * segment + (FIRST - EVERY) * tl.minimum(segment, 1)
+        else:
+            start = tl.maximum(EVERY * segment + FIRST - EVERY, 0)
         acc = tl.zeros((BLOCK_M, BLOCK_M), dtype=tl.float32)
         for n in range(0, N, BLOCK_N):
             x, inside = load_columns(source_ptr + n * step + element, offs_m, offs_n, M, N - n, TALL, MASKED)

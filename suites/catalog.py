@@ -231,7 +231,7 @@ def model_size(scale: Scale, winners: Winners) -> list[Condition]:
         width = fields.get("d_model") or model.SIZES[fields["model"]].d_model
         conditions += both(fields, lambda optimizer, width=width: at(optimizer, width), f" {name}")
     for name, fields in scale.sizes.items():
-        conditions += as_written(fields, "S2", f" {name}")
+        conditions += as_written(fields, "S2", f" {name}", **scale.written)
     return conditions
 
 

@@ -2,21 +2,23 @@
 
     minutes([run_seconds({"model": "nano", "tokens": 262_144, "batch_tokens": 2048})], slots=2)
 
-Counts floating-point operations and divides by the rate of one core that has nothing else to do (bench/LOG.md). At full
-scale nobody has timed a run yet, so there is no estimate.
+Counts floating-point operations and divides by the rate of one core that has nothing else to do (bench/LOG.md);
+`slowness` tells how this machine's core compares. At full scale nobody has timed a run yet, so there is no estimate.
 """
 
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from settings import EVENTS_PER_RUN, NANO, NANO_BATCH_TOKENS, NANO_EVAL_TOKENS
 
-# nano trains 26,500 tokens/s of 9.0 MFLOP on two cores: 120 GFLOP/s each. A sixth is left for what two runs that share
-# a machine cost each other.
+# Of a Zen 5: nano trains 26,500 tokens/s of 9.0 MFLOP on two cores, 120 GFLOP/s each. A sixth is left for what two runs
+# that share a machine cost each other.
 CORE_FLOPS = 100e9
+SHARE_OF_PRODUCT = 0.45  # CORE_FLOPS is this share of the rate of that core's fp32 product, 220 GFLOP/s
 START_SECONDS = 5.0  # to import torch, warm up, write the last checkpoint
 VOCABULARY = 4096  # of the shards for nano models
 SHAPE = ("layers", "d_model", "heads", "kv_heads", "d_ff", "ffn", "seq_len", "experts", "top_k")
@@ -58,3 +60,22 @@ def _work(name: str, shape: tuple[tuple[str, Any], ...]) -> tuple[float, float]:
 def minutes(seconds: Sequence[float], slots: int) -> float:
     """Of runs that share `slots` cores evenly; NaN where one has no estimate."""
     return sum(seconds) / slots / 60
+
+
+def slowness() -> float:
+    """How many times as long as `run_seconds` a run takes on this machine, by the best of ten fp32 products of one
+    thread: 1 where they run at 220 GFLOP/s."""
+    import torch
+
+    from engine.cpu import prepare_cpu
+
+    prepare_cpu()
+    threads, side = torch.get_num_threads(), 512
+    A, seconds = torch.ones(side, side), []
+    torch.set_num_threads(1)
+    for _ in range(10):
+        began = time.perf_counter()
+        A @ A
+        seconds.append(time.perf_counter() - began)
+    torch.set_num_threads(threads)
+    return CORE_FLOPS / (SHARE_OF_PRODUCT * 2 * side**3 / min(seconds))

@@ -90,7 +90,7 @@ SCALES = {
         baseline=_NANO | {"model": "nano", **_budget(256, 2048), "eval_every": 32, "spectra_every": 32},
         search=_NANO | {"model": "nano", **_budget(128, 2048), "schedule": "constant", "spectra_every": 0},
         sizes={
-            name: _NANO | _S2 | {"model": "nano", **_budget(128, 2048), "spectra_every": 0} | shape
+            name: _NANO | _S2 | {"model": "nano", **_budget(128, 2048), "spectra_every": 64} | shape
             for name, shape in {
                 "64 wide": {"d_model": 64, "layers": 2, "heads": 2, "kv_heads": 2, "d_ff": 256},
                 "96 wide": {"d_model": 96, "layers": 3, "heads": 3, "kv_heads": 3, "d_ff": 384},

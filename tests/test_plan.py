@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 import experiments
-from suites import power_table
+from suites import cost, power_table
 from suites.catalog import SUITES
 from suites.claims import CLAIMS
 from suites.cost import CORE_FLOPS, START_SECONDS, minutes, run_seconds
@@ -32,6 +32,13 @@ def test_the_time_of_a_run_counts_steps_validations_and_spectra():
     assert run_seconds(NANO | {"spectra_every": 0, "d_model": 192}) > plain
     assert math.isnan(run_seconds({"model": "88m", "tokens": 10**6}))
     assert minutes([60.0, 120.0, 60.0], slots=2) == 2.0
+
+
+def test_a_slower_core_takes_longer_in_proportion(monkeypatch):
+    rate = 2 * 512**3 / 0.01  # of a product that takes 10 ms
+    ticks = iter(0.01 * i for i in range(20))
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: next(ticks))
+    assert cost.slowness() == pytest.approx(220e9 / rate, rel=0.02)
 
 
 def test_claims_have_six_seeds_and_128_steps_at_nano_scale_and_the_plan_fits_165_minutes(tmp_path, shards_folder):
@@ -66,7 +73,8 @@ def test_what_a_number_of_seeds_can_show_follows_from_the_spread_seen(tmp_path):
     assert float(found["could"]["12"].split()[0]) < effect
 
 
-def test_a_dry_run_tells_what_the_seeds_can_show_and_the_time(tmp_path, shards_folder, run_main):
+def test_a_dry_run_tells_what_the_seeds_can_show_and_the_time(tmp_path, shards_folder, run_main, monkeypatch):
+    monkeypatch.setattr(experiments, "slowness", lambda: 2.0)
     results = results_of(tmp_path, "lr-sensitivity", {"muon lr 0.01": (3.0, 3.1), "muon lr 0.02": (3.0, 3.1)})
     (tmp_path / "runs" / "report").mkdir(parents=True)
     power_table.write({"lr-sensitivity": results}, tmp_path / "runs" / "report" / "power.json")
@@ -86,7 +94,7 @@ def test_a_dry_run_tells_what_the_seeds_can_show_and_the_time(tmp_path, shards_f
     assert "0.4 decades (n = 4)" in row
     seconds = 90 * run_seconds({**SCALES["nano"].search})
     assert (
-        f"90 runs, {90 * 262_144:,} tokens; about {minutes([seconds], 2):.0f} minutes on 2 idle cores"
+        f"90 runs, {90 * 262_144:,} tokens; about {2 * minutes([seconds], 2):.0f} minutes on 2 idle cores"
         in out.replace(f"on {len(experiments.own_cores())} idle", "on 2 idle")
         or len(experiments.own_cores()) != 2
     )

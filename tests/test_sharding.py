@@ -81,22 +81,22 @@ def assert_same_training(folder, reference, tolerance=1e-4):
                 assert mine[key] == pytest.approx(other[key], rel=1e-2), key
 
 
-def test_three_ranks_train_like_one_and_one_or_two_go_on_from_their_checkpoint(train_small, shards_folder, tmp_path):
-    """Of the banks' 4, 4 and 4 matrices three ranks get 2, 1 and 1, two ranks 2 each."""
+def test_two_ranks_train_like_one_and_one_or_three_go_on_from_their_checkpoint(train_small, shards_folder, tmp_path):
+    """Of the banks' 4, 4 and 4 matrices two ranks get 2 each, three ranks 2, 1 and 1."""
     arguments = (*TWELVE[len(SMALL_MODEL) :], "--checkpoint-every", "6", "--spectra-every", "5")
     _, one, _, _ = train_small("one", *arguments)
     where = (*TWELVE, *arguments, "--data", shards_folder, "--runs-dir", tmp_path, "--no-plots", "--name")
-    torchrun(3, *where, "three")
-    three = tmp_path / "three"
-    assert_same_training(three, one)
-    for ranks in (1, 2):
-        halfway = tmp_path / f"from-three-to-{ranks}"
-        shutil.copytree(three, halfway)
+    torchrun(2, *where, "two")
+    two = tmp_path / "two"
+    assert_same_training(two, one)
+    for ranks in (1, 3):
+        halfway = tmp_path / f"from-two-to-{ranks}"
+        shutil.copytree(two, halfway)
         os.replace(halfway / "checkpoint.prev.pt", halfway / "checkpoint.pt")
         if ranks == 1:
             _, _, out, _ = train_small(halfway.name, *arguments, "--resume")
         else:
-            out = torchrun(2, *where, halfway.name, "--resume")
+            out = torchrun(3, *where, halfway.name, "--resume")
         assert "resuming at step 6 of 12" in out
         assert_same_training(halfway, one)
 

@@ -1,4 +1,4 @@
-"""Every kernel compiled without a GPU: for sm_89 whole, for the others what it lacks; `bench.static` does all."""
+"""Every kernel compiled without a GPU: for sm_89 whole, for the others what it lacks or what is tight."""
 
 import dataclasses
 
@@ -11,12 +11,10 @@ from kernels.configs import Tile
 pytestmark = pytest.mark.skipif(configs.INTERPRETED, reason="the interpreter replaces every kernel")
 
 
-def test_no_variant_of_any_kernel_spills_or_overflows():
-    alike = {
-        dataclasses.replace(variant, capability=0): variant
-        for c in (*static.LIMITS, 89)
-        for variant in static.variants(c)
-    }
+def test_no_variant_for_sm_89_or_beyond_it_spills_or_overflows():
+    everywhere = [variant for c in (*static.LIMITS, 89) for variant in static.variants(c)]
+    of_its_own = {v for v in everywhere if v.kernel.startswith("small")}  # near the limit of registers everywhere
+    alike = {v if v in of_its_own else dataclasses.replace(v, capability=0): v for v in everywhere}
     assert {variant.capability for variant in alike.values()} > {80, 89, 90}
     results = static.compile_all(list(alike.values()))
     assert len(results) > 100
