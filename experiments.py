@@ -21,11 +21,12 @@ import tyro
 from engine.cli import AT_LEAST_1, check_limits, exit_with_a_sentence, make_folder
 from engine.cores import own_cores
 from suites import power_table
-from suites.catalog import MOST_GROWTH, SUITES, with_needs
+from suites.catalog import SUITES, with_needs
 from suites.cost import minutes, slowness
 from suites.launcher import OVER, Interrupted, Job, LaterStages, free_slots, is_held, run_here, submit
 from suites.planner import NotYet, Planner, Selection, Unknown, unique
 from suites.scales import SCALES
+from suites.suite import MOST_GROWTH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +77,8 @@ def list_suites(arguments: ListArguments) -> None:
         count = len(suite.seeds_at(scale))
         seeds = f"{count} seed{'s' * (count > 1)}"
         print(f"{name:18} {suite.source}  {suite.question}")
-        apart = "" if suite.of_a_document else "  not in everything"
-        print(f"{'':22} {len(conditions)} conditions x {seeds}{needs}{apart}")
+        group = f"  in {suite.group}" if suite.group else ""
+        print(f"{'':22} {len(conditions)} conditions x {seeds}{needs}{group}")
 
 
 def run(arguments: RunArguments) -> int:

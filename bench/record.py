@@ -34,7 +34,7 @@ from engine.files import ROOT
 from model import SIZES
 from settings import BATCH_TOKENS, EVAL_TOKENS, NANO, NANO_BATCH_TOKENS, NANO_EVAL_TOKENS
 from suites import launcher
-from suites.catalog import OPTIMIZERS
+from suites.suite import OPTIMIZERS
 
 KEPT = (files.CONFIG, files.METRICS, files.SUMMARY, files.LOG)
 MOST_BYTES = 4 * 2**20  # of a record's folder: every clone carries it

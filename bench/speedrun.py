@@ -23,7 +23,7 @@ from bench.record_pages import BUDGET, PLOTS, as_written, figures_of
 from engine.cli import POSITIVE, BadInput, check_limits, exit_with_a_sentence, make_folder
 from engine.files import ROOT
 from settings import BATCH_TOKENS, NANO, NANO_BATCH_TOKENS, default_data
-from suites.catalog import OPTIMIZERS
+from suites.suite import OPTIMIZERS
 
 LEAST_STEPS, EVENTS = 4, 6  # of a run; events are validations with spectra
 SPENT_ELSEWHERE = {"cuda": 180.0, "cpu": 50.0}  # starts, compilation, validation and report, measured on idle machines

@@ -1,4 +1,5 @@
-"""The claims of the five documents, each with its words or figures, and what the runs say about it.
+"""The claims of the five documents, each with its words or figures, and what the runs say about it; suites/papers.py
+adds those of papers.
 
     for claim, finding in judge_all(results_by_suite): print(claim.statement, finding.verdict, finding.numbers)
 
@@ -6,7 +7,6 @@ S0 to S4 are the documents; quotes are verbatim. A claim of the author's stored 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 
 from suites.judging import Context, Evidence, Finding, Lacking, Unit, judge
 from suites.measures import (
@@ -14,7 +14,8 @@ from suites.measures import (
     NATS,
     PERCENT,
     POINTS,
-    Measure,
+    Claim,
+    about,
     accuracy,
     accuracy_at,
     as_good,
@@ -39,6 +40,7 @@ from suites.measures import (
     wider,
     wider_when_longer,
 )
+from suites.papers import PAPER_CLAIMS
 from suites.results import Results
 from suites.spectral_measures import (
     above_chance,
@@ -57,30 +59,12 @@ from suites.spectral_measures import (
     tiers,
 )
 
-
-@dataclass(frozen=True)
-class Claim:
-    """A statement of a document with its own words or figures; `tests` counts the tests that the claim adds to those
-    of its suite's own pairs."""
-
-    statement: str
-    quotes: tuple[str, ...]
-    measure: Measure
-    tests: int = 0
-    source: str = ""
-    suite: str = ""
-
-
-def about(suite: str, source: str, *claims: Claim) -> list[Claim]:
-    return [replace(claim, source=source, suite=suite) for claim in claims]
-
-
 STORED_RUNS = "the author's stored runs"  # of the documents' code, where a document has no such figure
 RATES = ("lr-sensitivity", "lr-sensitivity")
 MOE_RATES = ("moe-lr-muon", "moe-lr-adam")
 ADAM_DEFAULT, CONSTANT = "cosine, warm-up 0.05, decay 0.1", "constant, no warm-up"
 
-CLAIMS: tuple[Claim, ...] = (
+DOCUMENT_CLAIMS: tuple[Claim, ...] = (
     *about(
         "speedrun-2m",
         "S0",
@@ -417,6 +401,8 @@ CLAIMS: tuple[Claim, ...] = (
         Claim("Muon's step takes longer", ("0.234 sec/step", "0.216 sec/step", "8.3%"), step_time(1), tests=1),
     ),
 )
+
+CLAIMS = DOCUMENT_CLAIMS + PAPER_CLAIMS
 
 
 def judge_all(results: Mapping[str, Results]) -> list[tuple[Claim, Finding]]:

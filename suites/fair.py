@@ -10,8 +10,8 @@ from dataclasses import replace
 
 from engine.cli import BadInput
 from suites.arms import ARMS, draw
-from suites.catalog import OURS, Condition, Winners, suite
 from suites.scales import Fight, Scale
+from suites.suite import OURS, Condition, Winners, suite
 
 TRIALS, FIGHT = "fair-trials", "fair-fight"
 EQUAL_TOKENS, EQUAL_TIME = "equal tokens", "equal time"

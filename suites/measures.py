@@ -7,6 +7,7 @@ Losses in nats; ratios on the log scale; a number of each seed where a claim is 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -37,6 +38,23 @@ from suites.results import Outcome
 Measure = Callable[[Context], Evidence | Sequence[Evidence] | Finding]
 Number = Callable[[Run], float]
 LOG_RATIO = "ratio on the log scale"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement with the words or figures of its source; `tests` counts the tests that the claim adds to those of its
+    suite's own pairs."""
+
+    statement: str
+    quotes: tuple[str, ...]
+    measure: Measure
+    tests: int = 0
+    source: str = ""
+    suite: str = ""
+
+
+def about(suite: str, source: str, *claims: Claim) -> list[Claim]:
+    return [replace(claim, source=source, suite=suite) for claim in claims]
 
 
 def log_share(value: float) -> float:
@@ -297,8 +315,8 @@ def accuracy_at(place: int, expected: int) -> Measure:
 step_time_at_largest = timed(lambda c: compare(c, *sizes(c)[-1], log_step_time, 1, PERCENT, method=LOG_RATIO))
 
 
-def _leads(c: Context) -> dict[float, dict[int, float]]:
-    """Muon's loss minus AdamW's by seed, for each size (parameters) at which no run failed."""
+def _leads(c: Context, along: str = "params") -> dict[float, dict[int, float]]:
+    """Muon's loss minus AdamW's by seed, for each value of a setting (model size) at which no run failed."""
     found: dict[float, dict[int, float]] = {}
     for a, b in sizes(c):
         left, right = a.losses(), b.losses()
@@ -306,7 +324,7 @@ def _leads(c: Context) -> dict[float, dict[int, float]]:
             c.ready(a if a.to_go else b)
         if not a.failed and not b.failed and left.keys() & right.keys():
             both = {seed: left[seed] - right[seed] for seed in left.keys() & right.keys()}
-            found[float(a.runs[0].config["params"])] = both
+            found[float(a.runs[0].config[along])] = both
     return dict(sorted(found.items()))
 
 
@@ -322,6 +340,33 @@ def lead_grows(c: Context) -> Evidence:
         raise Lacking("a trend needs two sizes without a diverged run")
     what = "Muon's loss minus AdamW's, per tenfold of parameters"
     return per_seed(what, slope(leads), -1, NATS, method="trend", remark=_budgets(c))
+
+
+def lead_shrinks(along: str, words: str) -> Measure:
+    """Slope of Muon's loss minus AdamW's per tenfold of a setting, seed by seed: above zero."""
+
+    def measure(c: Context) -> Evidence:
+        leads = _leads(c, along)
+        if len(leads) < 2:
+            raise Lacking("a trend needs two settings without a diverged run")
+        return per_seed(f"Muon's loss minus AdamW's, per tenfold of {words}", slope(leads), 1, NATS, method="trend")
+
+    return measure
+
+
+def lead_lasts(along: str, words: str) -> Measure:
+    """Muon's lead falls by less than 1 % of the loss per tenfold of a setting, seed by seed."""
+
+    def measure(c: Context) -> Evidence:
+        leads = _leads(c, along)
+        if len(leads) < 2:
+            raise Lacking("a trend needs two settings without a diverged run")
+        gains = {seed: -value for seed, value in slope(leads).items()}
+        mean = float(np.mean([loss for _, b in sizes(c) for loss in b.losses().values()]))
+        more = {"margin": MARGIN * mean, "one_sided": True, "relative_to": mean, "method": "trend"}
+        return per_seed(f"Muon's lead over AdamW, per tenfold of {words}", gains, 0, NATS, **more)
+
+    return measure
 
 
 def largest_breaks_down(c: Context) -> Evidence | Finding:

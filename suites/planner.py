@@ -22,14 +22,14 @@ from engine.identity import MEASUREMENT, NOT_LEARNED, config_hash
 from engine.own_optimizer import class_name
 from engine.ranks import Rank
 from settings import Settings, identity, resolve
-from suites.catalog import MOST_GROWTH, SUITES, Condition, Fields, grown, with_needs
+from suites.catalog import SUITES, with_needs
 from suites.cost import run_seconds
 from suites.fair import FIGHT, TRIALS, chosen_fight
 from suites.launcher import OVER, Job, LaterStages
 from suites.results import Results
-from suites.scales import SCALES, Scale
+from suites.scales import SCALES, Fields, Scale
+from suites.suite import GROUPS, MOST_GROWTH, Condition, grown
 
-EVERYTHING = "everything"
 # Settings that are newer than published runs, at the value those runs have: left out of the hash, so names stay;
 # those that checkpoints lack too are in engine/identity.py.
 PUBLISHED_WITHOUT = {"doc_mask": False, "packing": "stream"}
@@ -40,7 +40,7 @@ class Selection:
     """Selects runs and their folder."""
 
     suite: tyro.conf.Positional[str]
-    """Choose a suite of `list`, or everything: those that repeat a document."""
+    """Choose a suite of `list`, or everything (those that repeat a document), or retests (those that test a paper)."""
     scale: Literal["full", "nano"] = "full"
     """Use the documents' sizes, or the same experiments on a model for two CPU cores."""
     only: str | None = None
@@ -66,10 +66,11 @@ class Selection:
         return self.runs_dir or Path("runs") / f"experiments-{self.scale}"
 
     def suites(self) -> list[str]:
-        if self.suite != EVERYTHING and self.suite not in SUITES:
-            raise BadInput(f"{self.suite}: no such suite; choose from {', '.join(SUITES)} or {EVERYTHING}")
-        everything = [name for name, suite in SUITES.items() if suite.of_a_document]
-        return everything if self.suite == EVERYTHING else [self.suite]
+        if self.suite in GROUPS:
+            return [name for name, suite in SUITES.items() if suite.group == self.suite]
+        if self.suite not in SUITES:
+            raise BadInput(f"{self.suite}: no such suite; choose from {', '.join(SUITES)} or {' or '.join(GROUPS)}")
+        return [self.suite]
 
     def scaled(self) -> Scale:
         """The scale, with the fight that the flags choose."""
@@ -132,7 +133,7 @@ class Planner:
         conditions = SUITES[name].plan(self.scale, Measured(self))
         if self._narrowed(name):
             conditions = [c for c in conditions if fnmatch.fnmatchcase(c.name, self.chosen.only)]
-            if not conditions and self.chosen.suite != EVERYTHING:
+            if not conditions and self.chosen.suite not in GROUPS:
                 raise BadInput(f"--only {self.chosen.only}: no condition of {name} matches")
         if self.grows(name):
             for _ in range(MOST_GROWTH):
@@ -177,8 +178,8 @@ class Planner:
         suite, given = SUITES[name], self.chosen.seeds
         if given is None:
             return suite.seeds_at(self.scale)
-        everything = self.chosen.suite == EVERYTHING
-        exact = suite.confirms == (False if everything else SUITES[self.chosen.suite].confirms)
+        group = self.chosen.suite in GROUPS
+        exact = suite.confirms == (False if group else SUITES[self.chosen.suite].confirms)
         others = (seed for seed in itertools.count() if seed not in given)
         return given if exact else tuple(itertools.islice(others, 1 if suite.one_seed else len(given)))
 
@@ -251,7 +252,7 @@ def unique(planned: Sequence[Planned]) -> list[Job]:
 
 @dataclass(frozen=True)
 class Measured:
-    """What plans are given as `catalog.Winners`."""
+    """What plans are given as `suite.Winners`."""
 
     planner: Planner
 

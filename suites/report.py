@@ -102,7 +102,7 @@ def reached_sentence(results: Results, a: Outcome, b: Outcome) -> str:
 
 
 def claims_table(judged: Sequence[tuple[Claim, Finding]]) -> Table:
-    header = ("document", "claim", "its words and figures", "finding", "our numbers", "test", "suite")
+    header = ("source", "claim", "its words and figures", "finding", "our numbers", "test", "suite")
     rows = [
         (c.source, c.statement, "; ".join(c.quotes) or "-", f.verdict, f.numbers, f.test, c.suite) for c, f in judged
     ]
@@ -225,7 +225,7 @@ def build_page(
         [
             {
                 "suite": r.name,
-                "document": r.suite.source,
+                "source": r.suite.source,
                 "question": r.suite.question,
                 "runs": f"{r.finished()}/{r.planned}",
                 "finding": (findings(r) or ["no run has finished yet"])[0],
@@ -238,11 +238,11 @@ def build_page(
     warnings += [
         f"{suite}, {condition}: {counted(count, 'run')} failed." for (suite, condition), count in failed.items()
     ]
-    chapters = [Chapter("Claims of the documents and our findings", [claims_table(judged)])] if judged else []
+    chapters = [Chapter("Claims and findings", [claims_table(judged)])] if judged else []
     alone = len(results) == 1
     if alone:
         chapters += suite_chapters(results[0], known, pictures[results[0].name])
-    suite = results[0].name if alone else "everything"
+    suite = results[0].name if alone else results[0].suite.group
     fair = alone and suite in fair_page.FINDINGS
     flags = f" {fair_page.flags(results[0], known)}" if fair else ""
     made = [
@@ -280,7 +280,7 @@ def suite_page(
     table, *rest = chapters[0].items[1:]
     lead = list(chapters[0].items[0].sentences)
     own = [pair for pair in judged if pair[0].suite == results.name]
-    claims = [Chapter("Claims of the documents and our findings", [claims_table(own)])] if own else []
+    claims = [Chapter("Claims and findings", [claims_table(own)])] if own else []
     tests = [Chapter("Tests", rest)] if rest else []
     return Page(
         title=f"muon-speedrun experiments, {scale}: {results.name} ({results.suite.source})",

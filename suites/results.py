@@ -27,7 +27,7 @@ from analysis.stats import (
 )
 from engine import files
 from engine.identity import NOT_COMPARED
-from suites.catalog import AS_WRITTEN, OPTIMIZERS, Condition, Suite
+from suites.suite import AS_WRITTEN, OPTIMIZERS, Condition, Suite
 
 TOLERANCES = (0.01, 0.05)  # shares of the best loss by which a good rate may miss it
 # Settings without a meaning for one of the two optimizers.

@@ -43,6 +43,7 @@ class Scale:
     moe_long: Fields
     moe_short: Fields  # S4's fast sweep, 200 of its 500 steps
     fight: Fight  # of no document
+    lengths: Mapping[int, Fields]  # budgets of the first of `sizes`, by tokens per parameter
     rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by suite and optimizer
     sweep_seeds: tuple[int, ...] = (0, 1, 2)  # of the suites on which no claim hangs
     claim_seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5)  # of those on which one hangs
@@ -74,6 +75,7 @@ SCALES = {
         moe_long=_budget(500, 49_152),
         moe_short=_budget(50, 49_152),
         fight=Fight({"model": "88m", **_budget(123, 16_384), "spectra_every": 0}),
+        lengths={ratio: _budget(171 * ratio, 65_536) for ratio in (20, 40, 80, 160)},
         rates={
             "lr-sensitivity muon": (0.001, 0.003, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05),
             "lr-sensitivity adamw": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
@@ -102,6 +104,7 @@ SCALES = {
         moe_long=_budget(384, 2048) | {"eval_every": 48},
         moe_short=_budget(51, 2048),
         fight=Fight(_NANO | {"model": "nano", **_budget(128, 2048), "spectra_every": 0}),
+        lengths={ratio: _budget(176 * ratio, 2048) for ratio in (1, 2, 4, 8)},
         rates={
             "lr-sensitivity muon": (0.003, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2),
             "lr-sensitivity adamw": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),

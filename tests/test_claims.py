@@ -8,8 +8,9 @@ import pytest
 
 from engine.files import ROOT
 from suites.catalog import SUITES
-from suites.claims import CLAIMS, STORED_RUNS
+from suites.claims import CLAIMS, DOCUMENT_CLAIMS, STORED_RUNS
 from suites.judging import CONFIRMED, REFUTED, UNDECIDED
+from suites.papers import PAPER_CLAIMS
 from suites.scales import SCALES
 from tests.test_suites import rate_results, results_of, verdicts, winners
 
@@ -18,8 +19,9 @@ DOCUMENTS = {"S0": "000", "S1": "001", "S2": "002", "S3": "003", "S4": "004"}
 
 
 def test_every_row_names_its_document_and_quotes_it():
-    assert {claim.source for claim in CLAIMS} == {*DOCUMENTS, STORED_RUNS}
+    assert {claim.source for claim in DOCUMENT_CLAIMS} == {*DOCUMENTS, STORED_RUNS}
     assert all(bool(claim.quotes) == (claim.source in DOCUMENTS) for claim in CLAIMS)
+    assert all(re.fullmatch(r"arXiv \d{4}\.\d{5}|track 3", claim.source) for claim in PAPER_CLAIMS)
     rows = [(claim.suite, claim.source, claim.statement) for claim in CLAIMS]
     assert len(rows) == len(set(rows))
 
@@ -36,7 +38,7 @@ def test_every_quote_is_in_the_document_that_it_names(source):
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_conditions_that_rows_name_are_planned(scale):
     """A name that no suite has would leave its row undecided for ever."""
-    source = (ROOT / "suites/claims.py").read_text(encoding="utf-8")
+    source = "".join((ROOT / "suites" / name).read_text(encoding="utf-8") for name in ("claims.py", "papers.py"))
     planned = {c.name for suite in SUITES.values() for c in suite.plan(SCALES[scale], winners)}
     named = re.findall(r'(?:best|lower|higher|as_good|no_better)\(((?:"[^"]*"(?:, )?)+)\)', source)
     names = {name for words in named for name in re.findall(r'"([^"]*)"', words)}

@@ -15,7 +15,8 @@ from engine.ranks import Sharding
 from model import ModelConfig, Transformer
 from optim import ADAMW_BYTES, OWN_BYTES, build_optimizers, set_lr, step_cost
 from suites import planner
-from suites.catalog import SUITES, Condition, Suite
+from suites.catalog import SUITES
+from suites.suite import Condition, Suite
 from tests.conftest import ask_to_stop
 from tests.processes import command, run
 from tests.test_sharding import TWELVE, assert_same_training

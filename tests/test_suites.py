@@ -11,11 +11,13 @@ from engine import files
 from engine.cli import BadInput
 from settings import Settings
 from suites import planner
-from suites.catalog import AS_WRITTEN, MUON_ABLATIONS, SUITES, Condition, Suite, with_needs
+from suites.catalog import SUITES, with_needs
 from suites.claims import CLAIMS, judge_all
 from suites.judging import CONFIRMED, NOT_TESTABLE, REFUTED, UNDECIDED
+from suites.mixture import MUON_ABLATIONS
 from suites.results import Results
 from suites.scales import SCALES
+from suites.suite import AS_WRITTEN, Condition, Suite
 
 DENSE = ("speedrun-lr", "speedrun-2m", "baseline", "lr-sensitivity", "model-size")
 MIXTURE = (
@@ -57,7 +59,7 @@ winners.seconds_per_token = lambda suite, arm: {"muon": 2e-4, "adamw": 1.6e-4}[a
 
 
 def test_every_experiment_of_the_documents_is_a_suite():
-    assert {name for name, suite in SUITES.items() if suite.of_a_document} == set(ROWS)
+    assert {name for name, suite in SUITES.items() if suite.group == "everything"} == set(ROWS)
     assert planner.Selection(suite="everything").suites() == [name for name in SUITES if name in ROWS]
 
 
