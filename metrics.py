@@ -17,7 +17,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -194,16 +194,18 @@ def projection_record(
 
 def momentum_record(momentum: Tensor | None, least: float | None) -> dict[str, Any]:
     """The metrics of a momentum's singular values s (descending, float64), None without one: its ranks, and the share
-    of the s with s / |s| < `least`, the lower end of the range that Newton-Schulz brings to 0.5 or more."""
+    of the s with s / |s| < `least`, the lower end of the range that Newton-Schulz brings to 0.5 or more; None where it
+    is not iterated."""
     record: dict[str, Any] = dict.fromkeys(MOMENTUM_KEYS)
     if momentum is None:
         return record
     energy = momentum.square().sum()
     record["momentum_stable_rank"] = finite((energy / momentum[0].square()).item())
     record["momentum_effective_rank"] = finite(math.exp(entropy_nats(momentum)))
-    if energy > 0:
-        record["momentum_below_range"] = finite((momentum < least * energy.sqrt()).double().mean().item())
-    record["momentum_range"] = finite(least)
+    if least is not None:
+        record["momentum_range"] = finite(least)
+        if energy > 0:
+            record["momentum_below_range"] = finite((momentum < least * energy.sqrt()).double().mean().item())
     values = momentum.tolist()
     record["momentum_singular_values"] = [
         float(f"{s:.{MOMENTUM_DIGITS}g}") if math.isfinite(s) else None for s in values
@@ -217,10 +219,11 @@ class WorkerFailed(RunFailed):
 
 class Momenta(NamedTuple):
     """What each bank's update is made of (`TrainingStep.bank_momenta`), and the least singular value, as a share of the
-    Frobenius norm, that Newton-Schulz brings to 0.5 or more (kernels/newton_schulz.py: `reach`)."""
+    Frobenius norm, that Newton-Schulz brings to 0.5 or more (kernels/newton_schulz.py: `reach`); None where nothing is
+    iterated."""
 
     banks: list[Tensor]
-    least: float
+    least: float | None
 
 
 class MuonStep(NamedTuple):
@@ -264,7 +267,8 @@ class Event:
 
 class SpectraRecorder:
     """Writes one line per projection to `path` at each event, and hands the lines to each of `listeners`; close it, or
-    its last events are lost. `seconds_blocked` is how long its calls held up the loop."""
+    its last events are lost. `seconds_blocked` is how long its calls held up the loop. Projections named in `cut` are
+    orthogonalised in parts: no `ns_residual` or reach of theirs is logged."""
 
     def __init__(
         self,
@@ -272,7 +276,9 @@ class SpectraRecorder:
         path: Path,
         listeners: Iterable[Callable[[Sequence[dict[str, Any]]], None]] = (),
         seconds_blocked: float = 0.0,
+        cut: Collection[str] = (),
     ) -> None:
+        self.cut = cut
         self.model, self.writer, self.listeners = model, JsonlWriter(path), list(listeners)
         self.device = model.embedding.device
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -389,15 +395,16 @@ class SpectraRecorder:
             if place.transposed:
                 of_weight, of_update = of_weight.mT, of_update and of_update.mT
             of_gradient = None if of_gradients is None else of_gradients[place.bank][place.index]
-            momentum = (
-                (None, None) if of_momenta is None else (of_momenta[place.bank][place.index], event.momenta.least)
-            )
+            of_momentum = None if of_momenta is None else of_momenta[place.bank][place.index]
+            least = event.momenta and event.momenta.least
             residual = None if residuals[place.bank] is None else residuals[place.bank][place.index].item()
+            if place.name in self.cut:  # what was orthogonalised are its parts
+                least = residual = None
             line = {"step": event.step, "tokens": event.tokens, "layer": place.layer, "proj": place.name}
             if place.expert is not None:
                 line["expert"] = place.expert
             line |= projection_record(of_weight, of_update, of_gradient, residual)
-            lines.append(line | momentum_record(*momentum))
+            lines.append(line | momentum_record(of_momentum, least))
         self.writer.write(*lines)
         for listener in tuple(self.listeners):
             try:

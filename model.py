@@ -27,6 +27,7 @@ INIT_STD = 0.02
 ROPE_BASE = 10_000.0
 EXPERT_PROJECTIONS = ("gate", "up", "down")  # each expert has its own
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # gate: swiglu only
+HEADED = ("q", "k", "v")  # their rows are heads
 KERNELS = frozenset(("cross_entropy", "relu2_mlp"))  # fused kernels that a training loss can use on a GPU
 CPU_KERNELS = KERNELS | {"attention"}  # and on a CPU
 FLEX_MIN_HEAD_WIDTH = 16  # the least that Triton's dot takes; FlexAttention pads other widths, as 48, to a power of two
@@ -296,9 +297,8 @@ class Transformer(nn.Module):
         # Banks -> for each projection its matrix of every layer.
         per_layer: dict[str, tuple[Tensor, ...]] = {}
         for bank in self.banks():
-            matrices = bank.parameter.to(dtype).unbind(
-                0
-            )  # one cast, and one stack for the gradient; compiled for a GPU a cast per layer
+            # One cast, and one stack for the gradient; compiled for a GPU a cast per layer.
+            matrices = bank.parameter.to(dtype).unbind(0)
             for i, name in enumerate(bank.members):
                 per_layer[name] = matrices[i * c.layers : (i + 1) * c.layers]
 

@@ -26,7 +26,7 @@ from engine.compiling import cache_key, pays, why_no_compiler
 from engine.cores import free_cores
 from engine.files import CONFIG, finite, is_safe_name, load_json, shown
 from engine.identity import config_hash, provenance
-from engine.own_optimizer import class_name, is_own, load_class, try_out
+from engine.own_optimizer import class_name, is_own, load_class, try_out, without_folder
 from engine.ranks import Rank
 from kernels.newton_schulz import COEFFICIENTS
 from kernels.optimizer import DECAY_RULES, LR_SCALES, NS_METHODS
@@ -273,7 +273,7 @@ def check_optimizer(s: Settings) -> None:
     if s.optimizer in NANO_LR:
         if s.optimizer_options:
             raise BadInput(
-                f"--optimizer-options: for a class of a file; --optimizer {s.optimizer} has flags of its own"
+                f"--optimizer-options: only for --optimizer FILE.py:CLASS; {s.optimizer} has flags of its own"
             )
     elif not is_own(s.optimizer):
         raise BadInput(f"--optimizer {s.optimizer}: choose muon, adamw or FILE.py:CLASS")
@@ -369,6 +369,7 @@ def identity(s: Settings, shards: Shards) -> dict[str, Any]:
     flags["optimizer_options"] = shlex.join(s.optimizer_options) or None
     if is_own(s.optimizer):  # two files of one name are two optimizers
         code = {"optimizer_code": load_class(s.optimizer, s.optimizer_options).code}
+        flags["optimizer"] = without_folder(s.optimizer)
         return flags | {"data_fingerprint": shards.fingerprint, **code, "vocab_size": shards.vocab_size}
     return flags | {"data_fingerprint": shards.fingerprint, "vocab_size": shards.vocab_size}
 

@@ -44,8 +44,9 @@ from engine.step import PendingStats, TrainingStep, evaluate, prepare_torch
 from engine.workers import workers
 from kernels.configs import capability
 from kernels.newton_schulz import reach
+from kernels.optimizer import NOT_ITERATED
 from metrics import Momenta, MuonStep, SpectraRecorder, WorkerFailed
-from model import PROJECTIONS, ModelConfig, Transformer
+from model import HEADED, PROJECTIONS, ModelConfig, Transformer
 from optim import (
     build_optimizers,
     lr_multiplier,
@@ -156,7 +157,8 @@ def run(s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> int:
                 listeners = [NormWatch(folder.out.say, s.optimizer)]
                 listeners += [folder.live.write_spectra] if folder.live else []
                 path, blocked = folder.path / files.SPECTRA, progress.spectra_seconds_blocked
-                spectra = SpectraRecorder(model, path, listeners, blocked)
+                cut = HEADED if s.heads_per_matrix else ()
+                spectra = SpectraRecorder(model, path, listeners, blocked, cut)
                 threads.callback(spectra.close)
             threads.callback(loader.close)
             stop_on(signals)
@@ -260,7 +262,8 @@ def train(
         if measures:
             gradients, momenta = work.sharding.bank_gradients(), work.bank_momenta()  # every rank takes part
             if spectra is not None:
-                least = reach(s.ns_coefficients, ns_steps_at(step, s.steps, s.ns_steps))
+                iterated = s.ns_method not in NOT_ITERATED
+                least = reach(s.ns_coefficients, ns_steps_at(step, s.steps, s.ns_steps)) if iterated else None
                 muon = muon_step(s, work.model.config, multiplier)
                 spectra.before_update(gradients, muon, momenta and Momenta(momenta, least))
             del gradients, momenta

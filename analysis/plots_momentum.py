@@ -30,7 +30,7 @@ BELOW_REACH = 30  # how far below the reach a panel shows values: they span many
 
 def with_momentum(runs: Sequence[Run]) -> list[Run]:
     """Those of the runs that have logged momentum at an event."""
-    return [run for run in runs if any(line.get("momentum_range") is not None for line in run.spectra)]
+    return [run for run in runs if any(line.get(MOMENTUM) is not None for line in run.spectra)]
 
 
 @captioned(
@@ -51,17 +51,19 @@ def momentum_spectra(runs: Sequence[Run]) -> Figure:
         for column, name in enumerate(names):
             ax = axes[row, column]
             ranges = run.grid(name, "momentum_range")[1]
-            reaches.append(ranges[np.isfinite(ranges)][-1])
-            ax.axhline(reaches[-1], color=REFERENCE_COLOR, linestyle="--", linewidth=1.2)
+            for reach in ranges[np.isfinite(ranges)][-1:]:  # none where the momentum is not iterated as a whole
+                reaches.append(reach)
+                ax.axhline(reach, color=REFERENCE_COLOR, linestyle="--", linewidth=1.2)
             for layer in range(run.layers):
                 _, values = run.singular_values(name, layer, MOMENTUM)
                 s = values[-1] / np.linalg.norm(values[-1])
                 lowest = min(lowest, s[s > 0].min(initial=1.0))
                 ax.plot(np.arange(1, len(s) + 1), np.where(s > 0, s, np.nan), color=colors[layer], linewidth=1.2)
             ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axes[0, 0].set_ylim(max(lowest / 1.5, min(reaches) / BELOW_REACH), 1.0)
+    axes[0, 0].set_ylim(max(lowest / 1.5, min(reaches, default=0.0) / BELOW_REACH), 1.0)
     log_axis(axes[0, 0])
-    handles = [Line2D([], [], color=REFERENCE_COLOR, linestyle="--", label="least value that Newton-Schulz reaches")]
+    dashed = Line2D([], [], color=REFERENCE_COLOR, linestyle="--", label="least value that Newton-Schulz reaches")
+    handles = [dashed] if reaches else []
     ends = ((0, "first layer"), (runs[0].layers - 1, "last layer"))
     handles += [Line2D([], [], color=colors[layer], label=words) for layer, words in ends]
     figure.suptitle("Singular values of the momentum at the last event, as shares of its Frobenius norm")

@@ -12,7 +12,7 @@ from pathlib import Path
 from analysis import plots, plots_layer, plots_momentum, plots_settings, plots_spectra, plots_tokens
 from analysis.pages import Picture
 from analysis.plots import Drawing, drawing
-from analysis.runs import Group, Run, group_seeds, representative
+from analysis.runs import Group, Run, group_seeds, representative, stem_of
 from analysis.verdict import comparable_sets, judge
 from engine.cli import make_folder
 
@@ -89,7 +89,7 @@ def spectra_drawings(runs: Sequence[Run]) -> list[Drawing]:
     seen: set[str] = set()
     for group, label in zip(seeded, plots.group_labels(seeded), strict=True):
         if group.optimizer not in seen and len(seen) < 2:
-            stem = f"pair_grid_{group.optimizer}"
+            stem = f"pair_grid_{stem_of(group.optimizer)}"
             drawings.append(drawing(plots_spectra.pair_grid, *group.runs[:2], stem=stem, about=label))
             seen.add(group.optimizer)
     if logged := plots_momentum.with_momentum(pooled):

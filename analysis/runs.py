@@ -8,6 +8,7 @@ A damaged or foreign file may hold anything: BadInput names the file, the line a
 import functools
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,11 @@ PROJECTIONS = ("q", "k", "v", "o", "up", "down")  # the six that every dense mod
 def optimizer_name(optimizer: str) -> str:
     """Of Muon, AdamW, or the class of FILE.py:CLASS."""
     return OPTIMIZER_NAMES.get(optimizer, optimizer.rpartition(":")[2])
+
+
+def stem_of(optimizer: str) -> str:
+    """The same as part of a file's name: two files' classes of one name stay apart."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", optimizer).strip("_")
 
 
 def is_text(value: Any) -> bool:

@@ -133,6 +133,7 @@ def variants(capability: int) -> list[Variant]:
         ("momentum", momentum | block, ("stride_gc", "stride_mc")),
         ("rescale", {"CHUNK": muon.PARTIALS_AT_ONCE} | block, ()),
         ("update", {"CAUTIOUS": False} | block, ("stride_wc", "stride_oc")),
+        ("update", {"CAUTIOUS": True} | block, ("stride_wc", "stride_oc")),
     ):
         found[_variant(name, capability, torch.float32, constants, unit, tile)] = None
     tile = Tile(1, cross_entropy.BLOCK_V, 0, cross_entropy.SOFTMAX_WARPS, 1)

@@ -13,6 +13,7 @@ ADVICE = {
     "muon": "prior work advises to adjust --lr or --momentum: try a lower --lr first",
     "adamw": "prior work gives such advice for Muon only: try a lower --lr or a larger --weight-decay",
 }
+ELSE = "prior work gives such advice for Muon only: try a lower --lr"  # for an optimizer of a file
 MOST_NAMED = 6  # projections in one line
 
 
@@ -37,7 +38,7 @@ class NormWatch:
             if matrices:
                 top = max(matrices, key=norms.get)
                 words = f"largest {norms[top]:.2f}, {_name(top)}"
-                advice = f"; {ADVICE.get(self.optimizer, ADVICE['adamw'])}" if first else ""
+                advice = f"; {ADVICE.get(self.optimizer, ELSE)}" if first else ""
                 self.say(
                     f"step {lines[0]['step']}: spectral norm above {level:g} in {_listed(matrices)} ({words}){advice}"
                 )

@@ -54,6 +54,11 @@ def is_own(optimizer: str) -> bool:
     return ".py:" in optimizer
 
 
+def without_folder(optimizer: str) -> str:
+    """--optimizer as a run records it: where its file lies does not change what is learned."""
+    return Path(optimizer).name
+
+
 def class_name(optimizer: str) -> str:
     """The part of --optimizer that can stand in the name of a folder."""
     return optimizer.rpartition(":")[2]
@@ -184,7 +189,7 @@ class OwnOptimizer:
         """Begin anew: no state, and the rate at its peak."""
         self.inner = self.own.on([matrix for owned in self.owned for matrix in owned.matrices], self.lr)
         for group in self.inner.param_groups:
-            group["peak_lr"] = self.lr
+            group["peak_lr"] = group["lr"]
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

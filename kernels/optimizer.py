@@ -25,7 +25,8 @@ from .newton_schulz import (
 from .variants import exact_polar, normalize_rows, norms_of, restore_norms
 
 LR_SCALES = ("spectral", "rms", "none")
-NS_METHODS = (*METHODS, "svd", "none")  # Muon's: the last two take the place of Newton-Schulz
+NOT_ITERATED = ("svd", "none")  # in the place of Newton-Schulz
+NS_METHODS = (*METHODS, *NOT_ITERATED)
 DECAY_RULES = ("plain", "cautious", "hyperball")
 # Options that states saved by earlier versions lack, at the value that means the same.
 ADDED_LATER = {"ns_before_momentum": False, "normalize_rows": False, "decay_rule": "plain", "row_blocks": None}
@@ -165,8 +166,10 @@ class Muon(torch.optim.Optimizer):
                 if entries and len(entries) != (1 if flatten or p.ndim == 2 else len(p)):
                     return f"{name} needs one entry for each layer of matrices of a bank of shape {tuple(p.shape)}"
             for i, cut in enumerate(blocks or ()):
-                if cut < 1 or rows % cut or (cut > 1 and (splits or (transposed and transposed[i]))):
-                    return f"row_blocks {blocks} cannot cut matrices of {rows} rows, or such as are split or transposed"
+                if cut < 1 or rows % cut:
+                    return f"row_blocks {blocks} cannot cut matrices of {rows} rows evenly"
+                if cut > 1 and (splits or (transposed and transposed[i])):
+                    return f"row_blocks {blocks} cannot cut matrices that are split or stored transposed"
         return None
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
     update = normalize_rows(exact_polar(u), flipped, rows, columns, found_inf)
     norms = norms_of(W); ...; restore_norms(W, norms, found_inf)
 
-They run between the kernels of muon.py, in fp32; the host waits for none but the SVD, so that alone cannot be captured.
+They run between the kernels of muon.py, in fp32. Only the SVD makes the host wait, so a CUDA graph cannot hold it.
 """
 
 import torch
@@ -29,7 +29,7 @@ def normalize_rows(
     update: Tensor, flipped: Tensor | None, rows: Tensor, columns: Tensor | None, found_inf: Tensor
 ) -> Tensor:
     """The row of each output neuron over the root of the running mean of its mean square, each matrix then scaled back
-    to the Frobenius norm that it had (NorMuon, arXiv 2510.05491, algorithm 1).
+    to the Frobenius norm that it had (NorMuon, arXiv 2510.05491, which sets a norm of 0.2 sqrt(m n) there).
 
     `rows` (batch, m, 1) is that mean, from zero, moved in place unless found_inf is not zero. No bias is corrected:
     1 - beta2^t is the same for every row, and drops out when the norm is restored. Where `flipped` (batch, 1, 1) is
@@ -63,8 +63,9 @@ def restore_norms(W: Tensor, norms: Tensor, found_inf: Tensor) -> None:
     """After a step: scale each matrix back to the norm that it had before, in place, unless found_inf is not zero. That
     is its initial norm, to rounding, since no step changes it.
 
-    Hyperball (Wen et al. 2025, "From Weight Decay to Hyperball Optimization") also gives the update the weight's norm;
-    Muon's update has a fixed norm already, so that is a matter of the learning rate.
+    A matrix of zeros has no norm to keep, and is left to the step. Hyperball (Wen et al. 2025, "From Weight Decay to
+    Hyperball Optimization") also gives the update the weight's norm. Muon's update has a norm of its own: with lr_scale
+    "rms" the two are in one ratio for every matrix of one initial deviation, else in one for each shape.
     """
     factors = norms / norms_of(W)
-    W.mul_(torch.where((found_inf == 0) & factors.isfinite(), factors, 1.0).to(W.dtype))
+    W.mul_(torch.where((found_inf == 0) & (norms > 0) & factors.isfinite(), factors, 1.0).to(W.dtype))

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from analysis import plots, plots_conditions, plots_layer, plots_seeds, plots_settings, plots_spectra
 from analysis.plots import Drawing, drawing
 from analysis.plots_conditions import Series
-from analysis.runs import Group, Run, optimizer_name
+from analysis.runs import Group, Run, optimizer_name, stem_of
 from suites import plots as suite_plots
 from suites.results import Outcome, Results
 
@@ -95,7 +95,7 @@ def figures(results: Results) -> list[Drawing]:
         found.append(of_suite("schedules", plots.learning_rate_schedules, results.runs()))
     routed = [outcome for pair in crosses for outcome in pair if any(run.experts for run in outcome.finished())]
     for outcome in routed:
-        kind, about = f"experts_{outcome.optimizer}", optimizer_name(outcome.optimizer)
+        kind, about = f"experts_{stem_of(outcome.optimizer)}", optimizer_name(outcome.optimizer)
         runs = [run for run in outcome.finished() if run.experts]
         found.append(of_suite(kind, plots_conditions.experts_by_seed, runs, about=about))
     if runs := watched(results):

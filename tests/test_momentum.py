@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from analysis import plots_momentum
+from analysis.runs import load_run
 from engine.cli import BadInput
 from kernels import orthogonalize
 from kernels.newton_schulz import COEFFICIENTS, reach
@@ -126,9 +128,34 @@ def test_the_gradient_is_fed_where_it_is_orthogonalised_before_the_momentum(trai
             assert line["momentum_range"] == pytest.approx(reach("polar_express", 2 if line["step"] <= 2 else 4), 1e-6)
 
 
-def test_momentum_values_of_the_wrong_number_are_refused(train_small):
-    from analysis.runs import load_run
+def test_no_reach_is_claimed_where_nothing_is_iterated_nor_a_residual_of_what_is_cut(train_small):
+    words = ("--ns-method", "svd", "--heads-per-matrix", 1, "--tokens", 2 * 256, "--spectra-every", 1)
+    _, folder, _, _ = train_small("run", *words)
+    for line in map(json.loads, (folder / "manifold_stats.jsonl").read_text().splitlines()):
+        assert line["momentum_range"] is None
+        assert line["momentum_below_range"] is None
+        if line["step"]:
+            assert line["momentum_stable_rank"] > 1
+            cut = line["proj"] in ("q", "k", "v")
+            assert (line["ns_residual"] is None) == cut
+            assert cut or line["ns_residual"] < 1e-3
+    runs = plots_momentum.with_momentum([load_run(folder)])
+    figure = plots_momentum.momentum_spectra(runs)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["first layer", "last layer"]
+    plots_momentum.momentum_over_time(runs)
 
+
+def test_heads_apart_hide_the_reach_of_their_projections_alone(train_small):
+    words = ("--heads-per-matrix", 1, "--tokens", 256, "--spectra-every", 1)
+    _, folder, _, _ = train_small("run", *words)
+    found = {}
+    for line in map(json.loads, (folder / "manifold_stats.jsonl").read_text().splitlines()):
+        found.setdefault(line["step"] and line["proj"], []).append(line["momentum_range"])
+    assert set(found["q"] + found["k"] + found["v"]) == {None}
+    assert found["o"] + found["up"] + found["down"] == pytest.approx([5.6e-4] * 6, rel=0.01)
+
+
+def test_momentum_values_of_the_wrong_number_are_refused(train_small):
     _, folder, _, _ = train_small("run", "--tokens", 512, "--spectra-every", 1)
     run = load_run(folder)
     steps, values = run.singular_values("q", 1, "momentum_singular_values")

@@ -2,6 +2,7 @@
 
 import html
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import torch
 import experiments
 import report
 from analysis import plots
+from analysis.report_figures import spectra_drawings
+from bench.synthetic import write_run
 from engine.own_optimizer import load_class, options_of, try_out
 from engine.ranks import Sharding
 from model import ModelConfig, Transformer
@@ -97,7 +100,7 @@ def test_a_class_of_a_file_outside_the_repository_trains_resumes_and_is_reported
 
     config = json.loads((whole / "config.json").read_text())
     assert (config["optimizer"], config["optimizer_options"]) == (
-        f"{my_file}:MySGD",
+        f"{my_file.name}:MySGD",
         "momentum=0.9 'shapes=(1, 2)'",
     )
     measured = [line for line in lines(whole, "manifold_stats.jsonl") if line["step"]]
@@ -202,6 +205,28 @@ def test_a_step_moves_gradient_and_weight_and_what_it_keeps_is_not_known(my_file
     assert (flops, moved) == (0.0, OWN_BYTES * blocks + ADAMW_BYTES * others)
 
 
+def test_groups_keep_the_rates_that_a_class_gives_them(tmp_path):
+    (tmp_path / "halved.py").write_text(
+        "import torch\n\nclass Halved(torch.optim.SGD):\n    def __init__(self, params, lr):\n"
+        "        super().__init__([{**group, 'lr': lr / 2} for group in params], lr=lr)\n"
+    )
+    model = Transformer(ModelConfig(16, 1, 2, 1, 24, seq_len=8), vocab_size=40)
+    own = load_class(f"{tmp_path}/halved.py:Halved")
+    optimizer, *_ = build_optimizers(model, "own", lr=0.2, adamw_lr=0.01, own=own)
+    optimizer.reset()  # as after the warm-up
+    set_lr([optimizer], 0.5)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.05}
+
+
+def test_two_seeds_of_a_class_have_every_figure_in_the_folder(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / f"{seed}", seed=seed, optimizer="/a folder/sgd.py:MySGD", experts=2, momentum=True)
+    runs = report.load([tmp_path / "0", tmp_path / "1"])
+    stems = [one.picture.stem for one in spectra_drawings(runs)]
+    assert any(stem.startswith("pair_grid_") and stem.endswith("MySGD") for stem in stems)
+    assert [stem for stem in stems if Path(stem).name != stem or ":" in stem] == []
+
+
 def test_options_are_read_as_python_writes_them():
     words = ("a=1", "b=1e-3", "c=True", "d=false", "e=(0.9, 0.95)", "f=None", "g=adaptive", "h='1'", "i=x=y")
     found = {"a": 1, "b": 1e-3, "c": True, "d": False, "e": (0.9, 0.95), "f": None, "g": "adaptive", "h": "1"}
@@ -248,7 +273,7 @@ def test_a_class_that_cannot_train_is_one_sentence(train_small, my_file, name, m
         ("raise SystemExit(3)", "{}:MySGD", ("--lr", "1"), "cannot be imported (SystemExit"),
         (MY_SGD, "{}:MySGD", (), "give its peak rate as --lr"),
         (MY_SGD, "sgd", ("--lr", "1"), "--optimizer sgd: choose muon, adamw or FILE.py:CLASS"),
-        (MY_SGD, "muon", ("--optimizer-options", "a=1"), "--optimizer-options: for a class of a file"),
+        (MY_SGD, "muon", ("--optimizer-options", "a=1"), "--optimizer-options: only for --optimizer FILE.py:CLASS"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_one_sentence(train_small, tmp_path, source, flag, more, words):

@@ -78,7 +78,8 @@ def assert_same_training(folder, reference, tolerance=1e-4):
         assert (mine["step"], mine["layer"], mine["proj"]) == (other["step"], other["layer"], other["proj"])
         if mine["step"]:
             for key in ("grad_norm", "momentum_stable_rank", "momentum_effective_rank"):
-                assert mine[key] == pytest.approx(other[key], rel=1e-2), key
+                expected = other[key] and pytest.approx(other[key], rel=1e-2)  # null of a user's optimizer
+                assert mine[key] == expected, key
 
 
 def test_two_ranks_train_like_one_and_one_or_three_go_on_from_their_checkpoint(train_small, shards_folder, tmp_path):

@@ -196,8 +196,8 @@ def test_a_rank_cuts_the_heads_of_the_matrices_that_it_owns(monkeypatch):
         ({"decay_rule": "hyperball", "weight_decay": 0.1}, "weight_decay must be 0, got 0.1"),
         ({"row_blocks": (3,)}, "4 rows"),
         ({"row_blocks": (2, 2)}, "row_blocks needs one entry"),
-        ({"row_blocks": (2,), "row_splits": (2, 2)}, "split or transposed"),
-        ({"row_blocks": (2,), "transposed": (True,)}, "split or transposed"),
+        ({"row_blocks": (2,), "row_splits": (2, 2)}, "split or stored transposed"),
+        ({"row_blocks": (2,), "transposed": (True,)}, "split or stored transposed"),
         ({"normalize_rows": True, "row_splits": (2, 2), "transposed": (True,)}, "flattened or split"),
     ],
 )
@@ -260,3 +260,11 @@ def test_a_resumed_run_of_all_variants_ends_with_the_same_bits(train_small, befo
     train_small("halves", *flags, "--resume")
     assert losses(halves) == losses(whole)
     assert all(torch.equal(a, b) for a, b in zip(weights(halves).values(), weights(whole).values(), strict=True))
+
+
+def test_a_matrix_of_zeros_leaves_zero_under_hyperball():
+    p = torch.nn.Parameter(torch.zeros(4, 6))
+    optimizer = Muon([p], lr=0.1, decay_rule="hyperball")
+    p.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    assert p.detach().norm() > 0.1
