@@ -63,17 +63,17 @@ def minutes(seconds: Sequence[float], slots: int) -> float:
 
 
 def slowness() -> float:
-    """How many times as long as `run_seconds` a run takes on this machine, by the best of ten fp32 products of one
-    thread: 1 where they run at 220 GFLOP/s."""
+    """How many times as long as `run_seconds` a run takes on this machine when it is idle: by the best of many fp32
+    products of one thread, so short that a busy core makes some without a pause. 1 where they run at 220 GFLOP/s."""
     import torch
 
     from engine.cpu import prepare_cpu
 
     prepare_cpu()
-    threads, side = torch.get_num_threads(), 512
+    threads, side = torch.get_num_threads(), 256
     A, seconds = torch.ones(side, side), []
     torch.set_num_threads(1)
-    for _ in range(10):
+    for _ in range(50):
         began = time.perf_counter()
         A @ A
         seconds.append(time.perf_counter() - began)

@@ -35,8 +35,8 @@ def test_the_time_of_a_run_counts_steps_validations_and_spectra():
 
 
 def test_a_slower_core_takes_longer_in_proportion(monkeypatch):
-    rate = 2 * 512**3 / 0.01  # of a product that takes 10 ms
-    ticks = iter(0.01 * i for i in range(20))
+    rate = 2 * 256**3 / 0.01  # of a product that takes 10 ms
+    ticks = iter(0.01 * i for i in range(100))
     monkeypatch.setattr(cost.time, "perf_counter", lambda: next(ticks))
     assert cost.slowness() == pytest.approx(220e9 / rate, rel=0.02)
 
