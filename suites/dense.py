@@ -27,7 +27,8 @@ def speedrun_lr(scale: Scale, winners: Winners) -> list[Condition]:
     varies="optimizer",
     confirms=True,
     needs=("speedrun-lr",),
-    extra_tests=7,
+    extra_tests=8,
+    beside=("baseline",),
 )
 def speedrun_2m(scale: Scale, winners: Winners) -> list[Condition]:
     fair = both(scale.dense, lambda optimizer: winners("speedrun-lr", optimizer)["lr"])
@@ -41,7 +42,7 @@ def speedrun_2m(scale: Scale, winners: Winners) -> list[Condition]:
     varies="optimizer",
     confirms=True,
     needs=("speedrun-lr",),
-    extra_tests=15,
+    extra_tests=16,
 )
 def baseline(scale: Scale, winners: Winners) -> list[Condition]:
     fair = both(scale.baseline, lambda optimizer: winners("speedrun-lr", optimizer)["lr"])
@@ -66,7 +67,7 @@ def lr_sensitivity(scale: Scale, winners: Winners) -> list[Condition]:
     varies="params",
     confirms=True,
     needs=("lr-sensitivity",),
-    extra_tests=8,
+    extra_tests=9,
 )
 def model_size(scale: Scale, winners: Winners) -> list[Condition]:
     conditions = []

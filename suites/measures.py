@@ -14,19 +14,17 @@ import numpy as np
 from analysis.runs import Run
 from analysis.stats import (
     MARGIN,
-    best_rate,
     difference,
     finite_only,
     first_reaching,
-    learning_rate_tolerance,
     mean_over_seeds,
     slope,
+    unsteadiness,
 )
 from suites.judging import (
     CONFIRMED,
     NOT_TESTABLE,
     REFUTED,
-    UNDECIDED,
     Context,
     Evidence,
     Finding,
@@ -165,6 +163,53 @@ def step_time(expected: int, a: str = "muon", b: str = "adamw") -> Measure:
     return timed(versus(log_step_time, expected, PERCENT, a, b, method=LOG_RATIO))
 
 
+def small_overhead(most: float, at: Callable[[Context], tuple[Outcome, Outcome]]) -> Measure:
+    """Muon's step takes at most a share longer than AdamW's, for one pair of conditions."""
+
+    def measure(c: Context) -> Evidence:
+        muon, adamw = at(c)
+        above = math.log1p(most)
+        test = difference(muon.values(lambda run: log_step_time(run) - above), adamw.values(log_step_time))
+        what = f"step of {muon.name} over that of {adamw.name}, limit {PERCENT(above)}"
+        return Evidence(what=what, test=test, expected=-1, show=PERCENT, against=above, method=LOG_RATIO)
+
+    return timed(measure)
+
+
+def pair(a: str = "muon", b: str = "adamw") -> Callable[[Context], tuple[Outcome, Outcome]]:
+    return lambda c: (c.outcome(a), c.outcome(b))
+
+
+def still_above(longer: str, times: float = 2.0) -> Measure:
+    """AdamW after several times the tokens, in the longer runs of another suite, is above Muon's final loss here."""
+
+    def measure(c: Context) -> Evidence:
+        muon, adamw = c.outcome("muon"), c.suite(longer).outcome("adamw")
+        budget = times * muon.runs[0].budget
+        if any(run.budget < budget for run in adamw.runs):
+            raise Lacking(f"{longer} is shorter than {times:g} times {c.results.name}")
+        later = adamw.values(lambda run: float(np.interp(budget, run.val["tokens"], run.val["val_loss"])))
+        test = difference(later, muon.values(loss))
+        return Evidence(what=f"AdamW after {times:g} times the tokens - Muon", test=test, expected=1, show=NATS)
+
+    return measure
+
+
+def between(names: Sequence[str], low: str, high: str) -> Measure:
+    """Each condition ends higher than `low` and lower than `high`."""
+
+    def measure(c: Context) -> list[Evidence]:
+        ends = [(c.outcome(low), 1), (c.outcome(high), -1)]
+        return [of_loss(c, c.outcome(name), end, expected) for name in names for end, expected in ends]
+
+    return measure
+
+
+def unclear(words: str) -> Measure:
+    """A claim that no run decides, and why."""
+    return lambda c: Finding(NOT_TESTABLE, words)
+
+
 def until(column: str, share: float) -> Measure:
     """How soon Muon reaches the loss that AdamW has after a share of its run, seed by seed, as a ratio of `column`
     (tokens, train_seconds). A run that never does counts with its whole length."""
@@ -233,75 +278,6 @@ def opposite(suite: str, muon: tuple[str, str], adamw: tuple[str, str]) -> Measu
     return measure
 
 
-def _by_seed(c: Context, optimizer: str) -> dict[int, tuple[list[float], list[float]]]:
-    """Rates and losses of each seed that finished at every rate that no seed diverged at; NaN where one did."""
-    tried = [o for o in c.results.outcomes if o.optimizer == optimizer]
-    for outcome in tried:
-        if outcome.to_go:
-            c.ready(outcome)
-    steady = [o.losses() for o in tried if not o.failed]
-    seeds = sorted(set.intersection(*map(set, steady))) if steady else []
-    rates = [float(o.condition.fields["lr"]) for o in tried]
-    return {s: (rates, [math.nan if o.failed else o.losses()[s] for o in tried]) for s in seeds}
-
-
-def wider(share: float, muon: str, adamw: str) -> Measure:
-    """Muon's range of rates within a share of the best loss is wider than AdamW's, in decades, seed by seed."""
-
-    def measure(c: Context) -> Evidence | Finding:
-        widths, ends = {}, {"muon": 0, "adamw": 0}
-        for optimizer, suite in (("muon", muon), ("adamw", adamw)):
-            tolerances = {
-                seed: learning_rate_tolerance(*grid, share)
-                for seed, grid in _by_seed(c.suite(suite), optimizer).items()
-            }
-            widths[optimizer] = {seed: t.decades for seed, t in tolerances.items() if t is not None}
-            ends[optimizer] = sum(t.open_low or t.open_high for t in tolerances.values() if t is not None)
-        gaps = {seed: widths["muon"][seed] - widths["adamw"][seed] for seed in widths["muon"].keys() & widths["adamw"]}
-        words = ", ".join(
-            f"{name} {'at least ' * (ends[key] > 0)}{np.mean(list(widths[key].values()) or [math.nan]):.2f}"
-            for key, name in (("muon", "Muon"), ("adamw", "AdamW"))
-        )
-        what = f"within {100 * share:g} %: {words} decades; difference"
-        found = per_seed(what, gaps, 1, DECADES, method=LOG_RATIO)
-        if ends["adamw"]:  # AdamW's may be wider than it seems
-            tests = c.results.family_size
-            numbers = f"{found.numbers(tests)}; AdamW's grid ends inside its range"
-            return Finding(UNDECIDED, numbers, found.test_words(tests))
-        return found
-
-    return measure
-
-
-def rate_ratio(adamw: str, theirs: float, factor: float = 2.0) -> Measure:
-    """Muon's best rate over AdamW's, seed by seed, is within a factor of the document's ratio."""
-
-    def measure(c: Context) -> Evidence:
-        found = {}
-        for optimizer, context in (("muon", c), ("adamw", c.suite(adamw))):
-            found[optimizer] = {seed: best_rate(*grid) for seed, grid in _by_seed(context, optimizer).items()}
-        both = found["muon"].keys() & found["adamw"]
-        ratios = {seed: math.log(found["muon"][seed] / found["adamw"][seed] / theirs) for seed in both}
-        more = {"against": math.log(theirs), "margin": math.log(factor), "method": LOG_RATIO}
-        return per_seed("Muon's best rate over AdamW's", ratios, 0, TIMES, **more)
-
-    return measure
-
-
-def wider_when_longer(longer: str, share: float = 0.05) -> Measure:
-    """Muon's range of rates is wider in the longer runs of another suite than in this suite's."""
-
-    def measure(c: Context) -> Evidence:
-        decades = [
-            {s: learning_rate_tolerance(*grid, share).decades for s, grid in _by_seed(context, "muon").items()}
-            for context in (c.suite(longer), c)
-        ]
-        gaps = {seed: decades[0][seed] - decades[1][seed] for seed in decades[0].keys() & decades[1].keys()}
-        return per_seed(f"within {100 * share:g} %, {longer} minus {c.results.name}", gaps, 1, DECADES)
-
-    return measure
-
-
 def sizes(c: Context) -> list[tuple[Outcome, Outcome]]:
     """Muon and AdamW at each size, the smallest first, at the fair settings."""
     return [(a, b) for a, b in c.results.pairs() if a.optimizer != b.optimizer and not a.as_written]
@@ -312,7 +288,13 @@ def accuracy_at(place: int, expected: int) -> Measure:
     return lambda c: compare(c, *sizes(c)[place], accuracy, expected, POINTS)
 
 
-step_time_at_largest = timed(lambda c: compare(c, *sizes(c)[-1], log_step_time, 1, PERCENT, method=LOG_RATIO))
+def at_largest(c: Context) -> tuple[Outcome, Outcome]:
+    return tuple(map(c.ready, sizes(c)[-1]))
+
+
+def smoother(c: Context) -> Evidence:
+    """Muon's training loss deviates less from its trend at the end of the runs of the largest size."""
+    return compare(c, *sizes(c)[-1], unsteadiness, -1, NATS)
 
 
 def _leads(c: Context, along: str = "params") -> dict[float, dict[int, float]]:
@@ -384,24 +366,6 @@ def largest_breaks_down(c: Context) -> Evidence | Finding:
     behind = {seed: small[seed] - large[seed] for seed in small.keys() & large.keys()}
     method, remark = "difference of differences", _budgets(c)
     return per_seed("AdamW falls behind Muon from the size before by", behind, 1, NATS, method=method, remark=remark)
-
-
-def deviation_in(muon: tuple[float, float], adamw: tuple[float, float], suite: str) -> Measure:
-    """Mean loss above the best rate's over the rates of a range, relative, seed by seed: Muon's minus AdamW's."""
-
-    def deviations(c: Context, optimizer: str, low: float, high: float) -> dict[int, float]:
-        found = {}
-        for seed, (rates, losses) in _by_seed(c, optimizer).items():
-            inside = [loss for rate, loss in zip(rates, losses, strict=True) if low <= rate <= high]
-            found[seed] = float(np.mean(inside) / np.nanmin(losses) - 1)
-        return found
-
-    def measure(c: Context) -> Evidence:
-        mine, others = deviations(c, "muon", *muon), deviations(c.suite(suite), "adamw", *adamw)
-        gaps = {seed: mine[seed] - others[seed] for seed in mine.keys() & others.keys()}
-        return per_seed("mean deviation from the best loss, Muon - AdamW", gaps, 1, HUNDREDTHS)
-
-    return measure
 
 
 def none_diverges(source: str) -> Measure:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from suites.scales import Fields, Scale
-from suites.suite import SUITES, Condition, Winners, as_written, at_rates, both, suite
+from suites.suite import OPTIMIZERS, SUITES, Condition, Winners, as_written, at_rates, both, suite
 
 
 @suite(
@@ -15,7 +15,7 @@ from suites.suite import SUITES, Condition, Winners, as_written, at_rates, both,
     "Which learning rate is best for Muon on the mixture of experts?",
     source="S4",
     varies="lr",
-    extra_tests=4,
+    extra_tests=5,
     beside=("moe-lr-adam", "moe-lr-muon-short"),
 )
 def moe_lr_muon(scale: Scale, winners: Winners) -> list[Condition]:
@@ -127,6 +127,7 @@ ablation(
     "Which schedule is best for Muon?",
     schedule=("cosine", "linear", "step", "constant"),
     default="cosine",
+    extra_tests=2,
 )
 ablation(
     "moe-clip",
@@ -135,6 +136,25 @@ ablation(
     default=1.0,
     labels={0.0: "no clipping"},
 )
+
+
+@suite(
+    "moe-balance",
+    "Does the load-balancing loss keep the experts balanced?",
+    source="S4",
+    varies="balance",
+    needs=("moe-lr-muon", "moe-lr-adam"),
+    extra_tests=2,
+)
+def moe_balance(scale: Scale, winners: Winners) -> list[Condition]:
+    conditions = []
+    for optimizer in OPTIMIZERS:
+        base = moe_base(scale, winners, optimizer)
+        conditions.append(Condition(optimizer, base))
+        conditions.append(Condition(f"{optimizer}, no balancing", {**base, "balance": 0.0}, optimizer))
+    return conditions
+
+
 ablation("moe-min-lr", "How far should the rate fall?", min_lr=(0.01, 0.1, 0.5), default=0.1)
 
 
@@ -239,7 +259,7 @@ MUON_ABLATIONS = (
     varies="optimizer",
     confirms=True,
     needs=("moe-lr-muon", "moe-lr-adam", *MUON_ABLATIONS, "moe-adam"),
-    extra_tests=7,
+    extra_tests=8,
 )
 def moe_final(scale: Scale, winners: Winners) -> list[Condition]:
     """Muon with the winner of each ablation against AdamW with the winners of its own sweeps. So weight decay and

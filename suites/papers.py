@@ -23,8 +23,8 @@ from suites.measures import (
     lead_shrinks,
     lower,
     versus,
-    wider,
 )
+from suites.rate_measures import wider
 from suites.scales import Fields, Scale
 from suites.spectral_measures import spectral
 from suites.suite import Condition, Plan, Winners, both, suite, width_scaled

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from analysis.runs import Run
-from analysis.stats import MARGIN, balance, common_slope, slope, tail_index
+from analysis.stats import MARGIN, balance, common_slope, difference, slope, tail_index
 from suites.judging import Context, Evidence, Lacking, Spread, Unit
 from suites.measures import HUNDREDTHS, LOG_RATIO, TIMES, Measure, Number, per_seed, sizes, versus
 
@@ -93,13 +93,16 @@ def conditioning_grows(c: Context) -> Evidence:
     return per_seed(what, slope(found), 1, TIMES, method="trend")
 
 
-def flat(key: str, words: str) -> Measure:
-    """A metric of Muon's runs changes by less than 1 % of its start."""
+def flat(**keys: str) -> Measure:
+    """Metrics of Muon's runs, each with its words, change by less than 1 % of their start."""
 
-    def measure(c: Context) -> Evidence:
-        drifts = c.outcome("muon").values(lambda run: drift(run, key))
-        what, show = f"Muon's {words} over the run", HUNDREDTHS
-        return per_seed(what, drifts, 0, show, margin=MARGIN, method="trend")
+    def measure(c: Context) -> list[Evidence]:
+        found = []
+        for key, words in keys.items():
+            drifts = c.outcome("muon").values(lambda run, key=key: drift(run, key))
+            what = f"Muon's {words} over the run"
+            found.append(per_seed(what, drifts, 0, HUNDREDTHS, margin=MARGIN, method="trend"))
+        return found
 
     return measure
 
@@ -207,6 +210,22 @@ def experts_balanced(c: Context) -> list[Evidence]:
         what = f"evenness under {name} (entropy over ln E), limit {BALANCED}"
         found.append(per_seed(what, values, 1, SHARES, against=BALANCED, method="balance", remark=remark))
     return found
+
+
+def evener(optimizers: Sequence[str], without: str) -> Measure:
+    """Shares are more even in each condition than in the one that `without` completes the name of."""
+
+    def measure(c: Context) -> list[Evidence]:
+        found = []
+        for name in optimizers:
+            dead = sum(final_balance(run)[2] for run in c.outcome(name + without).finished())
+            test = difference(*(c.outcome(one).values(evenness) for one in (name, name + without)))
+            what = f"evenness of {name}, with minus without"
+            remark = f", dead experts without it {dead}"
+            found.append(Evidence(what=what, test=test, expected=1, show=SHARES, method="balance", remark=remark))
+        return found
+
+    return measure
 
 
 alike_experts: Callable[[Context], Evidence] = versus(evenness, 0, SHARES, method="balance", margin=ALIKE)

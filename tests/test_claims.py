@@ -8,8 +8,9 @@ import pytest
 
 from engine.files import ROOT
 from suites.catalog import SUITES
-from suites.claims import CLAIMS, DOCUMENT_CLAIMS, STORED_RUNS
-from suites.judging import CONFIRMED, REFUTED, UNDECIDED
+from suites.claims import CLAIMS, DOCUMENT_CLAIMS
+from suites.dense_claims import STORED_RUNS
+from suites.judging import CONFIRMED, NOT_TESTABLE, REFUTED, UNDECIDED
 from suites.papers import PAPER_CLAIMS
 from suites.scales import SCALES
 from tests.test_suites import rate_results, results_of, verdicts, winners
@@ -38,7 +39,8 @@ def test_every_quote_is_in_the_document_that_it_names(source):
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_conditions_that_rows_name_are_planned(scale):
     """A name that no suite has would leave its row undecided for ever."""
-    source = "".join((ROOT / "suites" / name).read_text(encoding="utf-8") for name in ("claims.py", "papers.py"))
+    names = ("dense_claims.py", "mixture_claims.py", "papers.py")
+    source = "".join((ROOT / "suites" / name).read_text(encoding="utf-8") for name in names)
     planned = {c.name for suite in SUITES.values() for c in suite.plan(SCALES[scale], winners)}
     named = re.findall(r'(?:best|lower|higher|as_good|no_better)\(((?:"[^"]*"(?:, )?)+)\)', source)
     names = {name for words in named for name in re.findall(r'"([^"]*)"', words)}
@@ -102,16 +104,70 @@ def test_how_soon_and_how_far_ahead_by_hand(tmp_path):
     finals = {"muon": (3.0, 3.01, 2.99), "adamw": (4.0, 4.01, 3.99)}
     found = verdicts(results_of(tmp_path / "a", "moe-final", finals, device="cpu"))
     # AdamW's loss after 30 %: 4.7; Muon's line is there after 15 %
-    assert found["Muon reaches an early loss sooner"].verdict == CONFIRMED
-    assert ": 0.5 times" in found["Muon reaches an early loss sooner"].numbers
+    sooner = "Muon reaches an early loss sooner (5.8; here AdamW's after 30 % of its run)"
+    assert found[sooner].verdict == CONFIRMED
+    assert ": 0.5 times" in found[sooner].numbers
     ahead = found["Muon is ahead after two fifths of the run"]
     assert f"{100 * (4.2 / 4.6 - 1):.1f} %" in ahead.numbers
-    assert found["The lead is largest early"].verdict == REFUTED  # 4.2 / 4.6 early, 3 / 4 at the end
+    early = "The lead is larger after two fifths of the run than at its end"
+    assert found[early].verdict == REFUTED  # 4.2 / 4.6 early, 3 / 4 at the end
+    widens = found["The gap widens between a fifth and two fifths of the run"]
+    assert widens.verdict == CONFIRMED
+    assert f"{100 * (4.2 / 4.6 / (4.6 / 4.8) - 1):.1f} %" in widens.numbers
     gains = found["AdamW plateaus late while Muon improves"]
     assert gains.verdict == CONFIRMED
     assert "0.400 nats" in gains.numbers  # 0.8 against 0.4 over the last two fifths
     slow = results_of(tmp_path / "b", "moe-final", {"muon": HIGH, "adamw": LOW}, device="cpu")
-    assert verdicts(slow)["Muon reaches an early loss sooner"].verdict == REFUTED
+    assert verdicts(slow)[sooner].verdict == REFUTED
+
+
+def test_twice_the_tokens_by_hand(tmp_path):
+    """The short runs have 320 tokens; AdamW's long ones 1,280, and its loss at 640 is half-way from 5."""
+    short = results_of(tmp_path / "a", "speedrun-2m", {"muon": (3.9, 3.91, 3.89), "adamw": HIGH}, steps=5)
+    claim = "AdamW needs far more tokens for Muon's loss: twice as many do not do"
+    for end, verdict in (((3.0, 3.02, 2.98), CONFIRMED), ((2.4, 2.42, 2.38), REFUTED)):
+        longer = results_of(tmp_path / f"{end[0]}", "baseline", {"muon": LOW, "adamw": end}, steps=20)
+        finding = verdicts(short, longer)[claim]
+        assert finding.verdict == verdict
+        assert f"{(5 + end[0]) / 2 - 3.9:.3f} nats" in finding.numbers
+    same = results_of(tmp_path / "same", "baseline", {"muon": LOW, "adamw": HIGH}, steps=5)
+    assert "shorter than 2 times" in verdicts(short, same)[claim].numbers
+
+
+def test_an_overhead_is_judged_against_its_limit_on_a_gpu_alone(tmp_path):
+    claim = "Muon's step takes at most 10 % longer"
+    for name, longer, verdict in (("a", 1.08, CONFIRMED), ("b", 1.2, REFUTED)):
+        steps = {"muon": longer * 1000.0, "adamw": 1000.0}
+        finals, more = {"muon": LOW, "adamw": HIGH}, {"step_ms": lambda words, steps=steps: steps[words]}
+        finding = verdicts(results_of(tmp_path / name, "moe-final", finals, device="cuda", **more))[claim]
+        assert finding.verdict == verdict
+        assert f"limit +10.0 %: {100 * (longer - 1):+.1f} %" in finding.numbers
+    finding = verdicts(results_of(tmp_path / "cpu", "moe-final", finals, device="cpu", **more))[claim]
+    assert finding.verdict == NOT_TESTABLE
+
+
+def test_what_lies_between_two_ends_and_outside_a_range(tmp_path):
+    ends = {"cosine": LOW, "constant": HIGH}
+    claim = "Linear and step decay are between the two"
+    for name, step, verdict in (("in", (3.2, 3.22, 3.19), CONFIRMED), ("out", (3.9, 3.92, 3.89), REFUTED)):
+        results = results_of(tmp_path / name, "moe-schedule", {**ends, "linear": (3.1, 3.12, 3.09), "step": step})
+        assert verdicts(results)[claim].verdict == verdict
+    rates = [c.name for c in SUITES["moe-lr-adam"].plan(SCALES["nano"], winners)]
+    finals = dict.fromkeys(rates, HIGH) | {"adamw lr 0.001": LOW, "adamw lr 0.002": LOW, rates[-1]: (None, None, None)}
+    claim = "AdamW's loss degrades outside 0.0007 to 0.002"
+    assert verdicts(results_of(tmp_path / "narrow", "moe-lr-adam", finals))[claim].verdict == CONFIRMED
+    finals["adamw lr 0.005"] = LOW
+    assert verdicts(results_of(tmp_path / "broad", "moe-lr-adam", finals))[claim].verdict != CONFIRMED
+
+
+def test_balancing_makes_the_shares_more_even(tmp_path):
+    """Of four experts one gets twice the others' share, of two as well; without it there are two."""
+    names = ("muon", "muon, no balancing", "adamw", "adamw, no balancing")
+    claim = "The load-balancing loss prevents collapse: without it shares are less even"
+    for kept, lost, verdict in ((4, 2, CONFIRMED), (2, 4, REFUTED)):
+        experts = {"experts": lambda words, kept=kept, lost=lost: lost if "no" in words.split(", ")[-1] else kept}
+        results = results_of(tmp_path / f"{kept}", "moe-balance", dict.fromkeys(names, LOW), spectra=False, **experts)
+        assert verdicts(results)[claim].verdict == verdict
 
 
 def test_balanced_experts_are_judged_by_entropy(tmp_path):
@@ -133,18 +189,18 @@ def test_spectral_claims_by_hand(tmp_path):
     found = verdicts(results_of(tmp_path, "baseline", finals, device="cpu", decay=lambda name: decay[name]))
     assert found["AdamW's spectral norms are a lot bigger"].verdict == UNDECIDED
     assert "muon - adamw: 1 times" in found["AdamW's spectral norms are a lot bigger"].numbers
-    assert found["Entropy stays flat over time"].verdict == CONFIRMED
+    flat = "Muon's entropy and rank stay flat over time"
+    assert found[flat].verdict == CONFIRMED
     assert found["Muon preserves rank, by spectral entropy"].verdict == CONFIRMED
-    assert found["Runs have identical spectral signatures"].verdict == CONFIRMED
+    assert found["Muon's runs have identical spectral signatures"].verdict == CONFIRMED
     stable = found["Muon's spectrum is flatter, by stable rank"]  # of 8, 4, 4, 8, 8, 8: even under Muon
     ratio = (1 + 0.5**2) / 2
     assert f"{(1 - ratio) * 40 / 6:.2f} directions" in stable.numbers
-    rank = found["Rank stays flat over time"]
-    assert "+0.00 %" in rank.numbers
+    assert found[flat].numbers.count("+0.00 %") == 2
     swapped = results_of(tmp_path / "b", "baseline", finals, device="cpu", decay=lambda name: 0.05 - decay[name])
     found = verdicts(swapped)
     assert found["Muon's spectrum is flatter, by stable rank"].verdict == REFUTED
-    assert found["Rank stays flat over time"].verdict == REFUTED
+    assert found[flat].verdict == REFUTED
 
 
 def test_the_ratio_of_the_best_rates(tmp_path):
@@ -166,3 +222,9 @@ def test_the_ratio_of_the_best_rates(tmp_path):
     assert finding.verdict == CONFIRMED  # within a factor of two of 70
     finding = verdicts(muon, valley("moe-lr-adam", 0.01))["Muon's best rate is 70 times AdamW's"]
     assert (finding.verdict, "7 times" in finding.numbers) == (REFUTED, True)
+    # Valleys of one shape: the ranges are as many times as wide as the best rates are higher, but for the grids' knots.
+    for best, verdict in ((0.0025, CONFIRMED), (0.01, REFUTED)):
+        finding = verdicts(muon, valley("moe-lr-adam", best))["Muon's range is 30 times as wide"]
+        assert finding.verdict == verdict
+        times = float(re.search(r"Muon over AdamW: ([\d.]+) times", finding.numbers)[1])
+        assert times == pytest.approx(0.07 / best, rel=0.35)
