@@ -139,7 +139,7 @@ def fight_findings(results: Results) -> list[str]:
 
 
 def time_sentences(results: Results, trials: Results | None) -> list[str]:
-    """From which speeds the budgets of equal time follow, and how long these took."""
+    """Lists the speeds behind the equal-time budgets and the seconds they took."""
     lines = []
     for arm in results.arms():
         outcome = results.outcome(f"{arm}, {EQUAL_TIME}")
@@ -168,9 +168,8 @@ def trial_findings(results: Results) -> list[str]:
     for arm, values in own.items():
         for other, theirs in own.items():
             if arm != other and values.min() <= theirs.min():
-                needed = trials_needed(values, theirs.min())
-                many = f"after {counted(needed, 'trial')}" if needed else "only with its best trial"
-                sentences.append(f"{arm} is expected to reach the best of {len(theirs)} trials of {other} {many}.")
+                many = counted(trials_needed(values, theirs.min()), "trial")
+                sentences.append(f"{arm} is expected to reach the best of {len(theirs)} trials of {other} after {many}.")
     return sentences
 
 
