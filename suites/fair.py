@@ -2,7 +2,7 @@
 
     SUITES["fair-trials"].plan(scale, winners); SUITES["fair-fight"].plan(scale, winners)
 
-The first arm is the reference. `everything` leaves both suites out: they are of no document.
+The first arm is the reference. The fight repeats no document, so `everything` skips both suites.
 """
 
 from collections.abc import Mapping

@@ -42,7 +42,7 @@ class Scale:
     moe: Fields  # S4's mixture of experts
     moe_long: Fields
     moe_short: Fields  # S4's fast sweep, 200 of its 500 steps
-    fight: Fight  # of no document
+    fight: Fight  # repeats no document, so `everything` skips it
     lengths: Mapping[int, Fields]  # budgets of the first of `sizes`, by tokens per parameter
     rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by suite and optimizer
     sweep_seeds: tuple[int, ...] = (0, 1, 2)  # of the suites on which no claim hangs

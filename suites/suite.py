@@ -105,8 +105,19 @@ def suite(
     """Register a function as a suite."""
 
     def register(plan: Plan) -> Plan:
-        rest = (needs, extra_tests, claimed, confirms, beside, plan, one_seed)
-        SUITES[name] = Suite(name, source, question, varies, *rest)
+        SUITES[name] = Suite(
+            name=name,
+            source=source,
+            question=question,
+            varies=varies,
+            needs=needs,
+            extra_tests=extra_tests,
+            claimed=claimed,
+            confirms=confirms,
+            beside=beside,
+            plan=plan,
+            one_seed=one_seed,
+        )
         return plan
 
     return register

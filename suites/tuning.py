@@ -1,4 +1,4 @@
-"""What the trials of an arm tell: the loss to expect after k of them, how sure that is, and what each setting does.
+"""Estimates the expected best loss after k trials, its band, and each setting's effect.
 
     curve = expected_best(losses); low, high = band(losses); effect(values, losses).rho
 

@@ -30,8 +30,8 @@ def test_more_trials_contain_the_fewer_and_lie_evenly_in_the_declared_range(arm)
     for setting, axis in arm.space.items():
         values = [trial[setting] for trial in many]
         assert axis.low <= min(values) < max(values) <= axis.high, setting
-        thirds = np.histogram([axis.place(value) for value in values], bins=4, range=(0, 1))[0]
-        assert max(thirds) - min(thirds) <= 4, setting  # 16 in each quarter, but for the rounding
+        quarters = np.histogram([axis.place(value) for value in values], bins=4, range=(0, 1))[0]
+        assert max(quarters) - min(quarters) <= 4, setting  # 16 in each, but for the rounding
         tuned = [1 - value if "1 - value" in axis.along else value for value in values]
         assert [float(f"{value:.3g}") for value in tuned] == pytest.approx(tuned, rel=1e-6)
 
