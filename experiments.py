@@ -73,7 +73,7 @@ def list_suites(arguments: ListArguments) -> None:
         suite = SUITES[name]
         needs = f"  needs {', '.join(suite.needs)}" if suite.needs else ""
         scale = SCALES[arguments.scale]
-        conditions = suite.plan(scale, Unknown())
+        conditions = suite.plan(scale, Unknown(scale))
         count = len(suite.seeds_at(scale))
         seeds = f"{count} seed{'s' * (count > 1)}"
         print(f"{name:18} {suite.source}  {suite.question}")

@@ -169,7 +169,9 @@ def trial_findings(results: Results) -> list[str]:
         for other, theirs in own.items():
             if arm != other and values.min() <= theirs.min():
                 many = counted(trials_needed(values, theirs.min()), "trial")
-                sentences.append(f"{arm} is expected to reach the best of {len(theirs)} trials of {other} after {many}.")
+                sentences.append(
+                    f"{arm} is expected to reach the best of {len(theirs)} trials of {other} after {many}."
+                )
     return sentences
 
 

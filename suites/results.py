@@ -27,7 +27,7 @@ from analysis.stats import (
 )
 from engine import files
 from engine.identity import NOT_COMPARED
-from suites.suite import AS_WRITTEN, OPTIMIZERS, Condition, Suite
+from suites.suite import AS_WRITTEN, Condition, Suite
 
 TOLERANCES = (0.01, 0.05)  # shares of the best loss by which a good rate may miss it
 # Settings without a meaning for one of the two optimizers.
@@ -54,7 +54,7 @@ class Outcome:
 
     @property
     def arm(self) -> str:
-        return self.condition.side
+        return self.condition.arm
 
     @property
     def as_written(self) -> bool:
@@ -159,14 +159,9 @@ class Results:
         found = [o for o in tried if math.isfinite(o.loss)]
         return min(found, key=lambda o: o.loss, default=None)
 
-    def optimizers(self) -> list[str]:
-        """Muon, AdamW, then others, as far as they have conditions."""
-        found = {o.optimizer for o in self.outcomes}
-        return [name for name in OPTIMIZERS if name in found] + sorted(found.difference(OPTIMIZERS))
-
-    def tolerance(self, optimizer: str, share: float) -> Tolerance | None:
+    def tolerance(self, arm: str, share: float) -> Tolerance | None:
         """Of a suite that varies the learning rate."""
-        tried = [o for o in self.outcomes if o.optimizer == optimizer]
+        tried = self.of_arm(arm)
         return learning_rate_tolerance([o.condition.fields["lr"] for o in tried], [o.loss for o in tried], share)
 
     def reached(self, a: Outcome, b: Outcome) -> dict[str, Reached]:
@@ -180,10 +175,10 @@ class Results:
         return found
 
     def fairness(self) -> list[str]:
-        """Settings that the two optimizers of a suite share or differ in, from the runs' files."""
+        """Settings that the arms of a suite share or differ in, from the runs' files."""
         pairs = self.crosses()
         if not pairs:
-            best = [self.best(name) for name in self.optimizers()]
+            best = [self.best(arm) for arm in self.arms()]
             pairs = [tuple(best)] if len(best) == 2 and all(best) else []
         if not pairs:
             return []
@@ -206,9 +201,9 @@ class Results:
         """Which setting of which sweep this suite uses, and whether it is on the edge of that sweep's grid."""
         lines = []
         for name in self.suite.needs:
-            for optimizer in others[name].optimizers() if name in others else ():
-                best = others[name].best(optimizer)
-                if best is not None and optimizer in self.optimizers():
+            for arm in others[name].arms() if name in others else ():
+                best = others[name].best(arm)
+                if best is not None and arm in self.arms():
                     edge = ", ON THE EDGE OF THE GRID" if others[name].on_edge(best) else ""
                     lines.append(f"From {name}: {best.name}{edge} (mean loss {best.loss:.4f}).")
         return lines
@@ -216,7 +211,7 @@ class Results:
     def on_edge(self, best: Outcome) -> bool:
         """Whether a condition has the least or greatest value tried."""
         key = self.suite.varies
-        tried = [o.condition.fields.get(key) for o in self.outcomes if o.optimizer == best.optimizer]
+        tried = [o.condition.fields.get(key) for o in self.of_arm(best.arm)]
         if len(tried) < 3 or not all(isinstance(value, float | int) for value in tried):
             return False
         return best.condition.fields[key] in (min(tried), max(tried))

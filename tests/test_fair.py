@@ -171,6 +171,8 @@ def fought(tmp_path_factory, shards_folder):
 
 
 def test_a_fight_is_trained_in_two_stages_and_each_arm_fights_with_its_best_trial(fight, tmp_path, shards_folder):
+    later = plan_of(tmp_path / "runs", shards_folder).estimate([[FIGHT]])  # six seeds
+    assert (later.runs, later.tokens) == (18, 6 * 2048 * (2 * 128 + 141))  # as if the second arm were a tenth faster
     code, out, err, trained = fight("run", FIGHT, *FLAGS)
     assert code == 1, err  # some trials have diverged
     assert [line for line in out.splitlines() if line.endswith("to go")] == [
