@@ -13,7 +13,7 @@ import numpy as np
 
 from analysis.pages import Chapter, Picture, Section, Table, counted, number
 from analysis.plots import Drawing, drawing
-from analysis.stats import Contrast, Reached, family, first_reaching, p_words
+from analysis.stats import Contrast, Reached, family, first_reaching, median_time, p_words
 from suites.arms import ARMS
 from suites.fair import EQUAL_TIME, EQUAL_TOKENS, FIGHT, TRIALS
 from suites.fair_plots import fight_curves, setting_effects, tuning_curves
@@ -27,7 +27,7 @@ TO_A_LOSS = {"tokens": "tokens to the loss", "train_seconds": "seconds to the lo
 @dataclass(frozen=True)
 class Way:
     """One arm against the reference in one of the ways to win. `test` compares losses, or logarithms of times with the
-    reference's budget; `times` are the arm's, where the way is a time to the reference's loss."""
+    reference's budget; `times` are the arm's, where the way is a time to the reference's loss; `budget` is the mean."""
 
     name: str
     arm: Outcome
@@ -41,6 +41,9 @@ class Way:
         if not self.test.excludes_zero:
             return "open"
         return (self.arm if self.test.difference < 0 else self.reference).arm
+
+    def time(self, value: float) -> str:
+        return f"{value:,.0f} tokens" if self.name == TO_A_LOSS["tokens"] else f"{value:.2f} s"
 
     def ratio(self) -> tuple[float, float, float]:
         """The reference's time over the arm's, with its interval: over tokens, the compute multiplier."""
@@ -66,19 +69,25 @@ def ways(results: Results) -> list[Way]:
     for column, name in TO_A_LOSS.items():
         for arm in arms[1:]:
             a, b = results.outcome(f"{arm}, {EQUAL_TOKENS}"), results.outcome(f"{arms[0]}, {EQUAL_TOKENS}")
-            if a is None or b is None or not math.isfinite(b.loss):
+            times, whole = ({}, {}) if a is None or b is None else times_to_loss(a, b, column)
+            if not times:
                 continue
-            times = {
-                run.config["seed"]: first_reaching(run.val[column], run.val["val_loss"], b.loss) for run in a.finished()
-            }
-            whole = b.values(lambda run, column=column: float(run.val[column][-1]))
-            reached = all(times.values())
-            logs = {seed: math.log(time) for seed, time in times.items()} if reached else {}
-            budget = float(np.mean(list(whole.values())))
-            more = {"times": results.reached(a, b)[f"a {column}"], "budget": budget}
-            add(name, a, b, logs, {seed: math.log(time) for seed, time in whole.items()}, **more)
+            reached = None not in times.values()
+            logs = ({seed: math.log(x) for seed, x in side.items()} if reached else {} for side in (times, whole))
+            more = {"times": median_time(list(times.values())), "budget": float(np.mean(list(whole.values())))}
+            add(name, a, b, *logs, **more)
     tests = family(pairs)
     return [Way(name, a, b, test, **more) for (name, a, b, more), test in zip(found, tests, strict=True)]
+
+
+def times_to_loss(a: Outcome, b: Outcome, column: str) -> tuple[dict[int, float | None], dict[int, float]]:
+    """When each run of `a` first has the final loss of b's run with the same seed (None: never), and that run's whole
+    budget; by the seeds that both have. Each seed has its own target, so that the noise of both sides counts."""
+    mine, theirs = ({run.config["seed"]: run for run in o.finished()} for o in (a, b))
+    targets = {seed: loss for seed, loss in sorted(b.losses().items()) if seed in mine}
+    curves = {seed: mine[seed].val for seed in targets}
+    times = {seed: first_reaching(val[column], val["val_loss"], targets[seed]) for seed, val in curves.items()}
+    return times, {seed: float(theirs[seed].val[column][-1]) for seed in targets}
 
 
 def ways_table(results: Results) -> Table | None:
@@ -90,11 +99,10 @@ def ways_table(results: Results) -> Table | None:
             gain = number(test.difference, "+.4f", " nats")
             interval = f"{test.low:+.4f} to {test.high:+.4f}" if math.isfinite(test.low) else "no test"
         else:
-            form = ",.0f" if way.name == TO_A_LOSS["tokens"] else ".2f"
-            mine = "-" if times.median is None else f"{times.median:{form}}"
-            theirs = number(way.budget, form)
+            mine = "-" if times.median is None else way.time(times.median)
+            theirs = way.time(way.budget)
             ratio, low, high = way.ratio()
-            gain = f"{ratio:.2f} x" if math.isfinite(ratio) else f"not reached by {times.never} of {times.n}"
+            gain = f"not reached by {times.never} of {times.n}" if times.never else number(ratio, ".2f", " x")
             interval = f"{low:.2f} to {high:.2f}" if math.isfinite(low) else "no test"
         row = {
             "way": way.name,
@@ -117,24 +125,30 @@ def fight_findings(results: Results) -> list[str]:
     for way in ways(results):
         a, b, test = way.arm, way.reference, way.test
         words = f"corrected interval {test.low:+.4f} to {test.high:+.4f}, Holm {p_words(test.p_holm)}, n = {test.n[0]}"
-        if diverged := a.failed + b.failed:
-            sentences.append(f"{way.name}: {counted(diverged, 'run')} of {a.arm} and {b.arm} diverged, so no test.")
-        elif way.times is None:
+        if failed := a.failed + b.failed:
+            sentences.append(
+                f"{way.name.capitalize()}: {counted(failed, 'run')} of {a.arm} and {b.arm} failed, so no test."
+            )
+            continue
+        untested = "one seed, so no test" if test.n[0] == 1 else "no variation between seeds, so no test"
+        if way.times is None:
             verdict = {a.arm: "wins", b.arm: "loses"}.get(way.winner, "does not differ significantly")
-            tested = words if test.tested else "no test"
+            tested = words if test.tested else untested
             sentences.append(
                 f"{way.name.capitalize()}: {a.arm} {verdict}, {test.difference:+.4f} nats from {b.arm} ({tested})."
             )
-        elif test.tested:
+        else:
             ratio, low, high = way.ratio()
             what = "compute multiplier" if way.name == TO_A_LOSS["tokens"] else "speed-up"
+            if way.times.never:
+                answer = f"{way.times.never} of {way.times.n} runs of {a.arm} never reach it, so no test"
+            elif test.tested:
+                answer = f"{what} of {a.arm} {ratio:.2f} (corrected interval {low:.2f} to {high:.2f}, n = {test.n[0]})"
+            else:
+                answer = f"{a.arm} reached it after {way.time(way.times.median)}, {what} {ratio:.2f}; {untested}"
             sentences.append(
-                f"{way.name.capitalize()} of {b.arm}, {b.loss:.4f}: {what} of {a.arm} {ratio:.2f} "
-                f"(corrected interval {low:.2f} to {high:.2f}, n = {test.n[0]})."
+                f"{way.name.capitalize()} of {b.arm} with the same seed, {b.loss:.4f} on average: {answer}."
             )
-        else:
-            never = f"{way.times.never} of {way.times.n} runs never reach it"
-            sentences.append(f"{way.name.capitalize()} of {b.arm}, {b.loss:.4f}: {a.arm}: {never}; no test.")
     return sentences
 
 
@@ -294,8 +308,9 @@ NOTES = (
     "seed; the best one is trained on fresh seeds. A diverged trial counts as the worst trial of any arm.",
     "Equal tokens: final losses, paired by seed. Equal time: each arm has the steps that take as long as the slowest "
     "arm's, by its speed in the trials, and a schedule that ends with them.",
-    "Tokens and seconds to the loss: when the curve of the equal-token runs first reaches the reference's mean final "
-    "loss, its schedule not yet over. The ratio is the reference's whole budget over that: of tokens, the compute "
-    "multiplier. Its interval is a t-interval of logarithms.",
+    "Tokens and seconds to the loss: when each equal-token run first has the final loss of the reference's run with "
+    "the same seed, its schedule not yet over; the table shows the median. The ratio is the reference's whole budget "
+    "over that: of tokens, the compute multiplier. It is a geometric mean over seeds with a t-interval of logarithms, "
+    "which holds the noise of both sides.",
     "All tests of the table are corrected together, p values by Holm, intervals by Bonferroni.",
 )

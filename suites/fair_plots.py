@@ -108,8 +108,8 @@ def _words(axis: Axis, place: float) -> str:
 @captioned(
     "The fight: equal tokens, and equal time",
     "Lower and further left is better. Thin lines are runs, thick ones their mean. Left: every arm trains on the same "
-    "tokens; where a line crosses the dashed one it has the reference's mean final loss. Right: every schedule ends "
-    "when the slowest arm's time is over. Only the lower losses are shown.",
+    "tokens; where a line crosses the dashed one it has the reference's mean final loss (the table compares seed by "
+    "seed). Right: every schedule ends when the slowest arm's time is over. Only the lower losses are shown.",
 )
 def fight_curves(results: Results) -> Figure:
     """Validation loss over tokens and over training seconds."""

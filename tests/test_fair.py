@@ -13,6 +13,7 @@ import experiments
 from bench.synthetic import write_run
 from settings import Settings
 from suites import fair_page, launcher
+from suites import results as results_module
 from suites.arms import ARMS, Arm, Axis, draw
 from suites.catalog import SUITES
 from suites.fair import FIGHT, TRIALS, equal_time
@@ -204,9 +205,8 @@ def test_the_ways_to_win_are_paired_and_corrected_together(fought, shards_folder
     assert (first.test.low, first.test.high) == pytest.approx((gaps.mean() - half, gaps.mean() + half))
     assert first.winner == "muon"
     assert by_name["equal time"].test.difference == pytest.approx(gaps.mean() + 0.001 * 32)
-    # Losses fall linearly from 5, so the share of the budget to a target follows by hand.
-    target = sum(theirs.values()) / 4
-    logs = np.log([(5 - mine[seed]) / (5 - target) for seed in (1, 2, 3, 4)])
+    # Losses fall linearly from 5, so the share of the budget to the loss of the same seed follows by hand.
+    logs = np.log([(5 - mine[seed]) / (5 - theirs[seed]) for seed in (1, 2, 3, 4)])
     half = stats.t.ppf(1 - 0.05 / 4 / 2, 3) * logs.std(ddof=1) / 2
     for name, faster in (("tokens to the loss", 1.0), ("seconds to the loss", 80 / 100)):
         bounds = faster * np.exp([logs.mean(), logs.mean() - half, logs.mean() + half])
@@ -242,7 +242,36 @@ def test_a_diverged_fighter_is_counted_and_not_tested(fought, shards_folder, tmp
             path.write_text('{"status": "failed", "reason": "the loss is not finite"}')
     results = plan_of(tmp_path / "runs", shards_folder, **SAME).results(FIGHT)
     assert {way.winner for way in fair_page.ways(results)} == {"open"}
-    assert "equal tokens: 1 run of muon and adamw diverged, so no test." in fair_page.fight_findings(results)
+    assert "Equal tokens: 1 run of muon and adamw failed, so no test." in fair_page.fight_findings(results)
+
+
+def test_one_seed_reaches_the_loss_without_a_test(fought, shards_folder):
+    results = plan_of(fought, shards_folder, trials=8, seeds=(1,)).results(FIGHT)
+    loss, other = (results.outcome(f"{arm}, equal tokens").loss for arm in ("muon", "adamw"))
+    share = (5 - other) / (5 - loss)
+    assert fair_page.fight_findings(results)[2:] == [
+        f"Tokens to the loss of adamw with the same seed, {other:.4f} on average: muon reached it after "
+        f"{share * 128 * 64:,.0f} tokens, compute multiplier {1 / share:.2f}; one seed, so no test.",
+        f"Seconds to the loss of adamw with the same seed, {other:.4f} on average: muon reached it after "
+        f"{share * 12.8:.2f} s, speed-up {0.8 / share:.2f}; one seed, so no test.",
+    ]
+
+
+def test_a_run_that_does_not_reach_the_loss_of_its_own_seed_is_counted(fought, shards_folder, tmp_path):
+    shutil.copytree(fought, tmp_path / "runs")
+    results = plan_of(tmp_path / "runs", shards_folder, **SAME).results(FIGHT)
+    (folder,) = (run.path for run in results.outcome("adamw, equal tokens").finished() if run.config["seed"] == 3)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [{k: 0.8 * v if k == "val_loss" else v for k, v in line.items()} for line in lines]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    results_module._load.cache_clear()
+    results = plan_of(tmp_path / "runs", shards_folder, **SAME).results(FIGHT)
+    mine, theirs = (results.outcome(f"{arm}, equal tokens").losses() for arm in ("muon", "adamw"))
+    assert theirs[3] < min(mine.values()) < max(mine.values()) < np.mean(list(theirs.values()))
+    way = next(way for way in fair_page.ways(results) if way.name == "tokens to the loss")
+    assert (way.times.never, way.times.n, way.winner) == (1, 4, "open")
+    reached = sorted(128 * 64 * (5 - theirs[seed]) / (5 - mine[seed]) for seed in (1, 2, 4))
+    assert way.times.median == pytest.approx(reached[1])
 
 
 def test_arms_that_share_an_optimizer_are_told_apart(fight, tmp_path, shards_folder, monkeypatch):
