@@ -51,7 +51,11 @@ class Selection:
     tokens: Count | None = None
     """Train every run on this many tokens, for a first look; such runs have names of their own."""
     arms: tuple[str, ...] | None = None
-    """Let these arms of suites/arms.py fight, the first as the reference (fair-fight; default: adamw muon)."""
+    """Let these arms fight, the first as the reference: names of suites/arms.py, or FILE.py:CLASS for an optimizer of
+    your own (fair-fight; default: adamw muon)."""
+    space: tuple[str, ...] | None = None
+    """Tune an optimizer of your own in these ranges, as lr=0.1:3 momentum=0.7:0.99, or fix an option, as
+    nesterov=True (fair-fight)."""
     trials: Annotated[int, Limit("must be at least 4", lambda value: value >= 4)] | None = None
     """Draw so many settings for each arm (fair-fight; default: 32)."""
     steps: Annotated[int, AT_LEAST_1] | None = None
@@ -74,7 +78,7 @@ class Selection:
 
     def scaled(self) -> Scale:
         """The scale, with the fight that the flags choose."""
-        given = {flag: getattr(self, flag) for flag in ("arms", "trials", "steps")}
+        given = {flag: getattr(self, flag) for flag in ("arms", "space", "trials", "steps")}
         used = [flag for flag, value in given.items() if value is not None]
         ours = self.suite in (TRIALS, FIGHT)
         if used and not ours:
@@ -262,7 +266,7 @@ class Unknown:
 
     def seconds_per_token(self, suite: str, arm: str) -> float:
         """Of every arm another, so that equal time is not taken for equal tokens."""
-        return 1 / (1 + 0.1 * self.scale.fight.arms.index(arm))
+        return 1 / (1 + 0.1 * [one.name for one in self.scale.fight.arms].index(arm))
 
 
 class UnknownRates(dict[str, Any]):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from suites import documents
+from suites.arms import ARMS, Arm
 
 Fields = Mapping[str, Any]  # of settings.Settings
 
@@ -19,7 +20,7 @@ class Fight:
     """The runs of a fair fight: model and budget, the arms, the first being the reference, and the trials of each."""
 
     fields: Fields
-    arms: tuple[str, ...] = ("adamw", "muon")
+    arms: tuple[Arm, ...] = (ARMS["adamw"], ARMS["muon"])
     trials: int = 32
 
     @property

@@ -8,11 +8,12 @@ of a suite share model, batches, initialisation, validation tokens and weight de
 document's own settings.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from suites import documents
+from suites.arms import Axis
 from suites.scales import Fields, Scale
 
 
@@ -38,12 +39,13 @@ MOST_GROWTH = 2  # rates beyond each optimizer's grid, while the best is on its 
 @dataclass(frozen=True)
 class Condition:
     """Named settings, and the condition of the same suite against which they are tested. The arm is the optimizer,
-    unless a name tells apart arms that share it."""
+    unless a name tells apart arms that share it; `space` has the range of each setting that was tuned for it."""
 
     name: str
     fields: Fields
     versus: str | None = None
     arm: str = ""
+    space: Mapping[str, Axis] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "arm", self.arm or str(self.fields["optimizer"]))  # frozen
