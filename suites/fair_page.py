@@ -6,6 +6,7 @@ Differences are of the final validation loss in nats; ratios are the reference's
 """
 
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,12 +15,13 @@ import numpy as np
 from analysis.pages import Chapter, Picture, Section, Table, counted, number
 from analysis.plots import Drawing, drawing
 from analysis.stats import Contrast, Reached, family, first_reaching, median_time, p_words
-from suites.arms import ARMS
+from engine.own_optimizer import is_own, options_of
+from suites.arms import value_of
 from suites.fair import EQUAL_TIME, EQUAL_TOKENS, FIGHT, TRIALS
 from suites.fair_plots import fight_curves, setting_effects, tuning_curves
 from suites.results import Outcome, Results
 from suites.tables import conditions_table, mean_of, p_cell
-from suites.tuning import band, effect, expected_best, losses, trials_needed
+from suites.tuning import band, effects, expected_best, losses, trials_needed
 
 TO_A_LOSS = {"tokens": "tokens to the loss", "train_seconds": "seconds to the loss"}
 
@@ -38,7 +40,7 @@ class Way:
 
     @property
     def winner(self) -> str:
-        if not self.test.excludes_zero:
+        if not (self.test.tested and self.test.excludes_zero):
             return "open"
         return (self.arm if self.test.difference < 0 else self.reference).arm
 
@@ -171,12 +173,12 @@ def trial_findings(results: Results) -> list[str]:
     own = {arm: losses(results, arm) for arm in results.arms()}
     own = {arm: values for arm, values in own.items() if np.isfinite(values).all() and len(values)}
     for arm, values in own.items():
-        n, curve, failed = len(values), expected_best(values), sum(o.failed > 0 for o in results.of_arm(arm))
+        n, curve, diverged = len(values), expected_best(values), sum(o.diverged for o in results.of_arm(arm))
         few = [k for k in (1, 4, 16) if k < n]
         after = ", ".join(f"{curve[k - 1]:.4f} after {counted(k, 'trial')}" for k in few)
         near = trials_needed(values, 1.01 * values.min())
         sentences.append(
-            f"{arm}: best of {n} trials {values.min():.4f}, {failed} diverged; expected {after}; within 1 % of its "
+            f"{arm}: best of {n} trials {values.min():.4f}, {diverged} diverged; expected {after}; within 1 % of its "
             f"best after {counted(near, 'trial')}."
         )
     for arm, values in own.items():
@@ -202,7 +204,7 @@ def expectation_table(results: Results) -> Table | None:
             {
                 "arm": arm,
                 "trials": str(len(own)),
-                "diverged": str(sum(o.failed > 0 for o in results.of_arm(arm))),
+                "diverged": str(sum(o.diverged for o in results.of_arm(arm))),
                 "median": f"{np.median(own):.4f}",
                 **{f"best of {k}": f"{curve[k - 1]:.4f} ({low[k - 1]:.3f} to {high[k - 1]:.3f})" for k in ks},
             }
@@ -213,14 +215,13 @@ def expectation_table(results: Results) -> Table | None:
 
 def space_table(results: Results) -> Table | None:
     """The declared search space, where the best trial is in it, and what each setting does."""
-    rows = []
+    rows, found = [], effects(results)
     for arm in results.arms():
-        best, own = results.best(arm), [o for o in results.of_arm(arm) if not o.to_go]
-        if best is None:
-            continue
-        for setting, axis in ARMS[arm].space.items():
-            value = best.condition.fields[setting]
-            found = effect([o.condition.fields[setting] for o in own], losses(results, arm))
+        best = results.best(arm)
+        for setting, axis in results.space(arm).items():
+            if best is None or (arm, setting) not in found:
+                continue
+            value, own = value_of(best.condition.fields, setting), found[arm, setting]
             row = {
                 "arm": arm,
                 "setting": setting,
@@ -229,10 +230,11 @@ def space_table(results: Results) -> Table | None:
                 "even in": axis.along,
                 "best trial": f"{value:g}",
                 "place": f"{100 * axis.place(value):.0f} %",
-                "edge": "ON THE EDGE" if axis.on_edge(value) else "inside",
-                "rank correlation": number(found.rho, "+.2f"),
-                "p": p_cell(found.p_value),
-                "worst - best third": number(found.nats, ".4f", " nats"),
+                "edge": own.edge(axis, value),
+                "rank correlation": number(own.rho, "+.2f"),
+                "p Holm": p_cell(own.p_holm),
+                "worst - best third": number(own.nats, ".4f", " nats"),
+                "noise alone": number(own.noise, ".4f", " nats"),
             }
             rows.append(row)
     return Table.of(rows, whole=True) if rows else None
@@ -240,14 +242,14 @@ def space_table(results: Results) -> Table | None:
 
 def trials_table(results: Results) -> Table:
     """Every trial with its settings, the best of each arm first."""
-    settings = list(dict.fromkeys(key for arm in results.arms() for key in ARMS[arm].space))
+    settings = list(dict.fromkeys(key for arm in results.arms() for key in results.space(arm)))
     rows = []
     for arm in results.arms():
-        shown = sorted(results.of_arm(arm), key=lambda o: (math.isnan(o.loss), o.loss))
-        for o in shown:
-            state = "to go" if o.to_go else "diverged" if o.failed else f"{o.loss:.4f}"
-            values = {key: f"{o.condition.fields[key]:g}" if key in o.condition.fields else "-" for key in settings}
-            rows.append({"trial": o.name, "final loss": state, **values})
+        for o in sorted(results.of_arm(arm), key=lambda o: (math.isnan(o.loss), o.loss)):
+            state = "to go" if o.to_go else "failed" if o.lost else "diverged" if o.failed else f"{o.loss:.4f}"
+            values = {key: value_of(o.condition.fields, key) for key in settings}
+            shown = {key: "-" if value is None else f"{value:g}" for key, value in values.items()}
+            rows.append({"trial": o.name, "final loss": state, **shown})
     return Table.of(rows)
 
 
@@ -275,20 +277,32 @@ def chapters(results: Results, known: Mapping[str, Results], pictures: Sequence[
             answer = Section(trials.suite.question, trial_findings(trials))
             found.append(Chapter("The trials", [answer, *_trial_items(trials)]))
         conditions: list[Table | Section] = [conditions_table(results)]
-        if fairness := results.fairness():
+        if fairness := results.fairness(by_design):
             conditions.append(Section("Fairness", fairness))
         found.append(Chapter("Conditions", conditions))
     return [chapter for chapter in found if chapter.items]
 
 
+def by_design(outcome: Outcome) -> set[str]:
+    """The settings in which an arm may differ from others: those tuned for it, and its tokens in equal time."""
+    return {*outcome.condition.space, *(("tokens",) if outcome.name.endswith(EQUAL_TIME) else ())}
+
+
 def flags(results: Results, known: Mapping[str, Results]) -> str:
     """The flags that repeat a fight."""
-    trials = known[TRIALS]
-    steps = {run.config["steps"] for run in trials.runs()}
-    words = [f"--arms {' '.join(trials.arms())}", f"--trials {len(trials.of_arm(trials.arms()[0]))}"]
-    words += [f"--steps {step}" for step in steps]
-    seeds = sorted({run.config["seed"] for run in results.runs()})
-    return " ".join([*words, "--seeds", *map(str, seeds)])
+    trials, arms, space = known[TRIALS], [], {}
+    for arm in trials.arms():
+        first = trials.of_arm(arm)[0].condition
+        own = is_own(first.fields["optimizer"])
+        arms.append(first.fields["optimizer"] if own else arm)
+        if own:
+            space |= {key: f"{axis.low:g}:{axis.high:g}" for key, axis in first.space.items()}
+            options = options_of(first.fields["optimizer_options"])
+            space |= {key: value for key, value in options.items() if key not in first.space}
+    words = ["--arms", *arms, *(["--space"] if space else []), *(f"{key}={value}" for key, value in space.items())]
+    words += ["--trials", str(len(trials.of_arm(trials.arms()[0])))]
+    words += [word for steps in {run.config["steps"] for run in trials.runs()} for word in ("--steps", str(steps))]
+    return shlex.join([*words, "--seeds", *map(str, sorted({run.config["seed"] for run in results.runs()}))])
 
 
 def drawings(results: Results, known: Mapping[str, Results]) -> list[Drawing]:
@@ -312,5 +326,10 @@ NOTES = (
     "the same seed, its schedule not yet over; the table shows the median. The ratio is the reference's whole budget "
     "over that: of tokens, the compute multiplier. It is a geometric mean over seeds with a t-interval of logarithms, "
     "which holds the noise of both sides.",
-    "All tests of the table are corrected together, p values by Holm, intervals by Bonferroni.",
+    "All tests of a table are corrected together, p values by Holm, intervals by Bonferroni: the ways to win, and the "
+    "rank correlations of all settings.",
+    "'Worst - best third' is the greatest minus the least median loss over the thirds of a setting's values, which "
+    "chance makes positive too: 'noise alone' is its mean over random orders of the losses. ON THE EDGE: the best "
+    "trial is within 5 % of an end of the range, and the loss falls significantly towards it, so widen the range; "
+    "without any effect a tenth of the best trials are that near.",
 )

@@ -217,6 +217,12 @@ class Planner:
         to_go = [job.name for p in planned for job in p.jobs if job.state() not in OVER]
         if to_go:
             raise NotYet(f"{name}: {to_go[0]} has not finished, and its best setting is needed")
+        lost = [job for p in planned for job in p.jobs if job.state() == "failed" and not job.diverged]
+        if lost and SUITES[name].one_seed:
+            raise NotYet(
+                f"{name}: {lost[0].name} failed without diverging ({lost[0].reason()}), so {arm} lacks a trial; "
+                "--retry tries it again"
+            )
         best = self.results(name).best(arm)
         if best is None:
             raise BadInput(f"{name}: every setting of {arm} has a failed run, so there is no best one")

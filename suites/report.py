@@ -211,7 +211,7 @@ def build_page(
     verdicts = [finding.verdict for _, finding in judged]
     runs = {run.path: run for r in results for run in r.runs()}
     finished = sum(run.status == "finished" for run in runs.values())
-    failed = {(r.name, o.name): o.failed for r in results for o in r.outcomes if o.failed}
+    failed = {(r.name, o.name): o.lost if r.suite.one_seed else o.failed for r in results for o in r.outcomes}
     hours = sum(run.train_seconds for run in runs.values()) / 3600
     devices = sorted({str(run.config.get("device_name")) for run in runs.values()})
     commits = sorted({str(run.config.get("git_commit"))[:10] for run in runs.values()})
@@ -234,7 +234,9 @@ def build_page(
     )
     warnings = [*later, *([f"{counted(to_go, 'planned run')} to go."] if to_go else [])]
     warnings += [
-        f"{suite}, {condition}: {counted(count, 'run')} failed." for (suite, condition), count in failed.items()
+        f"{suite}, {condition}: {counted(count, 'run')} failed."
+        for (suite, condition), count in failed.items()
+        if count
     ]
     chapters = [Chapter("Claims and findings", [claims_table(judged)])] if judged else []
     alone = len(results) == 1
