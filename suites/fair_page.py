@@ -21,7 +21,7 @@ from suites.fair import EQUAL_TIME, EQUAL_TOKENS, FIGHT, TRIALS
 from suites.fair_plots import fight_curves, setting_effects, tuning_curves
 from suites.results import Outcome, Results
 from suites.tables import conditions_table, mean_of, p_cell
-from suites.tuning import band, effects, expected_best, losses, trials_needed
+from suites.tuning import band, by_arm, effects, expected_best, trials_needed
 
 TO_A_LOSS = {"tokens": "tokens to the loss", "train_seconds": "seconds to the loss"}
 
@@ -54,14 +54,14 @@ class Way:
 
 
 def ways(results: Results) -> list[Way]:
-    """Every arm against the reference, all tests corrected together. A side with a diverged run is not tested, nor a
-    time that some run has not reached."""
+    """Every arm against the reference, all tests corrected together. A side with a failed run is not tested, nor a
+    time that some run has not reached, or had before its first step."""
     arms, found, pairs = results.arms(), [], []
 
     def add(name: str, a: Outcome, b: Outcome, mine: dict[int, float], theirs: dict[int, float], **more) -> None:
         found.append((name, a, b, more))
-        diverged = a.failed or b.failed
-        pairs.append((a.name, b.name, {} if diverged else mine, {} if diverged else theirs))
+        failed = a.failed or b.failed
+        pairs.append((a.name, b.name, {} if failed else mine, {} if failed else theirs))
 
     for way in (EQUAL_TOKENS, EQUAL_TIME):
         for arm in arms[1:]:
@@ -74,7 +74,7 @@ def ways(results: Results) -> list[Way]:
             times, whole = ({}, {}) if a is None or b is None else times_to_loss(a, b, column)
             if not times:
                 continue
-            reached = None not in times.values()
+            reached = all(times.values())
             logs = ({seed: math.log(x) for seed, x in side.items()} if reached else {} for side in (times, whole))
             more = {"times": median_time(list(times.values())), "budget": float(np.mean(list(whole.values())))}
             add(name, a, b, *logs, **more)
@@ -132,7 +132,8 @@ def fight_findings(results: Results) -> list[str]:
                 f"{way.name.capitalize()}: {counted(failed, 'run')} of {a.arm} and {b.arm} failed, so no test."
             )
             continue
-        untested = "one seed, so no test" if test.n[0] == 1 else "no variation between seeds, so no test"
+        few = {0: "no test", 1: "one seed, so no test"}
+        untested = few.get(min(test.n), "no variation between seeds, so no test")
         if way.times is None:
             verdict = {a.arm: "wins", b.arm: "loses"}.get(way.winner, "does not differ significantly")
             tested = words if test.tested else untested
@@ -147,7 +148,9 @@ def fight_findings(results: Results) -> list[str]:
             elif test.tested:
                 answer = f"{what} of {a.arm} {ratio:.2f} (corrected interval {low:.2f} to {high:.2f}, n = {test.n[0]})"
             else:
-                answer = f"{a.arm} reached it after {way.time(way.times.median)}, {what} {ratio:.2f}; {untested}"
+                answer = (
+                    f"{a.arm} reached it after {way.time(way.times.median)}, {what} {number(ratio, '.2f')}; {untested}"
+                )
             sentences.append(
                 f"{way.name.capitalize()} of {b.arm} with the same seed, {b.loss:.4f} on average: {answer}."
             )
@@ -170,8 +173,10 @@ def time_sentences(results: Results, trials: Results | None) -> list[str]:
 
 def trial_findings(results: Results) -> list[str]:
     sentences = []
-    own = {arm: losses(results, arm) for arm in results.arms()}
-    own = {arm: values for arm, values in own.items() if np.isfinite(values).all() and len(values)}
+    own = by_arm(results)
+    for arm in results.arms():
+        if lost := sum(o.lost for o in results.of_arm(arm)):
+            sentences.append(f"{arm}: {counted(lost, 'trial')} failed without diverging, so left out (--retry).")
     for arm, values in own.items():
         n, curve, diverged = len(values), expected_best(values), sum(o.diverged for o in results.of_arm(arm))
         few = [k for k in (1, 4, 16) if k < n]
@@ -194,10 +199,7 @@ def trial_findings(results: Results) -> list[str]:
 def expectation_table(results: Results) -> Table | None:
     """The figure's numbers at powers of two."""
     rows = []
-    for arm in results.arms():
-        own = losses(results, arm)
-        if not len(own) or not np.isfinite(own).all():
-            continue
+    for arm, own in by_arm(results).items():
         curve, (low, high) = expected_best(own), band(own)
         ks = sorted({*(2**i for i in range(int(math.log2(len(own))) + 1)), len(own)})
         rows.append(

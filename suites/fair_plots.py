@@ -16,7 +16,7 @@ from analysis.plots import OPTIMIZER_COLORS, WIDTH, captioned, legend_below
 from suites.arms import EDGE, Axis, value_of
 from suites.fair import EQUAL_TIME, EQUAL_TOKENS
 from suites.results import Outcome, Results
-from suites.tuning import band, effects, expected_best, losses, tried
+from suites.tuning import band, by_arm, effects, expected_best, tried
 
 # Okabe-Ito again, then Tol's muted ones.
 MORE_COLORS = (
@@ -53,15 +53,15 @@ def tuning_curves(results: Results) -> Figure:
     """Expected least loss of k trials, by arm."""
     figure, ax = plt.subplots(figsize=(WIDTH, 4.2))
     colors, lowest, typical = arm_colors(results.arms()), math.inf, -math.inf
-    for arm, color in colors.items():
-        own = losses(results, arm)
+    trials = by_arm(results)
+    for arm, own in trials.items():
         curve, (low, high), k = expected_best(own), band(own), np.arange(1, len(own) + 1)
-        ax.plot(k, curve, color=color, linewidth=2, marker="o", markersize=3)
-        ax.fill_between(k, low, high, color=color, alpha=0.18, linewidth=0)
+        ax.plot(k, curve, color=colors[arm], linewidth=2, marker="o", markersize=3)
+        ax.fill_between(k, low, high, color=colors[arm], alpha=0.18, linewidth=0)
         lowest, typical = min(lowest, low.min()), max(typical, curve[0])
     ax.set_ylim(lowest - 0.05 * (typical - lowest), typical + 0.1 * (typical - lowest))
     ax.set_xscale("log", base=2)
-    most = max(len(losses(results, arm)) for arm in colors)
+    most = max(map(len, trials.values()))
     ax.xaxis.set_major_locator(FixedLocator([*(2**i for i in range(int(math.log2(most)) + 1)), most]))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda k, _: f"{k:g}"))
     ax.set_xlabel("trials")

@@ -32,6 +32,12 @@ def losses(results: Results, arm: str) -> np.ndarray:
     return np.array([loss if math.isfinite(loss) else max(finite, default=math.nan) for loss in own])
 
 
+def by_arm(results: Results) -> dict[str, np.ndarray]:
+    """The losses of every arm with a trial, once a trial of any arm has finished."""
+    found = {arm: losses(results, arm) for arm in results.arms()}
+    return {arm: own for arm, own in found.items() if len(own) and np.isfinite(own).all()}
+
+
 @functools.cache
 def _weights(n: int) -> np.ndarray:
     """(n, n): row k - 1 has the probabilities that the i-th smallest of n trials is the least of k of them,
@@ -98,11 +104,9 @@ def _between_thirds(losses: np.ndarray) -> np.ndarray:
 def effects(results: Results) -> dict[tuple[str, str], Effect]:
     """Of every tuned setting by arm and name, p values corrected over all of them."""
     found = {
-        (arm, setting): effect(
-            [value_of(o.condition.fields, setting) for o in tried(results, arm)], losses(results, arm)
-        )
-        for arm in results.arms()
-        if len(tried(results, arm)) > 2 and np.isfinite(losses(results, arm)).all()
+        (arm, setting): effect([value_of(o.condition.fields, setting) for o in tried(results, arm)], own)
+        for arm, own in by_arm(results).items()
+        if len(own) > 2
         for setting in results.space(arm)
     }
     adjusted = holm([one.p_value for one in found.values()])

@@ -1,5 +1,6 @@
 """The fair fight: equal trials from declared spaces, equal time, what trials tell, and both pages from fake runs."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -14,7 +15,7 @@ import experiments
 from bench.synthetic import write_run
 from engine.cli import BadInput
 from settings import Settings
-from suites import fair_page, launcher
+from suites import fair_page, fair_plots, launcher
 from suites import results as results_module
 from suites.arms import ARMS, Arm, Axis, draw, value_of
 from suites.catalog import SUITES
@@ -275,6 +276,17 @@ def test_p_values_of_settings_are_corrected_over_all_of_them(fought, shards_fold
         assert one.p_holm == pytest.approx(highest)
 
 
+def test_an_arm_whose_trials_all_failed_leaves_a_page_on_the_others(fought, shards_folder):
+    results = plan_of(fought, shards_folder, **SAME).results(TRIALS)
+    gone = [dataclasses.replace(o, failed=1, runs=()) if o.arm == "muon" else o for o in results.outcomes]
+    results = dataclasses.replace(results, outcomes=tuple(gone))
+    for draw_figure in (fair_plots.tuning_curves, fair_plots.setting_effects):
+        fair_plots.plt.close(draw_figure(results))
+    assert [row[0] for row in fair_page.expectation_table(results).rows] == ["adamw"]
+    assert {arm for arm, _ in effects(results)} == {"adamw"}
+    assert fair_page.trial_findings(results)[0].startswith("muon: 8 trials failed without diverging")
+
+
 def test_a_diverged_fighter_is_counted_and_not_tested(fought, shards_folder, tmp_path):
     shutil.copytree(fought, tmp_path / "runs")
     for path in (tmp_path / "runs").glob("*-seed2/summary.json"):
@@ -311,6 +323,7 @@ def test_a_trial_that_failed_without_diverging_is_no_trial_and_there_is_no_winne
     rows = {row[0]: row[1] for row in fair_page.trials_table(plan.results(TRIALS)).rows}
     assert rows["muon 06"] == "failed"
     assert plan(TRIALS, "adamw")
+    assert fair_page.trial_findings(plan.results(TRIALS))[0].startswith("muon: 1 trial failed without diverging")
     words = f"{TRIALS}: {job.name} failed without diverging ({reason}), so muon lacks a trial; --retry tries it again"
     with pytest.raises(BadInput, match=re.escape(words)):
         plan(TRIALS, "muon")
