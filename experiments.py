@@ -73,7 +73,7 @@ def list_suites(arguments: ListArguments) -> None:
         suite = SUITES[name]
         needs = f"  needs {', '.join(suite.needs)}" if suite.needs else ""
         scale = SCALES[arguments.scale]
-        conditions = suite.plan(scale, Unknown())
+        conditions = suite.plan(scale, Unknown(scale))
         count = len(suite.seeds_at(scale))
         seeds = f"{count} seed{'s' * (count > 1)}"
         print(f"{name:18} {suite.source}  {suite.question}")
@@ -82,7 +82,8 @@ def list_suites(arguments: ListArguments) -> None:
 
 
 def run(arguments: RunArguments) -> int:
-    """Train stage by stage; returns 0 if every run of the suites is finished, 1 if some failed, 130 after Ctrl-C."""
+    """Train stage by stage; returns 0 if every run of the suites is finished, 1 if some failed, 130 after Ctrl-C. A
+    trial that diverges is an outcome of its suite, not a failure."""
     planner = Planner(arguments)
     stages = planner.stages()
     needed = [name for stage in stages for name in stage if name not in arguments.suites()]
@@ -103,12 +104,17 @@ def run(arguments: RunArguments) -> int:
             print("interrupted; run the same command to continue", file=sys.stderr)
             return 130
         seen |= {job.name: job for job in jobs}
-    for job in seen.values():
+    trials = jobs_of(planner, [name for stage in stages for name in stage if SUITES[name].one_seed])
+    diverged = {job.name for job in trials if job.diverged}
+    if diverged:
+        print(f"{len(diverged)} of {len(trials)} trials diverged, which counts as the worst loss")
+    left = [job for job in seen.values() if job.name not in diverged]
+    for job in left:
         if job.state() == "failed":
             print(f"failed: {job.name}: {job.reason()} (--retry tries it again)")
         elif job.state() != "finished":
             print(f"not finished: {job.name}; see {job.log}")
-    return 0 if all(job.state() == "finished" for job in seen.values()) else 1
+    return 0 if all(job.state() == "finished" for job in left) else 1
 
 
 def jobs_of(planner: Planner, stage: Sequence[str]) -> list[Job]:

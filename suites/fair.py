@@ -2,14 +2,15 @@
 
     SUITES["fair-trials"].plan(scale, winners); SUITES["fair-fight"].plan(scale, winners)
 
-The first arm is the reference. `everything` leaves both suites out: they are of no document.
+The first arm is the reference. The fight repeats no document, so `everything` skips both suites.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
 
 from engine.cli import BadInput
-from suites.arms import ARMS, draw
+from engine.own_optimizer import is_own
+from suites.arms import ARMS, draw, own_arm
 from suites.scales import Fight, Scale
 from suites.suite import OURS, Condition, Winners, suite
 
@@ -29,11 +30,11 @@ VALIDATIONS = 16  # of a run of the fight, so that the time to a loss is read fr
 def fair_trials(scale: Scale, winners: Winners) -> list[Condition]:
     fight = scale.fight
     base = {**fight.fields, **fight.budget(fight.steps, validations=1)}
-    drawn = {name: draw(ARMS[name], fight.trials) for name in fight.arms}
+    drawn = {arm.name: draw(arm, fight.trials) for arm in fight.arms}
     return [  # arms in turns, so that a machine that slows down does so for all
-        Condition(f"{name} {i + 1:02d}", {**base, **ARMS[name].fixed, **drawn[name][i]}, arm=name)
+        Condition(f"{arm.name} {i + 1:02d}", {**base, **drawn[arm.name][i]}, arm=arm.name, space=arm.space)
         for i in range(fight.trials)
-        for name in fight.arms
+        for arm in fight.arms
     ]
 
 
@@ -48,15 +49,17 @@ def fair_trials(scale: Scale, winners: Winners) -> list[Condition]:
 )
 def fair_fight(scale: Scale, winners: Winners) -> list[Condition]:
     fight = scale.fight
-    steps = equal_time(fight.steps, {arm: winners.seconds_per_token(TRIALS, arm) for arm in fight.arms})
+    names = [arm.name for arm in fight.arms]
+    steps = equal_time(fight.steps, {name: winners.seconds_per_token(TRIALS, name) for name in names})
     return [
         Condition(
-            f"{arm}, {way}",
-            {**fight.fields, **ARMS[arm].fixed, **winners(TRIALS, arm), **fight.budget(steps_of[arm], VALIDATIONS)},
-            None if arm == fight.arms[0] else f"{fight.arms[0]}, {way}",
-            arm,
+            f"{arm.name}, {way}",
+            {**fight.fields, **arm.fixed, **winners(TRIALS, arm.name), **fight.budget(steps_of[arm.name], VALIDATIONS)},
+            None if arm.name == names[0] else f"{names[0]}, {way}",
+            arm.name,
+            arm.space,
         )
-        for way, steps_of in ((EQUAL_TOKENS, dict.fromkeys(fight.arms, fight.steps)), (EQUAL_TIME, steps))
+        for way, steps_of in ((EQUAL_TOKENS, dict.fromkeys(names, fight.steps)), (EQUAL_TIME, steps))
         for arm in fight.arms
     ]
 
@@ -69,15 +72,23 @@ def equal_time(steps: int, seconds_per_token: Mapping[str, float]) -> dict[str, 
 
 
 def chosen_fight(
-    fight: Fight, arms: tuple[str, ...] | None = None, trials: int | None = None, steps: int | None = None
+    fight: Fight,
+    arms: tuple[str, ...] | None = None,
+    space: tuple[str, ...] | None = None,
+    trials: int | None = None,
+    steps: int | None = None,
 ) -> Fight:
-    """A fight with the arms, trials and steps of the flags; BadInput where there is no such fight."""
+    """A fight with the arms, the space of a user's own arms, trials and steps of the flags; BadInput where there is no
+    such fight."""
+    if space is not None and not any(map(is_own, arms or ())):
+        raise BadInput(f"--space {' '.join(space)}: for an optimizer of your own, FILE.py:CLASS in --arms")
     if arms is not None:
-        if unknown := [arm for arm in arms if arm not in ARMS]:
-            raise BadInput(f"--arms {unknown[0]}: no such arm; choose from {', '.join(ARMS)}")
-        if len(set(arms)) < max(2, len(arms)):
+        if unknown := [arm for arm in arms if arm not in ARMS and not is_own(arm)]:
+            raise BadInput(f"--arms {unknown[0]}: no such arm; choose from {', '.join(ARMS)} or FILE.py:CLASS")
+        chosen = tuple(own_arm(arm, space or ()) if is_own(arm) else ARMS[arm] for arm in arms)
+        if len({arm.name for arm in chosen}) < max(2, len(chosen)):
             raise BadInput(f"--arms {' '.join(arms)}: name two or more, each once")
-        fight = replace(fight, arms=arms)
+        fight = replace(fight, arms=chosen)
     if trials is not None:
         fight = replace(fight, trials=trials)
     return fight if steps is None else replace(fight, fields={**fight.fields, **fight.budget(steps)})

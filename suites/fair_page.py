@@ -6,6 +6,7 @@ Differences are of the final validation loss in nats; ratios are the reference's
 """
 
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,13 +14,14 @@ import numpy as np
 
 from analysis.pages import Chapter, Picture, Section, Table, counted, number
 from analysis.plots import Drawing, drawing
-from analysis.stats import Contrast, Reached, family, first_reaching, p_words
-from suites.arms import ARMS
+from analysis.stats import Contrast, Reached, family, first_reaching, median_time, p_words
+from engine.own_optimizer import is_own, options_of
+from suites.arms import value_of
 from suites.fair import EQUAL_TIME, EQUAL_TOKENS, FIGHT, TRIALS
 from suites.fair_plots import fight_curves, setting_effects, tuning_curves
 from suites.results import Outcome, Results
 from suites.tables import conditions_table, mean_of, p_cell
-from suites.tuning import band, effect, expected_best, losses, trials_needed
+from suites.tuning import band, by_arm, effects, expected_best, trials_needed
 
 TO_A_LOSS = {"tokens": "tokens to the loss", "train_seconds": "seconds to the loss"}
 
@@ -27,7 +29,7 @@ TO_A_LOSS = {"tokens": "tokens to the loss", "train_seconds": "seconds to the lo
 @dataclass(frozen=True)
 class Way:
     """One arm against the reference in one of the ways to win. `test` compares losses, or logarithms of times with the
-    reference's budget; `times` are the arm's, where the way is a time to the reference's loss."""
+    reference's budget; `times` are the arm's, where the way is a time to the reference's loss; `budget` is the mean."""
 
     name: str
     arm: Outcome
@@ -38,9 +40,12 @@ class Way:
 
     @property
     def winner(self) -> str:
-        if not self.test.excludes_zero:
+        if not (self.test.tested and self.test.excludes_zero):
             return "open"
         return (self.arm if self.test.difference < 0 else self.reference).arm
+
+    def time(self, value: float) -> str:
+        return f"{value:,.0f} tokens" if self.name == TO_A_LOSS["tokens"] else f"{value:.2f} s"
 
     def ratio(self) -> tuple[float, float, float]:
         """The reference's time over the arm's, with its interval: over tokens, the compute multiplier."""
@@ -49,14 +54,14 @@ class Way:
 
 
 def ways(results: Results) -> list[Way]:
-    """Every arm against the reference, all tests corrected together. A side with a diverged run is not tested, nor a
-    time that some run has not reached."""
+    """Every arm against the reference, all tests corrected together. A side with a failed run is not tested, nor a
+    time that some run has not reached, or had before its first step."""
     arms, found, pairs = results.arms(), [], []
 
     def add(name: str, a: Outcome, b: Outcome, mine: dict[int, float], theirs: dict[int, float], **more) -> None:
         found.append((name, a, b, more))
-        diverged = a.failed or b.failed
-        pairs.append((a.name, b.name, {} if diverged else mine, {} if diverged else theirs))
+        failed = a.failed or b.failed
+        pairs.append((a.name, b.name, {} if failed else mine, {} if failed else theirs))
 
     for way in (EQUAL_TOKENS, EQUAL_TIME):
         for arm in arms[1:]:
@@ -66,19 +71,25 @@ def ways(results: Results) -> list[Way]:
     for column, name in TO_A_LOSS.items():
         for arm in arms[1:]:
             a, b = results.outcome(f"{arm}, {EQUAL_TOKENS}"), results.outcome(f"{arms[0]}, {EQUAL_TOKENS}")
-            if a is None or b is None or not math.isfinite(b.loss):
+            times, whole = ({}, {}) if a is None or b is None else times_to_loss(a, b, column)
+            if not times:
                 continue
-            times = {
-                run.config["seed"]: first_reaching(run.val[column], run.val["val_loss"], b.loss) for run in a.finished()
-            }
-            whole = b.values(lambda run, column=column: float(run.val[column][-1]))
             reached = all(times.values())
-            logs = {seed: math.log(time) for seed, time in times.items()} if reached else {}
-            budget = float(np.mean(list(whole.values())))
-            more = {"times": results.reached(a, b)[f"a {column}"], "budget": budget}
-            add(name, a, b, logs, {seed: math.log(time) for seed, time in whole.items()}, **more)
+            logs = ({seed: math.log(x) for seed, x in side.items()} if reached else {} for side in (times, whole))
+            more = {"times": median_time(list(times.values())), "budget": float(np.mean(list(whole.values())))}
+            add(name, a, b, *logs, **more)
     tests = family(pairs)
     return [Way(name, a, b, test, **more) for (name, a, b, more), test in zip(found, tests, strict=True)]
+
+
+def times_to_loss(a: Outcome, b: Outcome, column: str) -> tuple[dict[int, float | None], dict[int, float]]:
+    """When each run of `a` first has the final loss of b's run with the same seed (None: never), and that run's whole
+    budget; by the seeds that both have. Each seed has its own target, so that the noise of both sides counts."""
+    mine, theirs = ({run.config["seed"]: run for run in o.finished()} for o in (a, b))
+    targets = {seed: loss for seed, loss in sorted(b.losses().items()) if seed in mine}
+    curves = {seed: mine[seed].val for seed in targets}
+    times = {seed: first_reaching(val[column], val["val_loss"], targets[seed]) for seed, val in curves.items()}
+    return times, {seed: float(theirs[seed].val[column][-1]) for seed in targets}
 
 
 def ways_table(results: Results) -> Table | None:
@@ -90,11 +101,10 @@ def ways_table(results: Results) -> Table | None:
             gain = number(test.difference, "+.4f", " nats")
             interval = f"{test.low:+.4f} to {test.high:+.4f}" if math.isfinite(test.low) else "no test"
         else:
-            form = ",.0f" if way.name == TO_A_LOSS["tokens"] else ".2f"
-            mine = "-" if times.median is None else f"{times.median:{form}}"
-            theirs = number(way.budget, form)
+            mine = "-" if times.median is None else way.time(times.median)
+            theirs = way.time(way.budget)
             ratio, low, high = way.ratio()
-            gain = f"{ratio:.2f} x" if math.isfinite(ratio) else f"not reached by {times.never} of {times.n}"
+            gain = f"not reached by {times.never} of {times.n}" if times.never else number(ratio, ".2f", " x")
             interval = f"{low:.2f} to {high:.2f}" if math.isfinite(low) else "no test"
         row = {
             "way": way.name,
@@ -117,29 +127,38 @@ def fight_findings(results: Results) -> list[str]:
     for way in ways(results):
         a, b, test = way.arm, way.reference, way.test
         words = f"corrected interval {test.low:+.4f} to {test.high:+.4f}, Holm {p_words(test.p_holm)}, n = {test.n[0]}"
-        if diverged := a.failed + b.failed:
-            sentences.append(f"{way.name}: {counted(diverged, 'run')} of {a.arm} and {b.arm} diverged, so no test.")
-        elif way.times is None:
+        if failed := a.failed + b.failed:
+            sentences.append(
+                f"{way.name.capitalize()}: {counted(failed, 'run')} of {a.arm} and {b.arm} failed, so no test."
+            )
+            continue
+        few = {0: "no test", 1: "one seed, so no test"}
+        untested = few.get(min(test.n), "no variation between seeds, so no test")
+        if way.times is None:
             verdict = {a.arm: "wins", b.arm: "loses"}.get(way.winner, "does not differ significantly")
-            tested = words if test.tested else "no test"
+            tested = words if test.tested else untested
             sentences.append(
                 f"{way.name.capitalize()}: {a.arm} {verdict}, {test.difference:+.4f} nats from {b.arm} ({tested})."
             )
-        elif test.tested:
+        else:
             ratio, low, high = way.ratio()
             what = "compute multiplier" if way.name == TO_A_LOSS["tokens"] else "speed-up"
+            if way.times.never:
+                answer = f"{way.times.never} of {way.times.n} runs of {a.arm} never reach it, so no test"
+            elif test.tested:
+                answer = f"{what} of {a.arm} {ratio:.2f} (corrected interval {low:.2f} to {high:.2f}, n = {test.n[0]})"
+            else:
+                answer = (
+                    f"{a.arm} reached it after {way.time(way.times.median)}, {what} {number(ratio, '.2f')}; {untested}"
+                )
             sentences.append(
-                f"{way.name.capitalize()} of {b.arm}, {b.loss:.4f}: {what} of {a.arm} {ratio:.2f} "
-                f"(corrected interval {low:.2f} to {high:.2f}, n = {test.n[0]})."
+                f"{way.name.capitalize()} of {b.arm} with the same seed, {b.loss:.4f} on average: {answer}."
             )
-        else:
-            never = f"{way.times.never} of {way.times.n} runs never reach it"
-            sentences.append(f"{way.name.capitalize()} of {b.arm}, {b.loss:.4f}: {a.arm}: {never}; no test.")
     return sentences
 
 
 def time_sentences(results: Results, trials: Results | None) -> list[str]:
-    """From which speeds the budgets of equal time follow, and how long these took."""
+    """Lists the speeds behind the equal-time budgets and the seconds they took."""
     lines = []
     for arm in results.arms():
         outcome = results.outcome(f"{arm}, {EQUAL_TIME}")
@@ -154,40 +173,40 @@ def time_sentences(results: Results, trials: Results | None) -> list[str]:
 
 def trial_findings(results: Results) -> list[str]:
     sentences = []
-    own = {arm: losses(results, arm) for arm in results.arms()}
-    own = {arm: values for arm, values in own.items() if np.isfinite(values).all() and len(values)}
+    own = by_arm(results)
+    for arm in results.arms():
+        if lost := sum(o.lost for o in results.of_arm(arm)):
+            sentences.append(f"{arm}: {counted(lost, 'trial')} failed without diverging, so left out (--retry).")
     for arm, values in own.items():
-        n, curve, failed = len(values), expected_best(values), sum(o.failed > 0 for o in results.of_arm(arm))
+        n, curve, diverged = len(values), expected_best(values), sum(o.diverged for o in results.of_arm(arm))
         few = [k for k in (1, 4, 16) if k < n]
         after = ", ".join(f"{curve[k - 1]:.4f} after {counted(k, 'trial')}" for k in few)
         near = trials_needed(values, 1.01 * values.min())
         sentences.append(
-            f"{arm}: best of {n} trials {values.min():.4f}, {failed} diverged; expected {after}; within 1 % of its "
+            f"{arm}: best of {n} trials {values.min():.4f}, {diverged} diverged; expected {after}; within 1 % of its "
             f"best after {counted(near, 'trial')}."
         )
     for arm, values in own.items():
         for other, theirs in own.items():
             if arm != other and values.min() <= theirs.min():
-                needed = trials_needed(values, theirs.min())
-                many = f"after {counted(needed, 'trial')}" if needed else "only with its best trial"
-                sentences.append(f"{arm} is expected to reach the best of {len(theirs)} trials of {other} {many}.")
+                many = counted(trials_needed(values, theirs.min()), "trial")
+                sentences.append(
+                    f"{arm} is expected to reach the best of {len(theirs)} trials of {other} after {many}."
+                )
     return sentences
 
 
 def expectation_table(results: Results) -> Table | None:
     """The figure's numbers at powers of two."""
     rows = []
-    for arm in results.arms():
-        own = losses(results, arm)
-        if not len(own) or not np.isfinite(own).all():
-            continue
+    for arm, own in by_arm(results).items():
         curve, (low, high) = expected_best(own), band(own)
         ks = sorted({*(2**i for i in range(int(math.log2(len(own))) + 1)), len(own)})
         rows.append(
             {
                 "arm": arm,
                 "trials": str(len(own)),
-                "diverged": str(sum(o.failed > 0 for o in results.of_arm(arm))),
+                "diverged": str(sum(o.diverged for o in results.of_arm(arm))),
                 "median": f"{np.median(own):.4f}",
                 **{f"best of {k}": f"{curve[k - 1]:.4f} ({low[k - 1]:.3f} to {high[k - 1]:.3f})" for k in ks},
             }
@@ -198,14 +217,13 @@ def expectation_table(results: Results) -> Table | None:
 
 def space_table(results: Results) -> Table | None:
     """The declared search space, where the best trial is in it, and what each setting does."""
-    rows = []
+    rows, found = [], effects(results)
     for arm in results.arms():
-        best, own = results.best(arm), [o for o in results.of_arm(arm) if not o.to_go]
-        if best is None:
-            continue
-        for setting, axis in ARMS[arm].space.items():
-            value = best.condition.fields[setting]
-            found = effect([o.condition.fields[setting] for o in own], losses(results, arm))
+        best = results.best(arm)
+        for setting, axis in results.space(arm).items():
+            if best is None or (arm, setting) not in found:
+                continue
+            value, own = value_of(best.condition.fields, setting), found[arm, setting]
             row = {
                 "arm": arm,
                 "setting": setting,
@@ -214,10 +232,11 @@ def space_table(results: Results) -> Table | None:
                 "even in": axis.along,
                 "best trial": f"{value:g}",
                 "place": f"{100 * axis.place(value):.0f} %",
-                "edge": "ON THE EDGE" if axis.on_edge(value) else "inside",
-                "rank correlation": number(found.rho, "+.2f"),
-                "p": p_cell(found.p_value),
-                "worst - best third": number(found.nats, ".4f", " nats"),
+                "edge": own.edge(axis, value),
+                "rank correlation": number(own.rho, "+.2f"),
+                "p Holm": p_cell(own.p_holm),
+                "worst - best third": number(own.nats, ".4f", " nats"),
+                "noise alone": number(own.noise, ".4f", " nats"),
             }
             rows.append(row)
     return Table.of(rows, whole=True) if rows else None
@@ -225,14 +244,14 @@ def space_table(results: Results) -> Table | None:
 
 def trials_table(results: Results) -> Table:
     """Every trial with its settings, the best of each arm first."""
-    settings = list(dict.fromkeys(key for arm in results.arms() for key in ARMS[arm].space))
+    settings = list(dict.fromkeys(key for arm in results.arms() for key in results.space(arm)))
     rows = []
     for arm in results.arms():
-        shown = sorted(results.of_arm(arm), key=lambda o: (math.isnan(o.loss), o.loss))
-        for o in shown:
-            state = "to go" if o.to_go else "diverged" if o.failed else f"{o.loss:.4f}"
-            values = {key: f"{o.condition.fields[key]:g}" if key in o.condition.fields else "-" for key in settings}
-            rows.append({"trial": o.name, "final loss": state, **values})
+        for o in sorted(results.of_arm(arm), key=lambda o: (math.isnan(o.loss), o.loss)):
+            state = "to go" if o.to_go else "failed" if o.lost else "diverged" if o.failed else f"{o.loss:.4f}"
+            values = {key: value_of(o.condition.fields, key) for key in settings}
+            shown = {key: "-" if value is None else f"{value:g}" for key, value in values.items()}
+            rows.append({"trial": o.name, "final loss": state, **shown})
     return Table.of(rows)
 
 
@@ -260,20 +279,32 @@ def chapters(results: Results, known: Mapping[str, Results], pictures: Sequence[
             answer = Section(trials.suite.question, trial_findings(trials))
             found.append(Chapter("The trials", [answer, *_trial_items(trials)]))
         conditions: list[Table | Section] = [conditions_table(results)]
-        if fairness := results.fairness():
+        if fairness := results.fairness(by_design):
             conditions.append(Section("Fairness", fairness))
         found.append(Chapter("Conditions", conditions))
     return [chapter for chapter in found if chapter.items]
 
 
+def by_design(outcome: Outcome) -> set[str]:
+    """The settings in which an arm may differ from others: those tuned for it, and its tokens in equal time."""
+    return {*outcome.condition.space, *(("tokens",) if outcome.name.endswith(EQUAL_TIME) else ())}
+
+
 def flags(results: Results, known: Mapping[str, Results]) -> str:
     """The flags that repeat a fight."""
-    trials = known[TRIALS]
-    steps = {run.config["steps"] for run in trials.runs()}
-    words = [f"--arms {' '.join(trials.arms())}", f"--trials {len(trials.of_arm(trials.arms()[0]))}"]
-    words += [f"--steps {step}" for step in steps]
-    seeds = sorted({run.config["seed"] for run in results.runs()})
-    return " ".join([*words, "--seeds", *map(str, seeds)])
+    trials, arms, space = known[TRIALS], [], {}
+    for arm in trials.arms():
+        first = trials.of_arm(arm)[0].condition
+        own = is_own(first.fields["optimizer"])
+        arms.append(first.fields["optimizer"] if own else arm)
+        if own:
+            space |= {key: f"{axis.low:g}:{axis.high:g}" for key, axis in first.space.items()}
+            options = options_of(first.fields["optimizer_options"])
+            space |= {key: value for key, value in options.items() if key not in first.space}
+    words = ["--arms", *arms, *(["--space"] if space else []), *(f"{key}={value}" for key, value in space.items())]
+    words += ["--trials", str(len(trials.of_arm(trials.arms()[0])))]
+    words += [word for steps in {run.config["steps"] for run in trials.runs()} for word in ("--steps", str(steps))]
+    return shlex.join([*words, "--seeds", *map(str, sorted({run.config["seed"] for run in results.runs()}))])
 
 
 def drawings(results: Results, known: Mapping[str, Results]) -> list[Drawing]:
@@ -293,8 +324,14 @@ NOTES = (
     "seed; the best one is trained on fresh seeds. A diverged trial counts as the worst trial of any arm.",
     "Equal tokens: final losses, paired by seed. Equal time: each arm has the steps that take as long as the slowest "
     "arm's, by its speed in the trials, and a schedule that ends with them.",
-    "Tokens and seconds to the loss: when the curve of the equal-token runs first reaches the reference's mean final "
-    "loss, its schedule not yet over. The ratio is the reference's whole budget over that: of tokens, the compute "
-    "multiplier. Its interval is a t-interval of logarithms.",
-    "All tests of the table are corrected together, p values by Holm, intervals by Bonferroni.",
+    "Tokens and seconds to the loss: when each equal-token run first has the final loss of the reference's run with "
+    "the same seed, its schedule not yet over; the table shows the median. The ratio is the reference's whole budget "
+    "over that: of tokens, the compute multiplier. It is a geometric mean over seeds with a t-interval of logarithms, "
+    "which holds the noise of both sides.",
+    "All tests of a table are corrected together, p values by Holm, intervals by Bonferroni: the ways to win, and the "
+    "rank correlations of all settings.",
+    "'Worst - best third' is the greatest minus the least median loss over the thirds of a setting's values, which "
+    "chance makes positive too: 'noise alone' is its mean over random orders of the losses. ON THE EDGE: the best "
+    "trial is within 5 % of an end of the range, and the loss falls significantly towards it, so widen the range; "
+    "without any effect a tenth of the best trials are that near.",
 )

@@ -13,12 +13,24 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, MaxNLocator
 
 from analysis.plots import OPTIMIZER_COLORS, WIDTH, captioned, legend_below
-from suites.arms import ARMS, EDGE, Axis
+from suites.arms import EDGE, Axis, value_of
 from suites.fair import EQUAL_TIME, EQUAL_TOKENS
 from suites.results import Outcome, Results
-from suites.tuning import band, effect, expected_best, losses
+from suites.tuning import band, by_arm, effects, expected_best, tried
 
-MORE_COLORS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999933", "#000000")  # Okabe-Ito again
+# Okabe-Ito again, then Tol's muted ones.
+MORE_COLORS = (
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#999933",
+    "#000000",
+    "#882255",
+    "#44AA99",
+    "#661100",
+    "#888888",
+)
 
 
 def arm_colors(arms: Sequence[str]) -> dict[str, str]:
@@ -41,15 +53,15 @@ def tuning_curves(results: Results) -> Figure:
     """Expected least loss of k trials, by arm."""
     figure, ax = plt.subplots(figsize=(WIDTH, 4.2))
     colors, lowest, typical = arm_colors(results.arms()), math.inf, -math.inf
-    for arm, color in colors.items():
-        own = losses(results, arm)
+    trials = by_arm(results)
+    for arm, own in trials.items():
         curve, (low, high), k = expected_best(own), band(own), np.arange(1, len(own) + 1)
-        ax.plot(k, curve, color=color, linewidth=2, marker="o", markersize=3)
-        ax.fill_between(k, low, high, color=color, alpha=0.18, linewidth=0)
+        ax.plot(k, curve, color=colors[arm], linewidth=2, marker="o", markersize=3)
+        ax.fill_between(k, low, high, color=colors[arm], alpha=0.18, linewidth=0)
         lowest, typical = min(lowest, low.min()), max(typical, curve[0])
     ax.set_ylim(lowest - 0.05 * (typical - lowest), typical + 0.1 * (typical - lowest))
     ax.set_xscale("log", base=2)
-    most = max(len(losses(results, arm)) for arm in colors)
+    most = max(map(len, trials.values()))
     ax.xaxis.set_major_locator(FixedLocator([*(2**i for i in range(int(math.log2(most)) + 1)), most]))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda k, _: f"{k:g}"))
     ax.set_xlabel("trials")
@@ -61,26 +73,28 @@ def tuning_curves(results: Results) -> Figure:
 @captioned(
     "What each setting does to the loss",
     "A dot is a trial, all other settings varying with it; a star is the arm's best, a cross at the top a diverged "
-    "one, a triangle one above the panel. Grey marks the edges of the search space: a star there asks for a wider one. "
-    "Titles: Spearman's rank correlation, and the median loss of the worst third of the values minus that of the best.",
+    "one, a triangle one above the panel. Grey marks the ends of the search space: a star there may be chance, and "
+    "asks for a wider space where the table says ON THE EDGE. Titles: Spearman's rank correlation; the median loss of "
+    "the worst third of the values minus that of the best, and what noise alone gives.",
 )
 def setting_effects(results: Results) -> Figure:
     """Final loss against every tuned setting, a row for each arm."""
     arms = results.arms()
-    columns = max(len(ARMS[arm].space) for arm in arms)
+    columns, found = max(len(results.space(arm)) for arm in arms), effects(results)
     figure, axes = plt.subplots(len(arms), columns, figsize=(1.25 * WIDTH, 2.6 * len(arms)), squeeze=False, sharey=True)
     finite = [o.loss for o in results.outcomes if math.isfinite(o.loss)]
     least, top = min(finite), float(np.quantile(finite, 0.85))
     span = max(top - least, 1e-3)
     for arm, row in zip(arms, axes, strict=True):
-        shown = [o for o in results.of_arm(arm) if not o.to_go]
-        for ax, (setting, axis) in zip(row, ARMS[arm].space.items(), strict=False):
+        shown = tried(results, arm)
+        for ax, (setting, axis) in zip(row, results.space(arm).items(), strict=False):
             _panel(ax, shown, results.best(arm), setting, axis, least + 1.12 * span, arm_colors(arms)[arm])
-            found = effect([o.condition.fields[setting] for o in shown], losses(results, arm))
-            ax.set_title(f"{setting}\nρ = {found.rho:+.2f}, {found.nats:.2f} nats")
-        for ax in row[len(ARMS[arm].space) :]:
+            own = found.get((arm, setting))
+            words = "" if own is None else f"\nρ = {own.rho:+.2f}\n{own.nats:.2f} nats, noise {own.noise:.2f}"
+            ax.set_title(setting + words)
+        for ax in row[len(results.space(arm)) :]:
             ax.set_visible(False)
-        row[0].set_ylabel(f"{arm}: final loss (nats)")
+        row[0].set_ylabel(f"{arm}\nfinal loss (nats)")
     axes[0, 0].set_ylim(least - 0.08 * span, least + 1.2 * span)
     return figure
 
@@ -89,7 +103,7 @@ def _panel(
     ax: plt.Axes, shown: Sequence[Outcome], best: Outcome | None, setting: str, axis: Axis, top: float, color: str
 ) -> None:
     for outcome in shown:
-        x, loss = axis.place(outcome.condition.fields[setting]), outcome.loss
+        x, loss = axis.place(value_of(outcome.condition.fields, setting)), outcome.loss
         marker = "x" if math.isnan(loss) else "^" if loss > top else "*" if outcome is best else "o"
         size = 11 if outcome is best else 4
         edge = {"markeredgecolor": "black", "zorder": 3} if outcome is best else {"alpha": 0.7}
@@ -108,8 +122,8 @@ def _words(axis: Axis, place: float) -> str:
 @captioned(
     "The fight: equal tokens, and equal time",
     "Lower and further left is better. Thin lines are runs, thick ones their mean. Left: every arm trains on the same "
-    "tokens; where a line crosses the dashed one it has the reference's mean final loss. Right: every schedule ends "
-    "when the slowest arm's time is over. Only the lower losses are shown.",
+    "tokens; where a line crosses the dashed one it has the reference's mean final loss (the table compares seed by "
+    "seed). Right: every schedule ends when the slowest arm's time is over. Only the lower losses are shown.",
 )
 def fight_curves(results: Results) -> Figure:
     """Validation loss over tokens and over training seconds."""

@@ -10,12 +10,13 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,12 @@ OVER = ("finished", "failed")
 DEATH = "-- ended without a summary, exit code "
 POLL_SECONDS = 0.5
 TRAIN = files.ROOT / "train.py"
+NOT_FINITE = re.compile(r"step \d+: loss ")  # begins the reason of a run that diverged (train.py)
+
+
+def diverged(summary: Mapping[str, Any]) -> bool:
+    """Whether a run ended at a loss or gradient that is not finite; other failures say nothing about its settings."""
+    return summary.get("status") == "failed" and bool(NOT_FINITE.match(summary.get("reason") or ""))
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,10 @@ class Job:
         if len(codes) >= MOST_DEATHS or BAD_INPUT in codes:
             return "failed"
         return "started" if self.folder.exists() else "waiting"
+
+    @property
+    def diverged(self) -> bool:
+        return diverged(self.summary())
 
     def reason(self) -> str:
         """Why a failed run failed."""

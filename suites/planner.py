@@ -51,7 +51,11 @@ class Selection:
     tokens: Count | None = None
     """Train every run on this many tokens, for a first look; such runs have names of their own."""
     arms: tuple[str, ...] | None = None
-    """Let these arms of suites/arms.py fight, the first as the reference (fair-fight; default: adamw muon)."""
+    """Let these arms fight, the first as the reference: names of suites/arms.py, or FILE.py:CLASS for an optimizer of
+    your own (fair-fight; default: adamw muon)."""
+    space: tuple[str, ...] | None = None
+    """Tune an optimizer of your own in these ranges, as lr=0.1:3 momentum=0.7:0.99, or fix an option, as
+    nesterov=True (fair-fight)."""
     trials: Annotated[int, Limit("must be at least 4", lambda value: value >= 4)] | None = None
     """Draw so many settings for each arm (fair-fight; default: 32)."""
     steps: Annotated[int, AT_LEAST_1] | None = None
@@ -74,7 +78,7 @@ class Selection:
 
     def scaled(self) -> Scale:
         """The scale, with the fight that the flags choose."""
-        given = {flag: getattr(self, flag) for flag in ("arms", "trials", "steps")}
+        given = {flag: getattr(self, flag) for flag in ("arms", "space", "trials", "steps")}
         used = [flag for flag, value in given.items() if value is not None]
         ours = self.suite in (TRIALS, FIGHT)
         if used and not ours:
@@ -130,15 +134,15 @@ class Planner:
 
     def plan(self, name: str) -> list[Planned]:
         """The conditions of a suite with their runs; NotYet if a suite that it needs has runs to go."""
-        conditions = SUITES[name].plan(self.scale, Measured(self))
+        conditions = SUITES[name].plan(self.scale, self)
         if self._narrowed(name):
             conditions = [c for c in conditions if fnmatch.fnmatchcase(c.name, self.chosen.only)]
             if not conditions and self.chosen.suite not in GROUPS:
                 raise BadInput(f"--only {self.chosen.only}: no condition of {name} matches")
         if self.grows(name):
             for _ in range(MOST_GROWTH):
-                for optimizer, edge in self._edges(name, conditions):
-                    conditions = grown(conditions, optimizer, edge)
+                for arm, edge in self._edges(name, conditions):
+                    conditions = grown(conditions, arm, edge)
         return self._planned(name, conditions)
 
     def _planned(self, name: str, conditions: Sequence[Condition]) -> list[Planned]:
@@ -149,13 +153,13 @@ class Planner:
         return [Planned(c, tuple(self.job(f, s) for s in seeds)) for c, f in zip(conditions, fields, strict=True)]
 
     def _edges(self, name: str, conditions: Sequence[Condition]) -> list[tuple[str, float]]:
-        """Optimizers whose best rate is on the edge of a sweep, with that rate, once all runs of the sweep are over."""
+        """Arms whose best rate is on the edge of a sweep, with that rate, once all runs of the sweep are over."""
         planned = self._planned(name, conditions)
         if any(job.state() not in OVER for p in planned for job in p.jobs):
             return []
         results = self._load(name, planned)
-        found = [(optimizer, results.best(optimizer)) for optimizer in results.optimizers()]
-        return [(o, best.condition.fields["lr"]) for o, best in found if best is not None and results.on_edge(best)]
+        found = [(arm, results.best(arm)) for arm in results.arms()]
+        return [(arm, best.condition.fields["lr"]) for arm, best in found if best is not None and results.on_edge(best)]
 
     def grows(self, name: str) -> bool:
         """Whether a suite is a whole sweep of learning rates."""
@@ -168,7 +172,7 @@ class Planner:
         """Which rates a sweep has beyond its grid; empty where it has none."""
         if not self.grows(name):
             return ""
-        before = {c.name for c in SUITES[name].plan(self.scale, Measured(self))}
+        before = {c.name for c in SUITES[name].plan(self.scale, self)}
         more = [p.condition.name for p in self.plan(name) if p.condition.name not in before]
         return f"  {name}: the best rate was on the edge of the grid, so also {', '.join(more)}" if more else ""
 
@@ -202,9 +206,10 @@ class Planner:
         return Results.load(SUITES[name], [(p.condition, {j.folder: j.state() for j in p.jobs}) for p in planned])
 
     @functools.cache  # noqa: B019
-    def winner(self, name: str, arm: str) -> Fields:
-        """The settings of the arm's condition with the least mean loss; NotYet until all its runs are over."""
-        planned = [p for p in self.plan(name) if p.condition.side == arm]
+    def __call__(self, name: str, arm: str) -> Fields:
+        """As `suite.Winners`: the settings of the arm's condition with the least mean loss; NotYet until all its runs
+        are over."""
+        planned = [p for p in self.plan(name) if p.condition.arm == arm]
         if not planned:
             raise BadInput(
                 f"--only {self.chosen.only}: leaves no run of {arm} in {name}, but its best setting is needed"
@@ -212,6 +217,12 @@ class Planner:
         to_go = [job.name for p in planned for job in p.jobs if job.state() not in OVER]
         if to_go:
             raise NotYet(f"{name}: {to_go[0]} has not finished, and its best setting is needed")
+        lost = [job for p in planned for job in p.jobs if job.state() == "failed" and not job.diverged]
+        if lost and SUITES[name].one_seed:
+            raise NotYet(
+                f"{name}: {lost[0].name} failed without diverging ({lost[0].reason()}), so {arm} lacks a trial; "
+                "--retry tries it again"
+            )
         best = self.results(name).best(arm)
         if best is None:
             raise BadInput(f"{name}: every setting of {arm} has a failed run, so there is no best one")
@@ -219,7 +230,7 @@ class Planner:
 
     def seconds_per_token(self, name: str, arm: str) -> float:
         """Training seconds, the median over the arm's finished runs."""
-        self.winner(name, arm)  # so all runs are over, and some have finished
+        self(name, arm)  # so all runs are over, and some have finished
         return self.results(name).seconds_per_token(arm)
 
     def estimate(self, stages: Sequence[Sequence[str]]) -> LaterStages:
@@ -227,7 +238,7 @@ class Planner:
         defaults = {f.name: f.default for f in dataclasses.fields(Settings)}
         runs: dict[tuple, Fields] = {}
         for name in (name for stage in stages for name in stage):
-            for condition in SUITES[name].plan(self.scale, Unknown()):
+            for condition in SUITES[name].plan(self.scale, Unknown(self.scale)):
                 settings = tuple(sorted((k, str(v)) for k, v in {**defaults, **condition.fields}.items()))
                 runs |= {(settings, seed): condition.fields for seed in self.seeds(name)}
         tokens = [self.chosen.tokens or fields["tokens"] for fields in runs.values()]
@@ -251,26 +262,17 @@ def unique(planned: Sequence[Planned]) -> list[Job]:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What plans are given as `suite.Winners`."""
-
-    planner: Planner
-
-    def __call__(self, suite: str, arm: str) -> Fields:
-        return self.planner.winner(suite, arm)
-
-    def seconds_per_token(self, suite: str, arm: str) -> float:
-        return self.planner.seconds_per_token(suite, arm)
-
-
 class Unknown:
-    """The same before any run."""
+    """`suite.Winners` before any run."""
+
+    scale: Scale
 
     def __call__(self, suite: str, arm: str) -> Fields:
         return UnknownRates()
 
     def seconds_per_token(self, suite: str, arm: str) -> float:
-        return 1.0
+        """Of every arm another, so that equal time is not taken for equal tokens."""
+        return 1 / (1 + 0.1 * [one.name for one in self.scale.fight.arms].index(arm))
 
 
 class UnknownRates(dict[str, Any]):

@@ -35,7 +35,7 @@ def findings(results: Results) -> list[str]:
     if results.name in fair_page.FINDINGS:
         return fair_page.FINDINGS[results.name](results)
     if results.suite.varies == "lr":
-        return [sentence for optimizer in results.optimizers() for sentence in rate_sentences(results, optimizer)]
+        return [sentence for arm in results.arms() for sentence in rate_sentences(results, arm)]
     tests = results.tests()
     sentences = [test_sentence(test) for test in tests if test.excludes_zero]
     unclear = [test for test in tests if test.tested and not test.excludes_zero]
@@ -53,10 +53,10 @@ def findings(results: Results) -> list[str]:
             lone = test.name_a if test.n[0] < 2 else test.name_b
             reason = f"{lone} has a single seed" if min(test.n) < 2 else "no variation between seeds"
             sentences.append(f"{test.name_a} - {test.name_b}: {test.difference:+.4f} nats, {reason}.")
-    for optimizer in results.optimizers():
-        best = results.best(optimizer)
-        if best is not None and sum(o.optimizer == optimizer for o in results.outcomes) > 1:
-            sentences.append(f"Lowest mean loss of {optimizer_name(optimizer)}: {best.name}, {best.loss:.4f}.")
+    for arm in results.arms():
+        best = results.best(arm)
+        if best is not None and len(results.of_arm(arm)) > 1:
+            sentences.append(f"Lowest mean loss of {optimizer_name(arm)}: {best.name}, {best.loss:.4f}.")
     sentences += [reached_sentence(results, a, b) for a, b in results.crosses() if math.isfinite(b.loss)]
     return sentences
 
@@ -70,20 +70,18 @@ def test_sentence(test: Contrast) -> str:
     )
 
 
-def rate_sentences(results: Results, optimizer: str) -> list[str]:
-    best, words = results.best(optimizer), []
+def rate_sentences(results: Results, arm: str) -> list[str]:
+    best, words = results.best(arm), []
     if best is None:
-        return [f"{optimizer_name(optimizer)}: no rate has a final loss."]
+        return [f"{optimizer_name(arm)}: no rate has a final loss."]
     for share in TOLERANCES:
-        tolerance = results.tolerance(optimizer, share)
+        tolerance = results.tolerance(arm, share)
         bound = "at least " if tolerance.open_low or tolerance.open_high else ""
         words.append(f"within {100 * share:g} % over {bound}{tolerance.decades:.2f} decades")
     seeds = ", single seed" if len(best.losses()) == 1 else ""
     edge = " It is ON THE EDGE OF THE GRID: a better rate may be outside." if results.on_edge(best) else ""
     rate = best.condition.fields["lr"]
-    return [
-        f"{optimizer_name(optimizer)}: best rate {rate:g} (loss {best.loss:.4f}{seeds}); {' and '.join(words)}.{edge}"
-    ]
+    return [f"{optimizer_name(arm)}: best rate {rate:g} (loss {best.loss:.4f}{seeds}); {' and '.join(words)}.{edge}"]
 
 
 def reached_sentence(results: Results, a: Outcome, b: Outcome) -> str:
@@ -213,7 +211,7 @@ def build_page(
     verdicts = [finding.verdict for _, finding in judged]
     runs = {run.path: run for r in results for run in r.runs()}
     finished = sum(run.status == "finished" for run in runs.values())
-    failed = {(r.name, o.name): o.failed for r in results for o in r.outcomes if o.failed}
+    failed = {(r.name, o.name): o.lost if r.suite.one_seed else o.failed for r in results for o in r.outcomes}
     hours = sum(run.train_seconds for run in runs.values()) / 3600
     devices = sorted({str(run.config.get("device_name")) for run in runs.values()})
     commits = sorted({str(run.config.get("git_commit"))[:10] for run in runs.values()})
@@ -236,7 +234,9 @@ def build_page(
     )
     warnings = [*later, *([f"{counted(to_go, 'planned run')} to go."] if to_go else [])]
     warnings += [
-        f"{suite}, {condition}: {counted(count, 'run')} failed." for (suite, condition), count in failed.items()
+        f"{suite}, {condition}: {counted(count, 'run')} failed."
+        for (suite, condition), count in failed.items()
+        if count
     ]
     chapters = [Chapter("Claims and findings", [claims_table(judged)])] if judged else []
     alone = len(results) == 1

@@ -7,7 +7,7 @@ Reads only the files of the runs; runs that are missing or in progress are count
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,14 @@ from analysis.stats import (
 )
 from engine import files
 from engine.identity import NOT_COMPARED
-from suites.suite import AS_WRITTEN, OPTIMIZERS, Condition, Suite
+from suites.arms import Axis
+from suites.launcher import diverged
+from suites.suite import AS_WRITTEN, Condition, Suite
 
 TOLERANCES = (0.01, 0.05)  # shares of the best loss by which a good rate may miss it
 # Settings without a meaning for one of the two optimizers.
 NOT_SHARED = {"optimizer", "lr", "momentum", "nesterov", "ns_steps", "ns_coefficients", "ns_method", "lr_scale"}
+SAME = ("weight decay", "schedule", "clipping", "validation tokens")
 NOT_SHARED |= {"muon_on", "ns_before_momentum", "normalize_rows", "decay_rule", "heads_per_matrix", "optimizer_options"}
 
 
@@ -54,7 +57,7 @@ class Outcome:
 
     @property
     def arm(self) -> str:
-        return self.condition.side
+        return self.condition.arm
 
     @property
     def as_written(self) -> bool:
@@ -75,6 +78,15 @@ class Outcome:
         """Mean final loss; NaN if a run of the condition failed: the mean of those that did not would flatter it."""
         losses = self.losses()
         return float(np.mean(list(losses.values()))) if losses and not self.failed else math.nan
+
+    @property
+    def diverged(self) -> int:
+        return sum(diverged(run.summary) for run in self.runs)
+
+    @property
+    def lost(self) -> int:
+        """Runs that failed without diverging: a killed process, no memory, a full disk, bad input."""
+        return self.failed - self.diverged
 
     @property
     def to_go(self) -> int:
@@ -148,6 +160,10 @@ class Results:
         """In the order of the plan."""
         return list(dict.fromkeys(o.arm for o in self.outcomes))
 
+    def space(self, arm: str) -> Mapping[str, Axis]:
+        """The range of each setting that was tuned for the arm."""
+        return self.of_arm(arm)[0].condition.space
+
     def seconds_per_token(self, arm: str) -> float:
         """Of training, the median over the arm's finished runs."""
         runs = [run for outcome in self.of_arm(arm) for run in outcome.finished()]
@@ -159,14 +175,9 @@ class Results:
         found = [o for o in tried if math.isfinite(o.loss)]
         return min(found, key=lambda o: o.loss, default=None)
 
-    def optimizers(self) -> list[str]:
-        """Muon, AdamW, then others, as far as they have conditions."""
-        found = {o.optimizer for o in self.outcomes}
-        return [name for name in OPTIMIZERS if name in found] + sorted(found.difference(OPTIMIZERS))
-
-    def tolerance(self, optimizer: str, share: float) -> Tolerance | None:
+    def tolerance(self, arm: str, share: float) -> Tolerance | None:
         """Of a suite that varies the learning rate."""
-        tried = [o for o in self.outcomes if o.optimizer == optimizer]
+        tried = self.of_arm(arm)
         return learning_rate_tolerance([o.condition.fields["lr"] for o in tried], [o.loss for o in tried], share)
 
     def reached(self, a: Outcome, b: Outcome) -> dict[str, Reached]:
@@ -179,36 +190,41 @@ class Results:
                 found[f"{side} {column}"] = median_time(times)
         return found
 
-    def fairness(self) -> list[str]:
-        """Settings that the two optimizers of a suite share or differ in, from the runs' files."""
+    def fairness(self, by_design: Callable[[Outcome], Iterable[str]] = lambda outcome: ()) -> list[str]:
+        """Settings that the arms of a suite share or differ in, from the runs' files; `by_design` names those that were
+        chosen for an outcome."""
         pairs = self.crosses()
         if not pairs:
-            best = [self.best(name) for name in self.optimizers()]
+            best = [self.best(arm) for arm in self.arms()]
             pairs = [tuple(best)] if len(best) == 2 and all(best) else []
         if not pairs:
             return []
         differences: dict[str, list[str]] = {}
+        chosen: set[str] = set()
         for a, b in pairs:
             left, right = (_shared_settings(outcome) for outcome in (a, b))
+            own = {*by_design(a), *by_design(b)}
+            chosen |= own
             for key in left:
-                if left[key] != right[key]:
+                if key not in own and left[key] != right[key]:
                     words = f"{_listed(left[key])} for {a.name}, {_listed(right[key])} for {b.name}"
                     differences.setdefault(key, []).append(words)
         lines = [_same_batches(pairs), _same_start(pairs)]
         lines += [f"Deviation: {key} is {'; '.join(words)}." for key, words in differences.items()]
+        if chosen:
+            lines.append(f"Chosen for each arm: {', '.join(sorted(chosen))}.")
         if not differences:
-            lines.append(
-                "No other setting differs: weight decay, schedule, clipping and validation tokens are the same."
-            )
+            same = ("schedule", "clipping", "validation tokens") if chosen else SAME
+            lines.append(f"No other setting differs: {', '.join(same[:-1])} and {same[-1]} are the same.")
         return lines
 
     def settings_from_sweeps(self, others: Mapping[str, "Results"]) -> list[str]:
         """Which setting of which sweep this suite uses, and whether it is on the edge of that sweep's grid."""
         lines = []
         for name in self.suite.needs:
-            for optimizer in others[name].optimizers() if name in others else ():
-                best = others[name].best(optimizer)
-                if best is not None and optimizer in self.optimizers():
+            for arm in others[name].arms() if name in others else ():
+                best = others[name].best(arm)
+                if best is not None and arm in self.arms():
                     edge = ", ON THE EDGE OF THE GRID" if others[name].on_edge(best) else ""
                     lines.append(f"From {name}: {best.name}{edge} (mean loss {best.loss:.4f}).")
         return lines
@@ -216,7 +232,7 @@ class Results:
     def on_edge(self, best: Outcome) -> bool:
         """Whether a condition has the least or greatest value tried."""
         key = self.suite.varies
-        tried = [o.condition.fields.get(key) for o in self.outcomes if o.optimizer == best.optimizer]
+        tried = [o.condition.fields.get(key) for o in self.of_arm(best.arm)]
         if len(tried) < 3 or not all(isinstance(value, float | int) for value in tried):
             return False
         return best.condition.fields[key] in (min(tried), max(tried))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from suites import documents
+from suites.arms import ARMS, Arm
 
 Fields = Mapping[str, Any]  # of settings.Settings
 
@@ -19,7 +20,7 @@ class Fight:
     """The runs of a fair fight: model and budget, the arms, the first being the reference, and the trials of each."""
 
     fields: Fields
-    arms: tuple[str, ...] = ("adamw", "muon")
+    arms: tuple[Arm, ...] = (ARMS["adamw"], ARMS["muon"])
     trials: int = 32
 
     @property
@@ -42,7 +43,7 @@ class Scale:
     moe: Fields  # S4's mixture of experts
     moe_long: Fields
     moe_short: Fields  # S4's fast sweep, 200 of its 500 steps
-    fight: Fight  # of no document
+    fight: Fight  # repeats no document, so `everything` skips it
     lengths: Mapping[int, Fields]  # budgets of the first of `sizes`, by tokens per parameter
     rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by suite and optimizer
     sweep_seeds: tuple[int, ...] = (0, 1, 2)  # of the suites on which no claim hangs

@@ -8,16 +8,17 @@ of a suite share model, batches, initialisation, validation tokens and weight de
 document's own settings.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from suites import documents
+from suites.arms import Axis
 from suites.scales import Fields, Scale
 
 
 class Winners(Protocol):
-    """What the finished runs of other suites have shown; an arm is an optimizer, or what `Condition.arm` names."""
+    """What the finished runs of other suites have shown of an arm."""
 
     def __call__(self, suite: str, arm: str) -> Fields:
         """The settings of the arm's best condition."""
@@ -37,17 +38,17 @@ MOST_GROWTH = 2  # rates beyond each optimizer's grid, while the best is on its 
 
 @dataclass(frozen=True)
 class Condition:
-    """Named settings, and the condition of the same suite against which they are tested. `arm` tells apart what shares
-    an optimizer (default: the optimizer)."""
+    """Named settings, and the condition of the same suite against which they are tested. The arm is the optimizer,
+    unless a name tells apart arms that share it; `space` has the range of each setting that was tuned for it."""
 
     name: str
     fields: Fields
     versus: str | None = None
-    arm: str | None = None
+    arm: str = ""
+    space: Mapping[str, Axis] = field(default_factory=dict)
 
-    @property
-    def side(self) -> str:
-        return self.arm or str(self.fields["optimizer"])
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "arm", self.arm or str(self.fields["optimizer"]))  # frozen
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,19 @@ def suite(
     """Register a function as a suite."""
 
     def register(plan: Plan) -> Plan:
-        rest = (needs, extra_tests, claimed, confirms, beside, plan, one_seed)
-        SUITES[name] = Suite(name, source, question, varies, *rest)
+        SUITES[name] = Suite(
+            name=name,
+            source=source,
+            question=question,
+            varies=varies,
+            needs=needs,
+            extra_tests=extra_tests,
+            claimed=claimed,
+            confirms=confirms,
+            beside=beside,
+            plan=plan,
+            one_seed=one_seed,
+        )
         return plan
 
     return register
@@ -119,14 +131,14 @@ def at_rates(base: Fields, optimizer: str, rates: tuple[float, ...], theirs: flo
     return [Condition(names[rate], {**base, "optimizer": optimizer, "lr": rate}, against[rate]) for rate in rates]
 
 
-def grown(conditions: list[Condition], optimizer: str, edge: float) -> list[Condition]:
-    """The conditions of a sweep with one rate more for an optimizer, beyond the edge of its grid, as far from it as its
+def grown(conditions: list[Condition], arm: str, edge: float) -> list[Condition]:
+    """The conditions of a sweep with one rate more for an arm, beyond the edge of its grid, as far from it as its
     neighbour is (in proportion); in the order of the rates."""
-    own = sorted((c for c in conditions if c.fields["optimizer"] == optimizer), key=lambda c: c.fields["lr"])
+    own = sorted((c for c in conditions if c.arm == arm), key=lambda c: c.fields["lr"])
     at_edge, neighbour = (own[0], own[1]) if edge == own[0].fields["lr"] else (own[-1], own[-2])
     rate = float(f"{edge * edge / neighbour.fields['lr']:.2g}")
     against = next((c.versus for c in own if c.versus), None)
-    more = Condition(f"{optimizer} lr {rate:g}", {**at_edge.fields, "lr": rate}, against)
+    more = Condition(f"{arm} lr {rate:g}", {**at_edge.fields, "lr": rate}, against, arm)
     place = conditions.index(at_edge) + (at_edge is own[-1])
     return [*conditions[:place], more, *conditions[place:]]
 

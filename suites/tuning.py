@@ -1,30 +1,41 @@
-"""What the trials of an arm tell: the loss to expect after k of them, how sure that is, and what each setting does.
+"""Estimates the expected best loss after k trials, its band, and each setting's effect.
 
     curve = expected_best(losses); low, high = band(losses); effect(values, losses).rho
 
-Losses are one number a trial (nats), every trial counted: a diverged one as `losses` says.
+Losses are one number a trial (nats), a diverged one as `losses` says. Ranks of settings are corrected over all of them.
 """
 
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
 
-from analysis.stats import CONFIDENCE
-from suites.results import Results
+from analysis.stats import CONFIDENCE, SIGNIFICANT, holm
+from suites.arms import Axis, value_of
+from suites.results import Outcome, Results
 
 RESAMPLES = 2000
 
 
+def tried(results: Results, arm: str) -> list[Outcome]:
+    """The arm's trials that finished or diverged, in the order drawn."""
+    return [o for o in results.of_arm(arm) if not o.to_go and not o.lost]
+
+
 def losses(results: Results, arm: str) -> np.ndarray:
-    """The losses of the arm's trials that are over, in the order drawn. A diverged one counts as the worst trial of any
-    arm."""
+    """The losses of `tried`. A diverged trial counts as the worst of any arm."""
     finite = [o.loss for o in results.outcomes if math.isfinite(o.loss)]
-    own = [o.loss for o in results.of_arm(arm) if not o.to_go]
+    own = [o.loss for o in tried(results, arm)]
     return np.array([loss if math.isfinite(loss) else max(finite, default=math.nan) for loss in own])
+
+
+def by_arm(results: Results) -> dict[str, np.ndarray]:
+    """The losses of every arm with a trial, once a trial of any arm has finished."""
+    found = {arm: losses(results, arm) for arm in results.arms()}
+    return {arm: own for arm, own in found.items() if len(own) and np.isfinite(own).all()}
 
 
 @functools.cache
@@ -57,19 +68,46 @@ def trials_needed(losses: Sequence[float], target: float) -> int | None:
 
 @dataclass(frozen=True)
 class Effect:
-    """Spearman's rank correlation of setting and loss, its two-sided p value (not corrected), and the median loss of
-    the worst third of the range minus that of the best (nats)."""
+    """Spearman's rank correlation of setting and loss, its two-sided p value, the median loss of the worst third of the
+    range minus that of the best (nats), and what this difference is on average if the setting does nothing."""
 
     rho: float
     p_value: float
     nats: float
+    noise: float
+    p_holm: float = math.nan
+
+    def edge(self, axis: Axis, value: float) -> str:
+        """Whether the best trial's `value` is at an end of the range, and the loss falls significantly towards it."""
+        if not axis.on_edge(value):
+            return "inside"
+        towards = self.rho > 0 if axis.place(value) < 0.5 else self.rho < 0
+        return "ON THE EDGE" if towards and self.p_holm < SIGNIFICANT else "near an end, maybe by chance"
 
 
-def effect(values: Sequence[float], losses: Sequence[float]) -> Effect:
-    """Of one setting, all others varying at random; NaN correlation where one side does not vary."""
+def effect(values: Sequence[float], losses: Sequence[float], seed: int = 0) -> Effect:
+    """Of one setting, all others varying at random; NaN correlation where one side does not vary. The noise is that of
+    the same losses in random orders."""
     values, losses = np.asarray(values, dtype=float), np.asarray(losses, dtype=float)
-    thirds = np.array_split(losses[np.argsort(values, kind="stable")], 3)
-    medians = [float(np.median(third)) for third in thirds]
+    orders = np.random.default_rng(seed).permuted(np.tile(losses, (RESAMPLES, 1)), axis=1)
+    nats, *noise = _between_thirds(np.vstack((losses[np.argsort(values, kind="stable")], orders)))
     varies = min(np.ptp(values), np.ptp(losses)) > 0
     found = stats.spearmanr(values, losses) if varies else (math.nan, math.nan)
-    return Effect(float(found[0]), float(found[1]), max(medians) - min(medians))
+    return Effect(float(found[0]), float(found[1]), float(nats), float(np.mean(noise)))
+
+
+def _between_thirds(losses: np.ndarray) -> np.ndarray:
+    """(orders,): the greatest minus the least median of the thirds of each row."""
+    return np.ptp([np.median(third, axis=1) for third in np.array_split(losses, 3, axis=1)], axis=0)
+
+
+def effects(results: Results) -> dict[tuple[str, str], Effect]:
+    """Of every tuned setting by arm and name, p values corrected over all of them."""
+    found = {
+        (arm, setting): effect([value_of(o.condition.fields, setting) for o in tried(results, arm)], own)
+        for arm, own in by_arm(results).items()
+        if len(own) > 2
+        for setting in results.space(arm)
+    }
+    adjusted = holm([one.p_value for one in found.values()])
+    return {key: replace(one, p_holm=p) for (key, one), p in zip(found.items(), adjusted, strict=True)}

@@ -221,6 +221,7 @@ def test_bad_input_fails_at_once_with_its_sentence(tmp_path, shards_folder):
     assert bad.deaths() == [2]
     assert bad.reason() == "--lr -1.0: must be a positive number"
     assert "none" in good.reason()
+    assert not bad.diverged
 
 
 def test_a_diverged_run_is_reported_and_not_tried_again(tmp_path, shards_folder):
@@ -229,6 +230,7 @@ def test_a_diverged_run_is_reported_and_not_tried_again(tmp_path, shards_folder)
     launcher.run_here([diverged], [{}])
     assert diverged.state() == "failed"
     assert "loss" in diverged.reason()
+    assert diverged.diverged
     before = diverged.log.read_text()
     launcher.run_here([diverged], [{}])
     assert diverged.log.read_text() == before

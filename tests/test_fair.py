@@ -1,8 +1,10 @@
 """The fair fight: equal trials from declared spaces, equal time, what trials tell, and both pages from fake runs."""
 
+import dataclasses
 import itertools
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -11,14 +13,16 @@ from scipy import stats
 
 import experiments
 from bench.synthetic import write_run
+from engine.cli import BadInput
 from settings import Settings
-from suites import fair_page, launcher
-from suites.arms import ARMS, Arm, Axis, draw
+from suites import fair_page, fair_plots, launcher
+from suites import results as results_module
+from suites.arms import ARMS, Arm, Axis, draw, value_of
 from suites.catalog import SUITES
 from suites.fair import FIGHT, TRIALS, equal_time
 from suites.planner import Planner, Selection, unique
 from suites.scales import SCALES
-from suites.tuning import band, effect, expected_best, trials_needed
+from suites.tuning import Effect, band, effect, effects, expected_best, losses, trials_needed
 from tests.test_suites import winners
 
 
@@ -30,8 +34,8 @@ def test_more_trials_contain_the_fewer_and_lie_evenly_in_the_declared_range(arm)
     for setting, axis in arm.space.items():
         values = [trial[setting] for trial in many]
         assert axis.low <= min(values) < max(values) <= axis.high, setting
-        thirds = np.histogram([axis.place(value) for value in values], bins=4, range=(0, 1))[0]
-        assert max(thirds) - min(thirds) <= 4, setting  # 16 in each quarter, but for the rounding
+        quarters = np.histogram([axis.place(value) for value in values], bins=4, range=(0, 1))[0]
+        assert max(quarters) - min(quarters) <= 4, setting  # 16 in each, but for the rounding
         tuned = [1 - value if "1 - value" in axis.along else value for value in values]
         assert [float(f"{value:.3g}") for value in tuned] == pytest.approx(tuned, rel=1e-6)
 
@@ -98,7 +102,7 @@ def test_the_band_of_one_trial_is_that_of_a_mean():
     assert (curve <= high).all()
 
 
-def test_the_effect_of_a_setting_is_of_ranks_and_thirds():
+def test_the_effect_of_a_setting_is_of_ranks_and_thirds_against_noise():
     values = [1, 2, 3, 4, 5, 6, 7, 8, 9]
     losses = [5.0, 5.1, 4.9, 3.0, 3.1, 2.9, 4.0, 4.1, 99.0]  # best in the middle, one outlier
     found = effect(values, losses)
@@ -106,6 +110,26 @@ def test_the_effect_of_a_setting_is_of_ranks_and_thirds():
     assert found.rho == pytest.approx(np.corrcoef(range(9), ranks)[0, 1])
     assert found.nats == pytest.approx(5.0 - 3.0)
     assert math.isnan(effect([1, 1, 1], [1, 2, 3]).rho)
+    every = []
+    for first in itertools.combinations(range(9), 3):
+        rest = [i for i in range(9) if i not in first]
+        for second in itertools.combinations(rest, 3):
+            third = [i for i in rest if i not in second]
+            medians = [sorted(losses[i] for i in some)[1] for some in (first, second, third)]
+            every.append(max(medians) - min(medians))
+    assert found.noise == pytest.approx(np.mean(every), abs=4 * np.std(every) / math.sqrt(2000))
+
+
+def test_an_edge_is_told_only_where_the_loss_falls_significantly_towards_it():
+    axis = Axis(0.01, 1.0)
+
+    def edge(value, rho, p_holm):
+        return Effect(rho, 0.001, 1.0, 0.5, p_holm).edge(axis, value)
+
+    assert edge(0.011, 0.6, 0.01) == edge(0.95, -0.6, 0.01) == "ON THE EDGE"
+    chance = {edge(0.011, 0.6, 0.06), edge(0.011, -0.6, 0.01), edge(0.95, 0.6, 0.01), edge(0.95, math.nan, math.nan)}
+    assert chance == {"near an end, maybe by chance"}
+    assert edge(0.1, 0.9, 0.001) == "inside"
 
 
 def fake_training(job):
@@ -118,13 +142,14 @@ def fake_training(job):
         key: float(flags[key]) for key in ("adamw_lr", "weight_decay", "warmup", "beta1", "beta2") if key in flags
     }
     lr = numbers["lr"] = float(flags["lr"])
-    final = 3 + loss_above_best(muon, lr, numbers["weight_decay"]) + 0.01 * (seed * (7 if muon else 3) % 5)
+    final = 3 + loss_above_best(muon, lr, numbers.get("weight_decay", 0.5)) + 0.01 * (seed * (7 if muon else 3) % 5)
     final += 0.3 * (not muon) - 0.001 * (steps - 128) + 0.5 * ("--no-nesterov" in words)
     state = "failed" if muon and lr > 0.15 else "finished"
-    settings = {"optimizer": "muon" if muon else "adamw", "seed": seed, "batch_tokens": 2048} | numbers
+    settings = {"optimizer": flags.get("optimizer", "muon"), "seed": seed, "batch_tokens": 2048} | numbers
     ms = 100.0 if muon else 80.0
     write_run(job.folder, final=final, steps=steps, status=state, spectra=False, step_ms=ms, **settings)
-    summary = json.loads((job.folder / "summary.json").read_text()) | {"final_val_loss": final}
+    reason = "step 7: loss nan, gradient norm nan" if state == "failed" else None
+    summary = json.loads((job.folder / "summary.json").read_text()) | {"final_val_loss": final, "reason": reason}
     (job.folder / "summary.json").write_text(json.dumps(summary))
 
 
@@ -171,8 +196,14 @@ def fought(tmp_path_factory, shards_folder):
 
 
 def test_a_fight_is_trained_in_two_stages_and_each_arm_fights_with_its_best_trial(fight, tmp_path, shards_folder):
+    later = plan_of(tmp_path / "runs", shards_folder).estimate([[FIGHT]])  # six seeds
+    assert (later.runs, later.tokens) == (18, 6 * 2048 * (2 * 128 + 141))  # as if the second arm were a tenth faster
+    failed = sum(trial["lr"] > 0.15 for trial in draw(ARMS["muon"], 8))
     code, out, err, trained = fight("run", FIGHT, *FLAGS)
-    assert code == 1, err  # some trials have diverged
+    assert code == 0, out + err
+    assert failed
+    assert f"{failed} of 16 trials diverged, which counts as the worst loss" in out
+    assert "failed: " not in out
     assert [line for line in out.splitlines() if line.endswith("to go")] == [
         "fair-trials: 16 runs, 16 to go",
         "fair-fight: 12 runs, 12 to go",  # Muon's runs of equal time are those of equal tokens
@@ -202,9 +233,8 @@ def test_the_ways_to_win_are_paired_and_corrected_together(fought, shards_folder
     assert (first.test.low, first.test.high) == pytest.approx((gaps.mean() - half, gaps.mean() + half))
     assert first.winner == "muon"
     assert by_name["equal time"].test.difference == pytest.approx(gaps.mean() + 0.001 * 32)
-    # Losses fall linearly from 5, so the share of the budget to a target follows by hand.
-    target = sum(theirs.values()) / 4
-    logs = np.log([(5 - mine[seed]) / (5 - target) for seed in (1, 2, 3, 4)])
+    # Losses fall linearly from 5, so the share of the budget to the loss of the same seed follows by hand.
+    logs = np.log([(5 - mine[seed]) / (5 - theirs[seed]) for seed in (1, 2, 3, 4)])
     half = stats.t.ppf(1 - 0.05 / 4 / 2, 3) * logs.std(ddof=1) / 2
     for name, faster in (("tokens to the loss", 1.0), ("seconds to the loss", 80 / 100)):
         bounds = faster * np.exp([logs.mean(), logs.mean() - half, logs.mean() + half])
@@ -224,6 +254,9 @@ def test_both_pages_have_the_numbers(fought, shards_folder, run_main, tmp_path, 
     pairs = [min(a, b, worst) for a, b in itertools.combinations(losses, 2)]
     assert f"{np.mean(pairs):.4f} (" in page  # the column best of 2
     assert "compute multiplier of muon 1." in page
+    assert "Chosen for each arm: adamw_lr, beta1, beta2, lr, momentum, tokens, warmup, weight_decay." in page
+    assert "No other setting differs: schedule, clipping and validation tokens are the same." in page
+    assert "Deviation" not in page
     assert "adamw: 800 tokens/s in the trials, so 160 steps in equal time; they took 12.80 s" in page
     plots = {path.name for path in (tmp_path / "plots").iterdir()}
     assert plots == {"fair-fight_curves.png", "fair-trials_tuning.png", "fair-trials_settings.png"}
@@ -233,14 +266,96 @@ def test_both_pages_have_the_numbers(fought, shards_folder, run_main, tmp_path, 
     assert "Who wins" not in (tmp_path / "report.md").read_text()
 
 
+def test_p_values_of_settings_are_corrected_over_all_of_them(fought, shards_folder):
+    found = effects(plan_of(fought, shards_folder, **SAME).results(TRIALS))
+    assert len(found) == len(ARMS["adamw"].space) + len(ARMS["muon"].space) == 11
+    ordered = sorted(found.values(), key=lambda one: one.p_value)
+    highest = 0.0
+    for rank, one in enumerate(ordered):
+        highest = max(highest, min(1.0, (11 - rank) * one.p_value))
+        assert one.p_holm == pytest.approx(highest)
+
+
+def test_an_arm_whose_trials_all_failed_leaves_a_page_on_the_others(fought, shards_folder):
+    results = plan_of(fought, shards_folder, **SAME).results(TRIALS)
+    gone = [dataclasses.replace(o, failed=1, runs=()) if o.arm == "muon" else o for o in results.outcomes]
+    results = dataclasses.replace(results, outcomes=tuple(gone))
+    for draw_figure in (fair_plots.tuning_curves, fair_plots.setting_effects):
+        fair_plots.plt.close(draw_figure(results))
+    assert [row[0] for row in fair_page.expectation_table(results).rows] == ["adamw"]
+    assert {arm for arm, _ in effects(results)} == {"adamw"}
+    assert fair_page.trial_findings(results)[0].startswith("muon: 8 trials failed without diverging")
+
+
 def test_a_diverged_fighter_is_counted_and_not_tested(fought, shards_folder, tmp_path):
     shutil.copytree(fought, tmp_path / "runs")
     for path in (tmp_path / "runs").glob("*-seed2/summary.json"):
         if json.loads((path.parent / "config.json").read_text())["optimizer"] == "muon":
-            path.write_text('{"status": "failed", "reason": "the loss is not finite"}')
+            path.write_text('{"status": "failed", "reason": "step 3: loss nan, gradient norm nan"}')
     results = plan_of(tmp_path / "runs", shards_folder, **SAME).results(FIGHT)
     assert {way.winner for way in fair_page.ways(results)} == {"open"}
-    assert "equal tokens: 1 run of muon and adamw diverged, so no test." in fair_page.fight_findings(results)
+    assert "Equal tokens: 1 run of muon and adamw failed, so no test." in fair_page.fight_findings(results)
+    results.outcome("muon, equal tokens").runs[0].config["tokens"] = 1
+    assert [line for line in results.fairness(fair_page.by_design) if "Deviation: tokens" in line]
+
+
+@pytest.mark.parametrize("lost", ["killed", "out of memory"])
+def test_a_trial_that_failed_without_diverging_is_no_trial_and_there_is_no_winner(
+    fought, shards_folder, tmp_path, lost
+):
+    runs = tmp_path / "runs"
+    shutil.copytree(fought, runs)
+    trials = [p for p in plan_of(runs, shards_folder, **SAME).plan(TRIALS) if p.condition.arm == "muon"]
+    before = losses(plan_of(runs, shards_folder, **SAME).results(TRIALS), "muon")
+    (job,) = trials[5].jobs
+    assert job.state() == "finished"
+    if lost == "killed":
+        (job.folder / "summary.json").unlink()
+        job.log.parent.mkdir()
+        job.log.write_text(3 * f"{launcher.DEATH}-9\n")
+        reason = f"the process exited 3 times without a summary; see {job.log}"
+    else:
+        reason = "out of GPU memory"
+        (job.folder / "summary.json").write_text(json.dumps({"status": "failed", "reason": reason}))
+    results_module._load.cache_clear()
+    plan = plan_of(runs, shards_folder, **SAME)
+    assert losses(plan.results(TRIALS), "muon").tolist() == np.delete(before, 5).tolist()
+    rows = {row[0]: row[1] for row in fair_page.trials_table(plan.results(TRIALS)).rows}
+    assert rows["muon 06"] == "failed"
+    assert plan(TRIALS, "adamw")
+    assert fair_page.trial_findings(plan.results(TRIALS))[0].startswith("muon: 1 trial failed without diverging")
+    words = f"{TRIALS}: {job.name} failed without diverging ({reason}), so muon lacks a trial; --retry tries it again"
+    with pytest.raises(BadInput, match=re.escape(words)):
+        plan(TRIALS, "muon")
+
+
+def test_one_seed_reaches_the_loss_without_a_test(fought, shards_folder):
+    results = plan_of(fought, shards_folder, trials=8, seeds=(1,)).results(FIGHT)
+    loss, other = (results.outcome(f"{arm}, equal tokens").loss for arm in ("muon", "adamw"))
+    share = (5 - other) / (5 - loss)
+    assert fair_page.fight_findings(results)[2:] == [
+        f"Tokens to the loss of adamw with the same seed, {other:.4f} on average: muon reached it after "
+        f"{share * 128 * 64:,.0f} tokens, compute multiplier {1 / share:.2f}; one seed, so no test.",
+        f"Seconds to the loss of adamw with the same seed, {other:.4f} on average: muon reached it after "
+        f"{share * 12.8:.2f} s, speed-up {0.8 / share:.2f}; one seed, so no test.",
+    ]
+
+
+def test_a_run_that_does_not_reach_the_loss_of_its_own_seed_is_counted(fought, shards_folder, tmp_path):
+    shutil.copytree(fought, tmp_path / "runs")
+    results = plan_of(tmp_path / "runs", shards_folder, **SAME).results(FIGHT)
+    (folder,) = (run.path for run in results.outcome("adamw, equal tokens").finished() if run.config["seed"] == 3)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [{k: 0.8 * v if k == "val_loss" else v for k, v in line.items()} for line in lines]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    results_module._load.cache_clear()
+    results = plan_of(tmp_path / "runs", shards_folder, **SAME).results(FIGHT)
+    mine, theirs = (results.outcome(f"{arm}, equal tokens").losses() for arm in ("muon", "adamw"))
+    assert theirs[3] < min(mine.values()) < max(mine.values()) < np.mean(list(theirs.values()))
+    way = next(way for way in fair_page.ways(results) if way.name == "tokens to the loss")
+    assert (way.times.never, way.times.n, way.winner) == (1, 4, "open")
+    reached = sorted(128 * 64 * (5 - theirs[seed]) / (5 - mine[seed]) for seed in (1, 2, 4))
+    assert way.times.median == pytest.approx(reached[1])
 
 
 def test_arms_that_share_an_optimizer_are_told_apart(fight, tmp_path, shards_folder, monkeypatch):
@@ -255,10 +370,81 @@ def test_arms_that_share_an_optimizer_are_told_apart(fight, tmp_path, shards_fol
     assert {run.config["steps"] for o in results.outcomes for run in o.finished()} == {32}
 
 
+def test_every_declared_arm_can_be_trained_and_tunes_what_it_has(tmp_path, shards_folder):
+    plan = plan_of(tmp_path, shards_folder, arms=tuple(ARMS), trials=4).plan(TRIALS)  # settings that clash are refused
+    assert len(unique(plan)) == 4 * len(ARMS)
+    lacking = {arm: ARMS["muon"].space.keys() - ARMS[arm].space.keys() for arm in ARMS if arm != "adamw"}
+    assert {arm: axes for arm, axes in lacking.items() if axes} == {
+        "muon-hyperball": {"weight_decay"},
+        "muon-no-momentum": {"momentum"},
+    }
+    fixed = {json.dumps(arm.fixed) for arm in ARMS.values()}
+    assert len(fixed) == len(ARMS)
+
+
+SGD = """
+import torch
+
+
+class MySGD(torch.optim.SGD):
+    def __init__(self, params, lr, momentum=0.0, weight_decay=0.0, nesterov=False):
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+"""
+
+
+def test_an_optimizer_of_ones_own_fights_like_ours(fight, tmp_path, shards_folder, no_drawing):
+    file = tmp_path / "my file.py"
+    file.write_text(SGD)
+    space = ("momentum=0.7:0.99", "nesterov=True", "weight_decay=0:0.1", "lr=0.1:3")
+    flags = ("--arms", "muon-rows", f"{file}:MySGD", "--trials", 4, "--seeds", 1, 2, "--space", *space)
+    code, out, err, trained = fight("run", FIGHT, *flags)
+    assert code == 0, out + err
+    assert sum(name.startswith("nano-MySGD-") for name in trained) == 4 + 2 * 2  # its equal time is longer
+    chosen = {"arms": ("muon-rows", f"{file}:MySGD"), "trials": 4, "seeds": (1, 2), "space": space}
+    trials = plan_of(tmp_path / "runs", shards_folder, **chosen).results(TRIALS)
+    ranges = {"lr": (0.1, 3), "adamw_lr": (0.001, 0.1), "warmup": (0, 0.3), "momentum": (0.7, 0.99)}
+    ranges["weight_decay"] = (0, 0.1)
+    for outcome in trials.of_arm("MySGD"):
+        fields = outcome.condition.fields
+        options = dict(word.split("=") for word in fields["optimizer_options"])
+        assert options.keys() == {"momentum", "nesterov", "weight_decay"}
+        for key, (low, high) in ranges.items():
+            value = float(options.get(key, fields.get(key)))
+            assert low <= value <= high
+            assert value == value_of(fields, key)
+    code, out, err, _ = fight("report", FIGHT, *flags, "--out", tmp_path)
+    assert code == 0, out + err
+    page = (tmp_path / "report.md").read_text()
+    assert "| MySGD | momentum | 0.7 | 0.99 | log of 1 - value |" in page
+    words = "--space lr=0.1:3 adamw_lr=0.001:0.1 warmup=0:0.3 momentum=0.7:0.99 weight_decay=0:0.1 nesterov=True"
+    assert f"--arms muon-rows '{file}:MySGD' {words} --trials 4" in page
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("fair-fight", "--arms", "muon", "sgd"), "--arms sgd: no such arm; choose from adamw, muon"),
+        (
+            ("fair-fight", "--arms", "muon", "sgd"),
+            f"--arms sgd: no such arm; choose from {', '.join(ARMS)} or FILE.py:CLASS",
+        ),
+        (("fair-fight", "--arms", "a.py:X", "b.py:X"), "--arms a.py:X b.py:X: name two or more, each once"),
+        (
+            ("fair-fight", "--space", "lr=0.1:3"),
+            "--space lr=0.1:3: for an optimizer of your own, FILE.py:CLASS in --arms",
+        ),
+        (
+            ("fair-fight", "--arms", "muon", "a.py:X", "--space", "lr=3"),
+            "--space lr=3: must be a range, as lr=0.1:3",
+        ),
+        (
+            ("fair-fight", "--arms", "muon", "a.py:X", "--space", "beta=0.9:0.5"),
+            "--space beta=0.9:0.5: the range must go from a number to a greater one",
+        ),
+        (("fair-fight", "--arms", "muon", "a.py:X", "--space", "lr=0:1"), "--space lr=0:1: must be above 0"),
+        (
+            ("fair-trials", "--arms", "muon", "no.py:X"),
+            "--optimizer no.py:X: no.py cannot be read (No such file or directory)",
+        ),
         (("fair-fight", "--arms", "muon"), "--arms muon: name two or more, each once"),
         (("fair-trials", "--arms", "muon", "muon"), "--arms muon muon: name two or more, each once"),
         (("fair-fight", "--trials", "3"), "--trials 3: must be at least 4"),

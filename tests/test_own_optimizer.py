@@ -313,7 +313,7 @@ def test_a_condition_of_a_suite_trains_and_is_reported(tmp_path, shards_folder, 
     assert len(list((tmp_path / "runs").glob("nano-MySGD-*-seed0/summary.json"))) == 1
     chosen = planner.Selection(suite="own", scale="nano", runs_dir=tmp_path / "runs", data=shards_folder, seeds=(0,))
     results = planner.Planner(chosen).results("own")
-    assert results.optimizers() == ["muon", sgd["optimizer"]]
+    assert results.arms() == ["muon", sgd["optimizer"]]
     ((muon, own),) = results.crosses()
     assert 0 < muon.loss < own.loss
     assert "Same initial weights" in results.fairness()[1]

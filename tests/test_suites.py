@@ -1,6 +1,7 @@
 """What the suites plan: the documents' grids, one change at a time, fair to both optimizers; what is found in them."""
 
 import collections
+import dataclasses
 import math
 import re
 
@@ -185,7 +186,7 @@ def plan_of(tmp_path, shards_folder, **given):
 
 def test_runs_are_named_by_what_they_train_and_shared_between_suites(tmp_path, shards_folder, monkeypatch):
     plan = plan_of(tmp_path, shards_folder)
-    monkeypatch.setattr(planner.Planner, "winner", lambda self, suite, optimizer: winners(suite, optimizer))
+    monkeypatch.setattr(planner.Planner, "__call__", lambda self, suite, optimizer: winners(suite, optimizer))
     jobs = {name: {job.name for p in plan.plan(name) for job in p.jobs} for name in MUON_ABLATIONS}
     shared = set.intersection(*(jobs[name] for name in MUON_ABLATIONS if name != "moe-aux-ratio"))
     assert len(shared) == 6  # S4's own settings, six seeds, once for all
@@ -212,10 +213,10 @@ def test_the_winner_has_the_least_mean_and_no_diverged_seed(tmp_path, shards_fol
                 files.write_json(folder / "summary.json", {"status": "finished", "final_val_loss": final})
             else:
                 files.write_json(folder / "summary.json", {"status": "failed", "final_val_loss": None})
-    assert plan.winner("sweep", "muon")["lr"] == 0.2
+    assert plan("sweep", "muon")["lr"] == 0.2
     (job.folder / "summary.json").unlink()
     with pytest.raises(BadInput, match="has not finished"):
-        plan_of(tmp_path, shards_folder, seeds=(0, 1)).winner("sweep", "muon")
+        plan_of(tmp_path, shards_folder, seeds=(0, 1))("sweep", "muon")
 
 
 def finish(jobs, loss_of):
@@ -255,15 +256,41 @@ def test_a_grid_grows_while_the_best_is_on_its_edge_and_twice_at_most(tmp_path, 
         assert len(waiting) == (6 if number else 30)  # three seeds
         if number:
             with pytest.raises(BadInput, match="has not finished"):
-                sweep_of(tmp_path, shards_folder).winner("speedrun-lr", "adamw")
+                sweep_of(tmp_path, shards_folder)("speedrun-lr", "adamw")
         finish(waiting[1:], loss_of)
         assert (rates(plan, "muon"), rates(plan, "adamw")) == grid  # not before all runs are over
         finish(waiting, loss_of)
     assert (rates(plan, "muon"), rates(plan, "adamw")) == grids[-1]
-    assert plan.winner("speedrun-lr", "muon")["lr"] == 0.64
-    assert plan.winner("speedrun-lr", "adamw")["lr"] == 0.0005
+    assert plan("speedrun-lr", "muon")["lr"] == 0.64
+    assert plan("speedrun-lr", "adamw")["lr"] == 0.0005
     assert "so also muon lr 0.32, muon lr 0.64, adamw lr 0.00025, adamw lr 0.0005" in plan.grown_sentence("speedrun-lr")
     assert rates(sweep_of(tmp_path, shards_folder, only="muon*"), "muon") == muon  # what was asked for, no more
+
+
+def test_arms_that_share_an_optimizer_grow_apart(tmp_path, shards_folder, monkeypatch):
+    conditions = [
+        Condition(f"{arm} lr {rate:g}", {**fields, "optimizer": "muon", "lr": rate}, None, arm)
+        for arm, fields in (("plain", {"nesterov": False}), ("nesterov", {}))
+        for rate in (0.01, 0.02, 0.04)
+    ]
+    base = {"model": "nano", "tokens": 16_384, "batch_tokens": 2048}
+    conditions = [dataclasses.replace(c, fields={**base, **c.fields}) for c in conditions]
+    sweep = dataclasses.replace(SUITES["speedrun-lr"], plan=lambda scale, winners: conditions)
+    monkeypatch.setitem(SUITES, "speedrun-lr", sweep)
+    plan = sweep_of(tmp_path, shards_folder, seeds=(0,))
+    jobs = planner.unique(plan.plan("speedrun-lr"))
+    for job in jobs:
+        best = 0.02 if "--no-nesterov" in job.flags else 0.04
+        finish([job], lambda optimizer, rate, best=best: 3 + abs(math.log(rate / best)))
+    results = plan.results("speedrun-lr")
+    assert [o.name for o in results.outcomes][3:] == [f"nesterov lr {rate:g}" for rate in (0.01, 0.02, 0.04, 0.08)]
+    assert [results.best(arm).name for arm in results.arms()] == ["plain lr 0.02", "nesterov lr 0.04"]
+    assert "Same batches in the same order: one data fingerprint and the same seeds." in results.fairness()
+    user = dataclasses.replace(results, suite=dataclasses.replace(results.suite, needs=("speedrun-lr",)))
+    assert user.settings_from_sweeps({"speedrun-lr": results}) == [
+        "From speedrun-lr: plain lr 0.02 (mean loss 3.0000).",
+        "From speedrun-lr: nesterov lr 0.04 (mean loss 3.0000).",
+    ]
 
 
 def test_a_grid_does_not_grow_towards_rates_that_diverge(tmp_path, shards_folder):
