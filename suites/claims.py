@@ -11,7 +11,7 @@ from suites.dense_claims import DENSE_CLAIMS
 from suites.judging import Context, Evidence, Finding, Lacking, judge
 from suites.measures import Claim
 from suites.mixture_claims import MIXTURE_CLAIMS
-from suites.papers import PAPER_CLAIMS
+from suites.paper_claims import PAPER_CLAIMS
 from suites.results import Results
 
 DOCUMENT_CLAIMS = DENSE_CLAIMS + MIXTURE_CLAIMS

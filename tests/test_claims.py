@@ -11,7 +11,7 @@ from suites.catalog import SUITES
 from suites.claims import CLAIMS, DOCUMENT_CLAIMS
 from suites.dense_claims import STORED_RUNS
 from suites.judging import CONFIRMED, NOT_TESTABLE, REFUTED, UNDECIDED
-from suites.papers import PAPER_CLAIMS
+from suites.paper_claims import PAPER_CLAIMS
 from suites.scales import SCALES
 from tests.test_suites import rate_results, results_of, verdicts, winners
 
@@ -39,7 +39,7 @@ def test_every_quote_is_in_the_document_that_it_names(source):
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_conditions_that_rows_name_are_planned(scale):
     """A name that no suite has would leave its row undecided for ever."""
-    names = ("dense_claims.py", "mixture_claims.py", "papers.py")
+    names = ("dense_claims.py", "mixture_claims.py", "paper_claims.py")
     source = "".join((ROOT / "suites" / name).read_text(encoding="utf-8") for name in names)
     planned = {c.name for suite in SUITES.values() for c in suite.plan(SCALES[scale], winners)}
     named = re.findall(r'(?:best|lower|higher|as_good|no_better)\(((?:"[^"]*"(?:, )?)+)\)', source)
