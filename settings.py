@@ -26,6 +26,7 @@ from engine.compiling import cache_key, pays, why_no_compiler
 from engine.cores import free_cores
 from engine.files import CONFIG, finite, is_safe_name, load_json, shown
 from engine.identity import config_hash, provenance
+from engine.live import VIEWS
 from engine.own_optimizer import class_name, is_own, load_class, try_out
 from engine.ranks import Rank
 from kernels.newton_schulz import COEFFICIENTS
@@ -34,6 +35,10 @@ from model import CPU_KERNELS, FLEX_MIN_HEAD_WIDTH, KERNELS, SIZES, ModelConfig,
 from optim import BLOCKS, SCHEDULES, muon_names, ns_schedule
 
 RUN_NAME = Limit("must be letters, digits, '.', '_' and '-', not starting with a dot", is_safe_name)
+LOGS = Limit(
+    f"choose from jsonl, {', '.join(VIEWS)}, or several by commas",
+    lambda value: {*value.split(",")} <= {"jsonl", *VIEWS},
+)
 NANO = ("nano", "moe-nano")  # for a first look on a CPU
 # Peak learning rates: (block matrices, embedding and gains). nano: the winners of the sweep in bench/LOG.md, which
 # moe-nano borrows. The other sizes were not swept yet: Muon's are the 88M speedrun's of the prior work, AdamW's lie
@@ -157,8 +162,8 @@ class Settings:
     """Steps between checkpoints; the end always writes one."""
     log_every: Annotated[int, AT_LEAST_1] = 10
     """Steps between printed lines; metrics.jsonl has every step."""
-    log: Literal["jsonl", "tensorboard"] = "jsonl"
-    """A live view in addition to the JSONL files; tensorboard needs that package installed."""
+    log: Annotated[str, LOGS] = "jsonl"
+    """Live views in addition to the JSONL files, by commas: tensorboard, wandb; each needs that package installed."""
     resume: bool = False
     """Continue the run of this --name from its last checkpoint."""
     kernels: Literal["auto", "on", "off"] = "auto"
@@ -183,6 +188,11 @@ class Settings:
     """Draw the run's plots when it is finished."""
 
     @property
+    def views(self) -> tuple[str, ...]:
+        """The live views that --log names, each once."""
+        return tuple(name for name in VIEWS if name in self.log.split(","))
+
+    @property
     def steps(self) -> int:
         """Of the whole run, once `resolve` has filled in the batch."""
         return math.ceil(self.tokens / self.batch_tokens)
@@ -193,8 +203,9 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
     check_limits(given)
     if given.resume and given.name is None:
         raise BadInput("--resume needs the --name of the run to continue")
-    if given.log == "tensorboard" and find_spec("tensorboard") is None:
-        raise BadInput("--log tensorboard: the package is not installed; pip install tensorboard")
+    for view in given.views:
+        if find_spec(view) is None:
+            raise BadInput(f"--log {view}: the package is not installed; pip install {view}")
     check_optimizer(given)
     rates = NANO_LR if given.model in NANO else DEFAULT_LR
     lr, adamw_lr = rates.get(given.optimizer, rates["adamw"])  # a class of a file has given its own lr

@@ -117,7 +117,7 @@ def run(s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> int:
     speed = Speed(model, step_cost(optimizers), s.batch_tokens, s.seq_len, device_name(device), rank.count)
 
     # Data. Every rank reads its slice of the same global batches.
-    folder = RunFolder(s.runs_dir / s.name, rank, device, resume=s.resume, tensorboard=s.log == "tensorboard")
+    folder = RunFolder(s.runs_dir / s.name, rank, device, resume=s.resume, views=s.views)
     loader = Loader(
         TokenStream(shards, "train"),
         s.batch_tokens // s.seq_len,
@@ -151,7 +151,6 @@ def run(s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> int:
                         folder.summarize("finished", None, progress, speed)
                     return 0
                 folder.open(progress.step)
-            threads.callback(folder.close)
             if rank.index == 0 and s.spectra_every:
                 listeners = [NormWatch(folder.out.say, s.optimizer)]
                 listeners += [folder.live.write_spectra] if folder.live else []
@@ -212,7 +211,7 @@ def run(s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> int:
             folder.out.say(f"{folder}: {done}")
         return 0
     finally:
-        folder.unlock()
+        folder.close()
 
 
 def train(
