@@ -45,7 +45,7 @@ from engine.workers import workers
 from kernels.configs import capability
 from kernels.newton_schulz import reach
 from metrics import Momenta, MuonStep, SpectraRecorder, WorkerFailed
-from model import PROJECTIONS, ModelConfig, Transformer
+from model import ModelConfig, Transformer
 from optim import (
     build_optimizers,
     lr_multiplier,
@@ -56,7 +56,7 @@ from optim import (
     set_ns_steps,
     step_cost,
 )
-from settings import Settings, chosen_kernels, compiled_code, describe, optimizer_options, resolve
+from settings import Settings, apart_from_muon, chosen_kernels, compiled_code, describe, optimizer_options, resolve
 
 VALIDATION_TOKENS = {"cuda": 8192, "cpu": 1024}  # per forward pass, whose fp32 logits are held whole
 
@@ -96,7 +96,7 @@ def run(s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> int:
 
     # Model. Initialised on the CPU, so that every device starts from the same weights.
     on_muon = muon_names(s.muon_on, config)
-    model = Transformer(config, shards.vocab_size, apart=frozenset(PROJECTIONS).difference(on_muon)).to(device)
+    model = Transformer(config, shards.vocab_size, apart_from_muon(s.muon_on, config)).to(device)
     model.compute_dtype = torch.bfloat16 if s.precision == "bf16" else torch.float32
     model.kernels = chosen_kernels(s.kernels, capability(device))
     model.document_start = shards.eot_id if s.doc_mask else None
