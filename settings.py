@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import torch
 
 from corpus.frequency import Yardstick
-from corpus.shards import TRAIN_PATTERN, Shards, open_shards
+from corpus.shards import TOKENIZER, TRAIN_PATTERN, Shards, open_shards
 from data import Packing
 from engine.cli import (
     AT_LEAST_1,
@@ -167,6 +167,8 @@ class Settings:
     """Validation tokens, always the same first ones (default: 131,072; nano 16,384)."""
     spectra_every: Annotated[int, Limit("must be 0 (never) or more", lambda value: value >= 0)] | None = None
     """Steps between spectra events (default: a quarter of the run; nano a twentieth); 0 = never."""
+    sample_every: Annotated[int, Limit("must be 0 (never) or more", lambda value: value >= 0)] = 0
+    """Steps between logged lines of text that the model writes, outside train_seconds; 0 = never."""
     checkpoint_every: Annotated[int, AT_LEAST_1] = 1000
     """Steps between checkpoints; the end always writes one."""
     log_every: Annotated[int, AT_LEAST_1] = 10
@@ -272,6 +274,8 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
     shards = open_shards(s.data, s.data_pattern)
     if shards.tokens("val") <= s.seq_len:
         raise BadInput(f"{s.data}: {shards.tokens('val'):,} validation tokens are too few for --seq-len {s.seq_len}")
+    if s.sample_every and not (s.data / TOKENIZER).exists():
+        raise BadInput(f"--sample-every {s.sample_every}: {s.data} has no {TOKENIZER} to write text with")
     if s.doc_mask and shards.eot_id is None:
         raise BadInput(f"--doc-mask: neither {s.data} nor its shards say which token documents start with (eot_id)")
     s = dataclasses.replace(s, compile=chosen_compile(s, config, shards, before))
