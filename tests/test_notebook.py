@@ -70,7 +70,7 @@ def test_the_race_names_the_winner(executed):
     winner = min(losses, key=losses.get).removeprefix("race-")
     said, _ = output_of(executed, "race-verdict")
     assert said.lower().startswith(winner), said
-    assert f"{max(losses.values()) - min(losses.values()):.3f}" in said
+    assert f"{max(losses.values()) - min(losses.values()):.4f}" in said
 
 
 def test_the_sizes_train_at_the_best_rates_of_the_first_experiment(executed):
