@@ -427,77 +427,73 @@ class Transformer(nn.Module):
 
 class Decoder:
     """The model as it reads on from where it is: keys and values of the tokens read so far are kept, so that the next
-    one costs a pass of one token. In fp32, without gradients; takes the weights as they are when it is made.
+    one costs a pass of one token. In fp32, without gradients, of the weights as they are when it is made.
 
-    What a token of a small model costs on a CPU is the number of operations, so q, k and v are one product here, their
-    norms and rotations two, and a norm takes four: 2.2 times as fast as `forward` with a cache (docs/sampling.md).
+    On a CPU such a pass of a small model takes as long as its operations are many and its matrices far: q, k and v are
+    one product here, norms and rotations few operations, and matrices lie as a product with one row reads them fastest.
     """
 
     @torch.inference_mode()
     def __init__(self, model: Transformer) -> None:
         c, device = model.config, model.embedding.device
-        self.model, self.context, self.device, self.length, self.hidden = model, c.seq_len, device, 0, None
-        matrices: dict[str, list[Tensor]] = {}
-        for bank in model.banks():
-            for i, name in enumerate(bank.members):
-                matrices[name] = list(bank.parameter[i * c.layers : (i + 1) * c.layers])
+        self.model, self.context, self.device, self.length = model, c.seq_len, device, 0
+        banks = ((bank, i, name) for bank in model.banks() for i, name in enumerate(bank.members))
+        matrices = {name: bank.parameter[i * c.layers : (i + 1) * c.layers] for bank, i, name in banks}
         self.layers = [{name: by_layer[layer] for name, by_layer in matrices.items()} for layer in range(c.layers)]
+        root_d, root_e = c.d_model**0.5, c.head_width**0.5
         for layer, w in enumerate(self.layers):
-            w["qkv"] = torch.cat((w["q"], w["k"], w["v"]))
+            w["qkv"], w["o"] = torch.cat((w["q"], w["k"], w["v"])).mT.contiguous(), w["o"].mT.contiguous()
+            if not c.experts:
+                w |= {name: w[name].mT.contiguous().mT for name in ("gate", "up") if name in w}
+            w |= {"attention_gain": model.attention_gain[layer] * root_d, "ffn_gain": model.ffn_gain[layer] * root_d}
             if c.qk_norm:
-                heads = model.q_gain[layer].expand(c.heads, -1), model.k_gain[layer].expand(c.kv_heads, -1)
-                w["qk_gain"] = torch.cat(heads) * c.head_width**0.5
-        self.gains = [g * c.d_model**0.5 for g in (model.attention_gain, model.ffn_gain, model.final_gain)]
+                gains = model.q_gain[layer].expand(c.heads, -1), model.k_gain[layer].expand(c.kv_heads, -1)
+                w["qk_gain"] = torch.cat(gains)[:, None] * root_e
+        self.final_gain, self.head = model.final_gain * root_d, model.embedding.mT.contiguous()
         # The rotation of each position as a matrix: what it makes of the unit vectors.
         units = torch.eye(c.head_width, device=device).expand(1, c.seq_len, -1, -1)
         self.turns_TEE = rotate(units, model.cos_TE, model.sin_TE)[0]
-        # F.rms_norm adds this to the mean square.
+        # F.rms_norm adds eps to the mean square: sqrt(x·x + eps D) is hypot(|x|, sqrt(eps D)).
         eps = torch.finfo(torch.float32).eps
         self.floors = {width: torch.tensor((eps * width) ** 0.5, device=device) for width in (c.d_model, c.head_width)}
 
     @torch.inference_mode()
     def read(self, tokens_BT: Tensor, padding_B: Tensor | None = None) -> Tensor:
-        """Start anew with these tokens, at most `seq_len`; logits (B, V) of the one after them.
+        """Start anew with these tokens, at most `context`; logits (B, V) of the one after them.
 
         Rows of unlike length are padded in front by `padding_B` tokens, which no other token sees. Positions count from
         the padding's start, which changes nothing: RoPE knows distances only.
         """
-        c, device = self.model.config, tokens_BT.device
+        c = self.model.config
         shape = (c.layers, 2, len(tokens_BT), c.kv_heads, c.seq_len, c.head_width)
-        self.kept, self.length, self.hidden = torch.empty(shape, device=device), 0, None
+        self.kept, self.length, self.hidden = torch.empty(shape, device=self.device), 0, None
         if padding_B is not None:
-            self.hidden = (torch.arange(c.seq_len, device=device) < padding_B[:, None])[:, None, None]  # of keys
+            self.hidden = (torch.arange(c.seq_len, device=self.device) < padding_B[:, None])[:, None, None]  # of keys
         return self.step(tokens_BT)
 
     @torch.inference_mode()
     def step(self, tokens_BT: Tensor) -> Tensor:
-        """Read the next token of each row (B, 1), if there is room: `length` < `seq_len`; logits (B, V) after it."""
+        """Read the next token of each row (B, 1), if there is room: `length` < `context`; logits (B, V) after it."""
         (B, T), start, end, c = tokens_BT.shape, self.length, self.length + tokens_BT.shape[1], self.model.config
         turns = self.turns_TEE[start] if T == 1 else self.turns_TEE[start:end]
-        mask = None
-        if self.hidden is not None:
-            mask = ~self.hidden[..., :end]
-            if T > 1:  # padding sees itself, so that it stays finite
-                mask = (mask | torch.eye(T, dtype=torch.bool, device=mask.device)).tril()
+        mask = None if self.hidden is None else ~self.hidden[..., :end]
+        if mask is not None and T > 1:  # padding sees itself, so that it stays finite
+            mask = (mask | torch.eye(T, dtype=torch.bool, device=self.device)).tril()
         options = {"attn_mask": mask, "is_causal": mask is None and T > 1, "enable_gqa": c.heads > c.kv_heads}
-        attention_gain, ffn_gain, final_gain = self.gains
-        x = F.embedding(tokens_BT, self.model.embedding) * c.d_model**0.5
-        for layer, w in enumerate(self.layers):
-            heads = F.linear(self._norm(x, attention_gain[layer]), w["qkv"]).view(B, T, -1, c.head_width)
-            qk, v = heads.split((c.heads + c.kv_heads, c.kv_heads), dim=2)
+        x = F.embedding(tokens_BT.flatten(), self.model.embedding) * c.d_model**0.5  # (B T, D)
+        for layer, (w, (keys, values)) in enumerate(zip(self.layers, self.kept, strict=True)):
+            heads = self._norm(x, w["attention_gain"]).mm(w["qkv"]).view(B, T, -1, c.head_width).transpose(1, 2)
+            qk = heads[:, : -c.kv_heads]
             if c.qk_norm:
                 qk = self._norm(qk, w["qk_gain"])
-            q, k = (qk @ turns).transpose(1, 2).split((c.heads, c.kv_heads), dim=1)
-            keys, values = self.kept[layer]
-            keys[:, :, start:end], values[:, :, start:end] = k, v.transpose(1, 2)
-            y = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], **options)
-            x = x + F.linear(y.transpose(1, 2).reshape(B, T, -1), w["o"])
-            h = self._norm(x, ffn_gain[layer])
-            x = x + (
-                self.model._mixture(h.flatten(0, 1), w, layer)[0].view_as(h) if c.experts else self.model._ffn(h, w)
-            )
+            qk = qk @ turns if T == 1 else (qk[..., None, :] @ turns).squeeze(-2)
+            keys[:, :, start:end], values[:, :, start:end] = qk[:, c.heads :], heads[:, -c.kv_heads :]
+            y = F.scaled_dot_product_attention(qk[:, : c.heads], keys[:, :, :end], values[:, :, :end], **options)
+            x = torch.addmm(x, y.transpose(1, 2).reshape(B * T, -1), w["o"])
+            h = self._norm(x, w["ffn_gain"])
+            x = x + (self.model._mixture(h, w, layer)[0] if c.experts else self.model._ffn(h, w))
         self.length = end
-        return F.linear(self._norm(x[:, -1], final_gain), self.model.embedding)
+        return self._norm(x.view(B, T, -1)[:, -1], self.final_gain).mm(self.head)
 
     def _norm(self, x: Tensor, gain: Tensor) -> Tensor:
         """`rms_norm` with a gain that is multiplied by the root of the width."""

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -26,10 +26,20 @@ from corpus.documents import MAX_TOKENIZER_BYTES
 from corpus.frequency import token_bytes
 from corpus.local_files import TextFiles, find_files
 from corpus.shards import TOKENIZER, TRAIN_PATTERN, Shards, open_shards
-from corpus.sources import Column
+from corpus.sources import Column, kind
 from data import TokenStream
 from engine import files
-from engine.cli import AT_LEAST_1, NOT_NEGATIVE, BadInput, CannotWrite, Count, Limit, check_limits, exit_with_a_sentence
+from engine.cli import (
+    AT_LEAST_1,
+    NOT_NEGATIVE,
+    BadInput,
+    CannotWrite,
+    Count,
+    Limit,
+    check_limits,
+    exit_with_a_sentence,
+    first_line,
+)
 from engine.files import JsonlWriter, json_lines, text_lines
 from engine.generate import Sampling, draws_of, generate
 from engine.scoring import log_likelihoods, token_scores
@@ -95,7 +105,7 @@ class Measure:
     split: Literal["val", "train"] = "val"
     """Measure on the validation or the training shards."""
     text: tuple[Path, ...] = ()
-    """Measure on these files, or folders of them, instead: .txt, .jsonl (also .gz, .zst), .parquet."""
+    """Measure on these files, or folders of them, instead; .jsonl and .parquet have rows, others are text."""
     text_column: str = "text"
     """Column of .jsonl and .parquet that holds the text."""
     choices: Path | None = None
@@ -328,11 +338,8 @@ def evaluate(m: Measure) -> int:
 
 def documents_of(m: Measure, codec: Codec) -> list[str]:
     """The documents of --text, up to the one that holds the last of --tokens of the first run's tokenizer."""
-    files_found = find_files(m.text)
-    if files_found.left_out:
-        say(files_found.left_out)
     texts, count = [], 0
-    for text in TextFiles(files_found.files, Column(m.text_column)).open():
+    for text in itertools.chain.from_iterable(read_text(path, m.text_column) for path in m.text):
         texts.append(text)
         count += 1 + len(codec.ids(text, f"--text, document {len(texts)}"))
         if count > m.tokens:
@@ -340,6 +347,19 @@ def documents_of(m: Measure, codec: Codec) -> list[str]:
     if count == len(texts):
         raise BadInput(f"--text {' '.join(map(str, m.text))}: too short, it holds no token to predict")
     return texts
+
+
+def read_text(path: Path, column: str) -> Iterable[str]:
+    """The documents of a file or folder as data.py reads them; a file with another ending is one document."""
+    if path.is_file() and kind(path) is None:
+        try:
+            return [path.read_text(encoding="utf-8")]
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(f"{path}: not readable as text ({first_line(error)})") from None
+    found = find_files([path])
+    if found.left_out:
+        say(found.left_out)
+    return TextFiles(found.files, Column(column)).open()
 
 
 def measured(m: Measure, trained: Trained, texts: Sequence[str], device: torch.device) -> Scores:

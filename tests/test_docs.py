@@ -75,7 +75,7 @@ def test_every_command_exists_and_knows_its_flags(page, helps, run_main, monkeyp
     for module, words in commands(page.read_text()):
         assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
         flags = set(FLAG.findall(" ".join(words)))
-        deep = module in WITH_SUBCOMMANDS or words[:1] == ["compare"]
+        deep = module in WITH_SUBCOMMANDS or words[:1] in (["compare"], ["evaluate"])
         if flags or (deep and words):
             assert flags <= flags_of(module, words[:1] if deep else [], helps, run_main), (module, words)
 
@@ -85,7 +85,7 @@ def test_every_flag_in_the_text_belongs_to_a_command(helps, run_main, monkeypatc
     texts = [page.read_text() for page in PAGES]
     known = set(OF_TORCHRUN)
     for module, words in {(module, tuple(words)) for text in texts for module, words in commands(text)}:
-        deep = module in WITH_SUBCOMMANDS or words[:1] == ("compare",)
+        deep = module in WITH_SUBCOMMANDS or words[:1] in (("compare",), ("evaluate",))
         if module != "bench.tune" and (words or not deep):  # which has no flags
             known |= flags_of(module, words[:1] if deep else (), helps, run_main)
     assert set(FLAG.findall("\n".join(texts))) <= known
