@@ -22,11 +22,13 @@ from analysis import compare, plots
 from analysis.pages import Chapter, Code, Page, Picture, Section, Table, counted, number, write_pages
 from analysis.questions import answers
 from analysis.report_figures import curve_drawings, draw, watched
-from analysis.runs import Run, find_runs, group_seeds, load_runs, representative
+from analysis.runs import Run, find_runs, group_seeds, load_runs, read_samples, representative
 from analysis.stats import t_interval
 from analysis.verdict import comparable_sets, judge, memory, warnings
+from engine import files
 from engine.cli import BadInput, exit_with_a_sentence
 
+MOST_SAMPLED = 4  # runs whose texts a report shows
 WATCH_SECONDS = 30.0
 SILENT_SECONDS = 1800.0  # a run that has written nothing for this long was killed; --watch does not wait for it
 
@@ -144,6 +146,26 @@ def provenance(runs: Sequence[Run], names: Sequence[str]) -> list[Table | Sectio
     return [*items, Section("Commands to reproduce", words), Code(lines)]
 
 
+def samples(runs: Sequence[Run]) -> list[Section | Code]:
+    """What the first runs that have samples write, one of each setting."""
+    items: list[Section | Code] = []
+    sampled = [run for group in group_seeds(runs) for run in group.runs[:1] if (run.path / files.SAMPLES).exists()]
+    for run in sampled[:MOST_SAMPLED]:
+        checkpoint, texts = read_samples(run.path / files.SAMPLES)
+        for place, (prompt, text) in enumerate(texts, start=1):
+            words = (
+                f"Prompt, the first words of a validation document: {prompt!r}. The rest is the model's, drawn once."
+            )
+            items.append(Section(f"{run.name}: sample {place} of {len(texts)} from {checkpoint}", [words]))
+            items.append(Code([_printable(line) for line in (prompt + text).splitlines()]))
+    return items
+
+
+def _printable(line: str) -> str:
+    """A line without commands to a terminal or a browser."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in line.expandtabs(4))
+
+
 def build_page(runs: Sequence[Run], pictures: Sequence[Picture], layers: tuple[int, int] | None = None) -> Page:
     """Every word of the report, around the pictures that were drawn; `layers` are the two that it compares."""
     names = plots.run_labels(runs)
@@ -167,6 +189,7 @@ def build_page(runs: Sequence[Run], pictures: Sequence[Picture], layers: tuple[i
         chapters.append(Chapter("Findings in the spectra", [Section(*reply) for reply in answers(two, layers)]))
         chapters.append(Chapter("Spectra", [picture for picture in pictures if picture.stem not in curves]))
     chapters.append(Chapter("Settings and provenance", provenance(runs, names), folded=True))
+    chapters.append(Chapter("Samples", samples(runs)))
     cautions = warnings(runs)
     if len(cautions) > 6:
         cautions = [*cautions[:5], f"… and {len(cautions) - 5} more notes: see the table of runs."]

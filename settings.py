@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,21 +20,39 @@ from typing import Annotated, Any, Literal
 import torch
 
 from corpus.frequency import Yardstick
-from corpus.shards import TRAIN_PATTERN, Shards, open_shards
+from corpus.shards import TOKENIZER, TRAIN_PATTERN, Shards, open_shards
 from data import Packing
-from engine.cli import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, SHARE, BadInput, Count, Limit, check_limits, one_of
+from engine.cli import (
+    AT_LEAST_1,
+    BELOW_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    BadInput,
+    Count,
+    Limit,
+    check_limits,
+    first_line,
+    one_of,
+)
 from engine.compiling import cache_key, pays, why_no_compiler
 from engine.cores import free_cores
 from engine.files import CONFIG, finite, is_safe_name, load_json, shown
 from engine.identity import config_hash, provenance
+from engine.live import VIEWS
 from engine.own_optimizer import class_name, is_own, load_class, try_out, without_folder
 from engine.ranks import Rank
+from engine.trained import Trained
 from kernels.newton_schulz import COEFFICIENTS
 from kernels.optimizer import DECAY_RULES, LR_SCALES, NS_METHODS
-from model import CPU_KERNELS, FLEX_MIN_HEAD_WIDTH, KERNELS, SIZES, ModelConfig, Transformer
+from model import CPU_KERNELS, FLEX_MIN_HEAD_WIDTH, KERNELS, PROJECTIONS, SIZES, ModelConfig, Transformer
 from optim import BLOCKS, SCHEDULES, muon_names, ns_schedule
 
 RUN_NAME = Limit("must be letters, digits, '.', '_' and '-', not starting with a dot", is_safe_name)
+LOGS = Limit(
+    f"choose from jsonl, {', '.join(VIEWS)}, or several by commas",
+    lambda value: {*value.split(",")} <= {"jsonl", *VIEWS},
+)
 NANO = ("nano", "moe-nano")  # for a first look on a CPU
 # Peak learning rates: (block matrices, embedding and gains). nano: the winners of the sweep in bench/LOG.md, which
 # moe-nano borrows. The other sizes were not swept yet: Muon's are the 88M speedrun's of the prior work, AdamW's lie
@@ -153,12 +172,14 @@ class Settings:
     """Validation tokens, always the same first ones (default: 131,072; nano 16,384)."""
     spectra_every: Annotated[int, Limit("must be 0 (never) or more", lambda value: value >= 0)] | None = None
     """Steps between spectra events (default: a quarter of the run; nano a twentieth); 0 = never."""
+    sample_every: Annotated[int, Limit("must be 0 (never) or more", lambda value: value >= 0)] = 0
+    """Steps between logged lines of text that the model writes, outside train_seconds; 0 = never."""
     checkpoint_every: Annotated[int, AT_LEAST_1] = 1000
     """Steps between checkpoints; the end always writes one."""
     log_every: Annotated[int, AT_LEAST_1] = 10
     """Steps between printed lines; metrics.jsonl has every step."""
-    log: Literal["jsonl", "tensorboard"] = "jsonl"
-    """A live view in addition to the JSONL files; tensorboard needs that package installed."""
+    log: Annotated[str, LOGS] = "jsonl"
+    """Live views in addition to the JSONL files, by commas: tensorboard, wandb; each needs that package installed."""
     resume: bool = False
     """Continue the run of this --name from its last checkpoint."""
     kernels: Literal["auto", "on", "off"] = "auto"
@@ -183,6 +204,11 @@ class Settings:
     """Draw the run's plots when it is finished."""
 
     @property
+    def views(self) -> tuple[str, ...]:
+        """The live views that --log names, each once."""
+        return tuple(name for name in VIEWS if name in self.log.split(","))
+
+    @property
     def steps(self) -> int:
         """Of the whole run, once `resolve` has filled in the batch."""
         return math.ceil(self.tokens / self.batch_tokens)
@@ -193,8 +219,9 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
     check_limits(given)
     if given.resume and given.name is None:
         raise BadInput("--resume needs the --name of the run to continue")
-    if given.log == "tensorboard" and find_spec("tensorboard") is None:
-        raise BadInput("--log tensorboard: the package is not installed; pip install tensorboard")
+    for view in given.views:
+        if find_spec(view) is None:
+            raise BadInput(f"--log {view}: the package is not installed; pip install {view}")
     check_optimizer(given)
     rates = NANO_LR if given.model in NANO else DEFAULT_LR
     lr, adamw_lr = rates.get(given.optimizer, rates["adamw"])  # a class of a file has given its own lr
@@ -221,9 +248,8 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
         override = getattr(given, field)
         filled[field] = getattr(size, field) if override is None else override
     s = dataclasses.replace(given, **filled)
-    shape = {field.name: getattr(s, field.name) for field in dataclasses.fields(ModelConfig) if field.name != "qk_norm"}
     try:
-        config = ModelConfig(**shape, qk_norm=size.qk_norm)
+        config = model_shape(vars(s))
     except ValueError as wrong:
         raise BadInput(str(wrong)) from None
 
@@ -259,6 +285,8 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
     shards = open_shards(s.data, s.data_pattern)
     if shards.tokens("val") <= s.seq_len:
         raise BadInput(f"{s.data}: {shards.tokens('val'):,} validation tokens are too few for --seq-len {s.seq_len}")
+    if s.sample_every and not (s.data / TOKENIZER).exists():
+        raise BadInput(f"--sample-every {s.sample_every}: {s.data} has no {TOKENIZER} to write text with")
     if s.doc_mask and shards.eot_id is None:
         raise BadInput(f"--doc-mask: neither {s.data} nor its shards say which token documents start with (eot_id)")
     s = dataclasses.replace(s, compile=chosen_compile(s, config, shards, before))
@@ -266,6 +294,32 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
         least = f"heads at least {FLEX_MIN_HEAD_WIDTH} wide, not {config.head_width}"
         raise BadInput(f"--doc-mask: compiled on a GPU it needs {least}; choose fewer --heads or --compile off")
     return s, config, shards
+
+
+def model_shape(flags: Mapping[str, Any]) -> ModelConfig:
+    """The shape that filled-in flags, or a run's config, give the model; ValueError where they do not go together."""
+    shape = {field.name: flags[field.name] for field in dataclasses.fields(ModelConfig) if field.name != "qk_norm"}
+    return ModelConfig(**shape, qk_norm=SIZES[flags["model"]].qk_norm)
+
+
+def apart_from_muon(muon_on: str, config: ModelConfig) -> frozenset[str]:
+    """The projections that get banks of their own, since Muon does not train them."""
+    return frozenset(PROJECTIONS).difference(muon_names(muon_on, config))
+
+
+def trained_model(trained: Trained, device: torch.device | None = None) -> Transformer:
+    """The model of a run's checkpoint, set to validate: in fp32 on a CPU, on a GPU in the run's precision. Its
+    `document_start` is left to the caller, who knows the tokens. BadInput if weights and settings do not fit."""
+    config = trained.config
+    try:
+        shape = model_shape(config)
+        model = Transformer(shape, config["vocab_size"], apart_from_muon(config["muon_on"], shape))
+        model.load_state_dict(trained.weights)
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise BadInput(f"{trained.path}: its weights do not fit its settings ({first_line(error)})") from None
+    if device is not None and device.type == "cuda" and config.get("precision") == "bf16":
+        model.compute_dtype = torch.bfloat16
+    return model.to(device).eval()
 
 
 def check_optimizer(s: Settings) -> None:

@@ -46,7 +46,7 @@ from kernels.configs import capability
 from kernels.newton_schulz import reach
 from kernels.optimizer import NOT_ITERATED
 from metrics import Momenta, MuonStep, SpectraRecorder, WorkerFailed
-from model import HEADED, PROJECTIONS, ModelConfig, Transformer
+from model import HEADED, ModelConfig, Transformer
 from optim import (
     build_optimizers,
     lr_multiplier,
@@ -57,7 +57,8 @@ from optim import (
     set_ns_steps,
     step_cost,
 )
-from settings import Settings, chosen_kernels, compiled_code, describe, optimizer_options, resolve
+from sample import Greedy, write_samples
+from settings import Settings, apart_from_muon, chosen_kernels, compiled_code, describe, optimizer_options, resolve
 
 VALIDATION_TOKENS = {"cuda": 8192, "cpu": 1024}  # per forward pass, whose fp32 logits are held whole
 
@@ -97,7 +98,7 @@ def run(s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> int:
 
     # Model. Initialised on the CPU, so that every device starts from the same weights.
     on_muon = muon_names(s.muon_on, config)
-    model = Transformer(config, shards.vocab_size, apart=frozenset(PROJECTIONS).difference(on_muon)).to(device)
+    model = Transformer(config, shards.vocab_size, apart_from_muon(s.muon_on, config)).to(device)
     model.compute_dtype = torch.bfloat16 if s.precision == "bf16" else torch.float32
     model.kernels = chosen_kernels(s.kernels, capability(device))
     model.document_start = shards.eot_id if s.doc_mask else None
@@ -118,7 +119,7 @@ def run(s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> int:
     speed = Speed(model, step_cost(optimizers), s.batch_tokens, s.seq_len, device_name(device), rank.count)
 
     # Data. Every rank reads its slice of the same global batches.
-    folder = RunFolder(s.runs_dir / s.name, rank, device, resume=s.resume, tensorboard=s.log == "tensorboard")
+    folder = RunFolder(s.runs_dir / s.name, rank, device, resume=s.resume, views=s.views)
     loader = Loader(
         TokenStream(shards, "train"),
         s.batch_tokens // s.seq_len,
@@ -152,7 +153,6 @@ def run(s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> int:
                         folder.summarize("finished", None, progress, speed)
                     return 0
                 folder.open(progress.step)
-            threads.callback(folder.close)
             if rank.index == 0 and s.spectra_every:
                 listeners = [NormWatch(folder.out.say, s.optimizer)]
                 listeners += [folder.live.write_spectra] if folder.live else []
@@ -163,6 +163,7 @@ def run(s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> int:
             threads.callback(loader.close)
             stop_on(signals)
             introduce(folder, model, memory, loader, s)
+            writer = Greedy(model, shards, val_stream, s.data) if s.sample_every and rank.index == 0 else None
 
             # Warm-up, off the clock. It zeroes optimizer state, so the checkpoint is restored after it.
             set_lr(optimizers, 1e-3)
@@ -187,6 +188,7 @@ def run(s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> int:
                 deciles=deciles,
                 folder=folder,
                 spectra=spectra,
+                writer=writer,
                 speed=speed,
                 progress=progress,
                 clock=clock,
@@ -207,14 +209,16 @@ def run(s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> int:
             raise error from raised
         return 1
     else:
-        if status == "finished" and s.plots and rank.index == 0:
-            draw_plots(folder.path)
+        if status == "finished" and rank.index == 0:
+            write_samples(folder.path, device)
+            if s.plots:
+                draw_plots(folder.path)
         with contextlib.suppress(CannotWrite):
             done = f"{status} after {progress.step} steps, {which} validation loss {progress.val_loss}"
             folder.out.say(f"{folder}: {done}")
         return 0
     finally:
-        folder.unlock()
+        folder.close()
 
 
 def train(
@@ -227,6 +231,7 @@ def train(
     deciles: torch.Tensor,  # of each token id
     folder: RunFolder,
     spectra: SpectraRecorder | None,  # on rank 0
+    writer: Greedy | None,  # on rank 0
     speed: Speed,
     progress: Progress,
     clock: Stopwatch,
@@ -257,6 +262,7 @@ def train(
         stats = work.gradients(next(loader), stop_requested=bool(signals))
         measures, validates = is_due(step + 1, s.spectra_every, s), is_due(step + 1, s.eval_every, s)
         saves = (step + 1) % s.checkpoint_every == 0 and step + 1 < s.steps
+        writes = is_due(step + 1, s.sample_every, s)
         if spectra is not None:
             spectra.check()
         if measures:
@@ -275,7 +281,7 @@ def train(
         last = now
 
         # A GPU keeps one step in flight, so that it always has work, unless this step's outcome is needed now.
-        needed = measures or validates or saves or device.type == "cpu"
+        needed = measures or validates or saves or writes or device.type == "cpu"
         began = time.perf_counter()
         stop = collect(in_flight, 0 if needed else 1, s, folder, speed, progress)
         if measures and spectra is not None:
@@ -286,10 +292,12 @@ def train(
             last = point(device)  # the event's time belongs to no step
         if saves and spectra is not None:
             spectra.flush()  # what a checkpoint vouches for is on disk before it
-        if validates or saves:
+        if validates or saves or writes:
             clock.stop()
             if validates:
                 validate(s, work, val_stream, deciles, folder, progress, clock)
+            if writer is not None and writes:
+                folder.out.line({"step": f"{step}/{s.steps}", "sample": writer.line()})
             if saves:
                 read_clocks(progress, clock, spectra)
                 save(work, layout, loader, folder, progress)

@@ -141,6 +141,20 @@ def read_spectra(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def read_samples(path: Path) -> tuple[str, list[tuple[str, str]]]:
+    """The name of the checkpoint that wrote a run's samples, and of each its prompt and its text; none where there is
+    no such file."""
+    read = files.load_json(path) if path.exists() else {"checkpoint": "", "samples": []}
+    listed = {"checkpoint": is_text, "samples": lambda value: isinstance(value, list)}
+    _check(str(path), read, listed, other=is_number_or_null, needed=listed)
+    for place, text in enumerate(read["samples"], start=1):
+        where, needed = f"{path}: sample {place}", {"prompt": is_text, "text": is_text}
+        if not isinstance(text, dict):
+            raise BadInput(f"{where} is not an object")
+        _check(where, text, needed, other=is_number_or_null, needed=needed)
+    return read["checkpoint"], [(text["prompt"], text["text"]) for text in read["samples"]]
+
+
 @dataclass(frozen=True)
 class Run:
     """One run's folder in memory; columns are float arrays with NaN where the file says null, val_loss_by_decile one

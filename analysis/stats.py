@@ -36,6 +36,12 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple
     return mean, mean - float(half), mean + float(half)
 
 
+def share_interval(count: int, total: int, confidence: float = CONFIDENCE) -> tuple[float, float, float]:
+    """A share of independent cases and its confidence interval (Wilson 1927), which has a width at 0 and 1 too."""
+    found = scipy_stats.binomtest(count, total).proportion_ci(confidence, "wilson")
+    return count / total, float(found.low), float(found.high)
+
+
 @dataclass(frozen=True)
 class Difference:
     """mean(a) - mean(b), its confidence interval, the two-sided p value, the test's name and the number of seeds;

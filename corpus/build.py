@@ -30,6 +30,7 @@ from corpus.documents import (
     load_tokenizer,
     train_tokenizer,
     training_sample,
+    vocabulary,
 )
 from corpus.shards import MAX_VOCAB_SIZE, META, SPLITS, TOKENIZER, ShardWriter, digest
 from corpus.sources import Document, Repeated, Source
@@ -154,7 +155,7 @@ def _new_tokenizer(parts: Sequence[MixPart], name: str | None, vocab_size: int, 
             for part in parts
         )
         encoder = train_tokenizer((text for sample in samples for text in sample), vocab_size)
-    size, eot_id = _vocabulary(encoder)
+    size, eot_id = vocabulary(encoder)
     if size > MAX_VOCAB_SIZE:
         raise BadInput(f"--tokenizer {name}: {size:,} entries, but a uint16 shard holds {MAX_VOCAB_SIZE:,}")
     if eot_id is None:
@@ -162,18 +163,12 @@ def _new_tokenizer(parts: Sequence[MixPart], name: str | None, vocab_size: int, 
     return encoder
 
 
-def _vocabulary(encoder: Any) -> tuple[int, int | None]:
-    """Number of ids of a tokenizer, and its end-of-text id."""
-    vocabulary = encoder.get_vocab(with_added_tokens=True)
-    return max(vocabulary.values()) + 1, next((vocabulary[name] for name in EOT_NAMES if name in vocabulary), None)
-
-
 class _Encode:
     """Turns documents into arrays of uint16, each with the end-of-text id in front."""
 
     def __init__(self, encoder: Any) -> None:
         self.encoder = encoder
-        self.vocab_size, self.eot_id = _vocabulary(encoder)
+        self.vocab_size, self.eot_id = vocabulary(encoder)
 
     def __call__(self, documents: list[Document]) -> list[np.ndarray]:
         if isinstance(documents[0], str):

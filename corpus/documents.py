@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -82,6 +83,12 @@ def load_tokenizer(name: str):
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def vocabulary(encoder: Any) -> tuple[int, int | None]:
+    """Number of ids of a tokenizer, and its end-of-text id."""
+    ids = encoder.get_vocab(with_added_tokens=True)
+    return max(ids.values()) + 1, next((ids[name] for name in EOT_NAMES if name in ids), None)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int):

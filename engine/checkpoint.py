@@ -179,6 +179,10 @@ def save_checkpoint(folder: Path, contents: dict[str, Any], name: str = CHECKPOI
         sync_folder(folder)
 
 
+class Damaged(BadInput):
+    """A checkpoint whose bytes or parts are wrong; the message names the file."""
+
+
 def load_checkpoint(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, Any] | None, list[Path]]:
     """The newest complete checkpoint of a run, on the CPU, None without one, and the damaged ones that it passed over.
 
@@ -189,21 +193,32 @@ def load_checkpoint(folder: Path, say: Callable[[str], None]) -> tuple[dict[str,
         if not path.exists():
             continue
         try:
-            with zipfile.ZipFile(path) as archive:  # torch writes checksums but does not check them
-                if archive.testzip() is not None:
-                    raise ValueError("a checksum in it does not match")
-            contents = torch.load(path, map_location="cpu", weights_only=True)
-            _check_checkpoint(contents)
-            return contents, damaged
-        except Exception as error:  # torch, zipfile and pickle raise many kinds on a damaged file
-            # A file that the system cannot read now may be good; in a damaged archive zipfile seeks wrongly (EINVAL).
-            if isinstance(error, OSError | MemoryError) and getattr(error, "errno", None) != errno.EINVAL:
-                raise BadInput(f"{path}: cannot be read ({first_line(error)})") from None
+            return read_checkpoint(path, _check_checkpoint), damaged
+        except Damaged as error:
             damaged.append(path)
-            say(f"{path}: damaged ({first_line(error)})")
+            say(str(error))
     if damaged:
         raise BadInput(f"{' and '.join(map(str, damaged))}: damaged, and there is no other checkpoint to resume from")
     return None, []
+
+
+def read_checkpoint(path: Path, check: Callable[[Any], None]) -> dict[str, Any]:
+    """A checkpoint's contents, on the CPU, that pass `check`, which raises ValueError; no code in it is run.
+
+    Damaged if a checksum or a part is wrong, BadInput if the system cannot read it now.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch writes checksums but does not check them
+            if archive.testzip() is not None:
+                raise ValueError("a checksum in it does not match")
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+        check(contents)
+    except Exception as error:  # torch, zipfile and pickle raise many kinds on a damaged file
+        # A file that the system cannot read now may be good; in a damaged archive zipfile seeks wrongly (EINVAL).
+        if isinstance(error, OSError | MemoryError) and getattr(error, "errno", None) != errno.EINVAL:
+            raise BadInput(f"{path}: cannot be read ({first_line(error)})") from None
+        raise Damaged(f"{path}: damaged ({first_line(error)})") from None
+    return contents
 
 
 def set_aside(damaged: Iterable[Path]) -> None:
@@ -215,11 +230,7 @@ def set_aside(damaged: Iterable[Path]) -> None:
 
 def _check_checkpoint(contents: Any) -> None:
     """ValueError unless a checkpoint has its parts, each of its type, and the numbers that a run continues with."""
-    if not isinstance(contents, dict):
-        raise ValueError(f"it holds a {type(contents).__name__}")
-    for part, kind in PARTS.items():
-        if not isinstance(contents.get(part), kind):
-            raise ValueError(f"its {part} is not a {kind.__name__}")
+    check_parts(contents, PARTS)
     progress, loader = Progress.of(contents), contents["loader"]
     counts = {"step": progress.step, "epoch": loader.get("epoch"), "position": loader.get("position")}
     for name, count in counts.items():
@@ -229,6 +240,15 @@ def _check_checkpoint(contents: Any) -> None:
         raise ValueError("its step is not that of its progress")
     if not isinstance(contents["config"].get("config_hash"), str):
         raise ValueError("its config has no config_hash")
+
+
+def check_parts(contents: Any, parts: dict[str, type]) -> None:
+    """ValueError unless a checkpoint is a dict with these parts, each of its type."""
+    if not isinstance(contents, dict):
+        raise ValueError(f"it holds a {type(contents).__name__}")
+    for part, kind in parts.items():
+        if not isinstance(contents.get(part), kind):
+            raise ValueError(f"its {part} is not a {kind.__name__}")
 
 
 def _is_number(value: Any) -> bool:

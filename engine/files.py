@@ -20,10 +20,12 @@ from engine.cli import BadInput, CannotWrite, first_line
 ROOT = Path(__file__).resolve().parent.parent  # of the source tree
 CONFIG, SUMMARY, LOG = "config.json", "summary.json", "log.txt"
 METRICS, SPECTRA = "metrics.jsonl", "manifold_stats.jsonl"
+WANDB_ID = "wandb_id.txt"  # of the run in Weights & Biases that a resumed run continues
 PACKED, PACKED_DIGITS = ".gz", 5  # how a record keeps spectra
 SUBSPACE_RANK = 5  # dimension of the singular subspaces whose alignment manifold_stats.jsonl holds
 DECILES = 10  # of tokens by their frequency, whose losses metrics.jsonl holds
 CHECKPOINT, PREVIOUS_CHECKPOINT, BEST = "checkpoint.pt", "checkpoint.prev.pt", "best.pt"
+SAMPLES = "samples.json"  # three short texts of the best checkpoint
 
 
 @contextlib.contextmanager
@@ -138,6 +140,35 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             raise BadInput(f"{path}: line {number} holds a JSON {type(record).__name__}, not an object")
         records.append(record)
     return records
+
+
+def text_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """The lines of a user's text file that are not blank, each with its place as words; BadInput if it has none."""
+    found = False
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    found = True
+                    yield f"{path}: line {number}", line.rstrip("\n")
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: not readable as text ({first_line(error)})") from None
+    if not found:
+        raise BadInput(f"{path}: holds no line of text")
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a user's JSONL file, each with its place as words; BadInput names a line that holds none."""
+    for where, line in text_lines(path):
+        try:
+            value = _parsed(line)
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{where}: is not JSON ({first_line(error)})") from None
+        if not isinstance(value, dict):
+            raise BadInput(f"{where}: holds a JSON {type(value).__name__}, not an object")
+        yield where, value
 
 
 def pack(source: Path, folder: Path, digits: int = PACKED_DIGITS) -> None:

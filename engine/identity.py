@@ -20,7 +20,7 @@ from engine.files import ROOT
 
 PLACE = ("data", "data_pattern", "runs_dir", "name", "resume", "log", "log_every", "checkpoint_every", "plots")
 SPEED = ("micro_batch", "workers", "threads", "compile", "kernels", "device", "deterministic")
-MEASUREMENT = ("eval_every", "eval_tokens", "spectra_every")
+MEASUREMENT = ("eval_every", "eval_tokens", "spectra_every", "sample_every")
 # Settings that do not change what is learned: runs that differ only here have the same config_hash.
 NOT_LEARNED = frozenset((*PLACE, *SPEED, *MEASUREMENT))
 # Runs that differ only here are repetitions of one experiment: the same settings, measured on the same tokens.

@@ -6,6 +6,7 @@
 The names of the files are in files.py, checkpoints in checkpoint.py.
 """
 
+import contextlib
 import math
 import os
 import sys
@@ -14,36 +15,35 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from engine import files
 from engine.checkpoint import Progress, load_checkpoint, save_checkpoint, set_aside
-from engine.cli import BadInput, RunFailed, first_line, make_folder
+from engine.cli import BadInput, CannotWrite, RunFailed, first_line, make_folder
 from engine.files import JsonlWriter, cut_jsonl, finite, lock, writing
 from engine.identity import check_same_run
+from engine.live import LiveView
 from engine.memory import peak_bytes
 from engine.ranks import Rank
 from engine.speed import Speed
 from engine.step import Evaluation, StepStats
-
-SPECTRA_SHOWN = ("spectral_norm", "effective_rank", "stable_rank", "spectral_entropy", "left_alignment", "update_norm")
 
 
 class RunFolder:
     """runs/<name>/; `out` prints to the terminal and, once the folder is open, to log.txt."""
 
     def __init__(
-        self, path: Path, rank: Rank, device: torch.device, *, resume: bool = False, tensorboard: bool = False
+        self, path: Path, rank: Rank, device: torch.device, *, resume: bool = False, views: Sequence[str] = ()
     ) -> None:
-        self.path, self.rank, self.device, self.resume, self.tensorboard = path, rank, device, resume, tensorboard
+        self.path, self.rank, self.device, self.resume, self.views = path, rank, device, resume, views
         self.out = Output(speaks=rank.index == 0)
         self.config: dict[str, Any] = {}
         self.is_open = False
         self.metrics: JsonlWriter | None = None  # rank 0 opens them
-        self.live: TensorBoard | None = None
+        self.live: LiveView | None = None
+        self.summary: dict[str, Any] = {}
         self.lock: int | None = None  # a descriptor of log.txt: network file systems lock files only
 
     def __str__(self) -> str:
@@ -87,15 +87,10 @@ class RunFolder:
         return True
 
     def _take_lock(self) -> bool:
-        """Whether this process is the only one that trains this run; holds the lock until `unlock` or its end."""
+        """Whether this process is the only one that trains this run; holds the lock until `close` or its end."""
         with writing(self.path / files.LOG):
             self.lock = os.open(self.path / files.LOG, os.O_CREAT | os.O_RDWR)
         return lock(self.lock, self, self.out.say)
-
-    def unlock(self) -> None:
-        if self.lock is not None:
-            os.close(self.lock)
-            self.lock = None
 
     def _agree(self, contents: dict[str, Any] | None, mine: bool) -> None:
         """BadInput on every rank unless rank 0 has the lock and all read the same checkpoint, or none."""
@@ -130,8 +125,8 @@ class RunFolder:
         with writing(self.path / files.LOG):
             self.out.log = (self.path / files.LOG).open("a", encoding="utf-8")
         self.metrics = JsonlWriter(self.path / files.METRICS)
-        if self.tensorboard:
-            self.live = TensorBoard(self.path, last_step)
+        if self.views:
+            self.live = LiveView(self.views, self.path, self.config, last_step, self.out.say)
         self.is_open = True
 
     def write(self, record: dict[str, Any]) -> None:
@@ -216,7 +211,7 @@ class RunFolder:
             return
         tokens, seconds = progress.step * self.config["batch_tokens"], progress.train_seconds
         tokens_per_second = tokens / seconds if tokens and seconds else None
-        summary = {
+        self.summary = {
             "status": status,
             "reason": reason,
             "final_train_loss": progress.train_loss,
@@ -235,12 +230,16 @@ class RunFolder:
             "peak_memory_bytes": peak_bytes(self.device),
             **{key: self.config[key] for key in ("params", "data_fingerprint", "config_hash")},
         }
-        files.write_json(self.path / files.SUMMARY, summary)
+        files.write_json(self.path / files.SUMMARY, self.summary)
 
     def close(self) -> None:
-        """End the live view. Lines are flushed one by one, and log.txt takes the last words after this."""
-        if self.live is not None:
-            self.live.close()
+        """End the live view, with the run's figures, and unlock the folder. Lines were flushed one by one."""
+        with contextlib.suppress(CannotWrite):  # what a view that fails here says
+            if self.live is not None:
+                self.live.close(self.summary, sorted(self.path.glob("plots/*.png")))
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
 
 
 def reason_of(error: BaseException, step: int, ranks: int, misfit: Callable[[], str]) -> str | None:
@@ -256,30 +255,6 @@ def reason_of(error: BaseException, step: int, ranks: int, misfit: Callable[[], 
 def is_lost_rank(error: BaseException) -> bool:
     """Whether a collective failed because another process is gone."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-
-
-class TensorBoard:
-    """Scalars named kind/key and spectra/key/projection, against steps; a resumed run continues after `last_step`."""
-
-    def __init__(self, folder: Path, last_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # an optional package
-
-        self.writer = SummaryWriter(str(folder), purge_step=last_step + 1)
-
-    def write(self, record: dict[str, Any]) -> None:
-        for key, value in record.items():
-            if isinstance(value, int | float) and key not in ("step", "tokens", "layer"):
-                self.writer.add_scalar(f"{record['kind']}/{key}", value, record["step"])
-
-    def write_spectra(self, lines: Sequence[dict[str, Any]]) -> None:
-        for name in dict.fromkeys(line["proj"] for line in lines):
-            for key in SPECTRA_SHOWN:
-                values = [line[key] for line in lines if line["proj"] == name and line[key] is not None]
-                if values:
-                    self.writer.add_scalar(f"spectra/{key}/{name}", np.mean(values), lines[0]["step"])
-
-    def close(self) -> None:
-        self.writer.close()
 
 
 class Output:

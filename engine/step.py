@@ -252,9 +252,9 @@ def evaluate(model: nn.Module, batches: Iterable[np.ndarray], deciles_V: Tensor,
     for batch in batches:
         rows = torch.from_numpy(batch).to(device).long()
         targets = rows[:, 1:].flatten()
-        loss, losses, correct = _losses(model(rows[:, :-1]), targets)
+        loss, losses, correct = token_losses(model(rows[:, :-1]), targets)
         sums[0] += loss
-        sums[1] += correct
+        sums[1] += correct.sum()
         sums[2] += len(targets)
         of_targets = torch.stack((losses.double(), torch.ones_like(losses, dtype=torch.float64)))
         by_decile.index_add_(1, deciles_V[targets], of_targets)
@@ -266,10 +266,10 @@ def evaluate(model: nn.Module, batches: Iterable[np.ndarray], deciles_V: Tensor,
     return Evaluation(loss, accuracy, (by_decile[0] / by_decile[1]).tolist())
 
 
-def _losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum of the cross-entropies, each of them, and how many targets have the largest logit."""
-    logits = logits.flatten(0, 1).float()
+def token_losses(logits_BTV: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of the cross-entropies of B T targets in nats, each of them, and whether each has the largest logit."""
+    logits = logits_BTV.flatten(0, 1).float()
     log_p = F.log_softmax(logits, dim=-1)
     # The sum as F.cross_entropy makes it, whose order of adding is its own: no loss changes by a bit.
     loss = F.nll_loss(log_p, targets, reduction="sum")
-    return loss, -log_p.gather(1, targets[:, None])[:, 0], (logits.argmax(dim=-1) == targets).sum()
+    return loss, -log_p.gather(1, targets[:, None])[:, 0], logits.argmax(dim=-1) == targets

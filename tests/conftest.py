@@ -112,6 +112,7 @@ def train_small(run_main, shards_folder, tmp_path, monkeypatch):
     def call(name, *arguments, data_folder=shards_folder, plots=False):
         if not plots:  # they take longer than the run
             monkeypatch.setattr(train, "draw_plots", lambda folder: None)
+            monkeypatch.setattr(train, "write_samples", lambda folder, device: None)
         where = ("--data", data_folder, "--runs-dir", tmp_path, "--name", name)
         code, out, err = run_main(train.main, *SMALL_MODEL, *where, *arguments)
         return code, tmp_path / name, out, err

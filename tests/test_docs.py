@@ -65,7 +65,7 @@ def test_every_link_leads_to_a_file_and_a_heading(page):
 def test_every_file_and_folder_that_is_named_exists(page):
     text = page.read_text()
     named = set(re.findall(r"(?<![\w/.])(?:[\w.-]+/)*[\w-]+\.py\b", text)) | set(re.findall(r"`([a-z]+/)`", text))
-    named -= {"plots/"}  # of a run or a report
+    named -= {"plots/", "wandb/"}  # of a run or a report
     assert [name for name in sorted(named) if "NAME" not in name and not (ROOT / name).exists()] == []
 
 
@@ -75,7 +75,7 @@ def test_every_command_exists_and_knows_its_flags(page, helps, run_main, monkeyp
     for module, words in commands(page.read_text()):
         assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
         flags = set(FLAG.findall(" ".join(words)))
-        deep = module in WITH_SUBCOMMANDS or words[:1] == ["compare"]
+        deep = module in WITH_SUBCOMMANDS or words[:1] in (["compare"], ["evaluate"])
         if flags or (deep and words):
             assert flags <= flags_of(module, words[:1] if deep else [], helps, run_main), (module, words)
 
@@ -85,7 +85,7 @@ def test_every_flag_in_the_text_belongs_to_a_command(helps, run_main, monkeypatc
     texts = [page.read_text() for page in PAGES]
     known = set(OF_TORCHRUN)
     for module, words in {(module, tuple(words)) for text in texts for module, words in commands(text)}:
-        deep = module in WITH_SUBCOMMANDS or words[:1] == ("compare",)
+        deep = module in WITH_SUBCOMMANDS or words[:1] in (("compare",), ("evaluate",))
         if module != "bench.tune" and (words or not deep):  # which has no flags
             known |= flags_of(module, words[:1] if deep else (), helps, run_main)
     assert set(FLAG.findall("\n".join(texts))) <= known

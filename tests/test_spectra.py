@@ -1,10 +1,8 @@
 """The recorder: what it measures is this update, and nothing of it is lost, reordered or hidden."""
 
 import json
-import sys
 import threading
 import time
-import types
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +10,6 @@ import pytest
 import torch
 
 import metrics
-import settings
 from engine import run_folder
 from engine.norm_watch import NormWatch
 from engine.ranks import Sharding
@@ -308,51 +305,6 @@ def test_high_norms_warn_while_the_run_trains(train_small):
     assert log[warned[0]].startswith(f"step {min(first)[0]}: ")
 
 
-def tensorboard_stand_in(monkeypatch):
-    """What is written to it."""
-    written = []
-
-    class Writer:
-        def __init__(self, folder, purge_step):
-            written.append(("purge", purge_step))
-
-        def add_scalar(self, name, value, step):
-            written.append((name, value, step))
-
-        def close(self):
-            written.append("closed")
-
-    module = types.ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = Writer
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    monkeypatch.setattr(settings, "find_spec", lambda name: module)
-    return written
-
-
-def test_tensorboard_sees_a_run_to_its_end(train_small, monkeypatch):
-    written = tensorboard_stand_in(monkeypatch)
-    code, folder, _, _ = train_small("run", "--tokens", 4 * 256, "--log", "tensorboard")
-    assert code == 0
-    begin, *shown, end = written[: written.index("closed") + 1]
-    assert (begin, end) == (("purge", 0), "closed")
-    logged = [line for line in lines_of(folder / "metrics.jsonl") if line["kind"] == "train"]
-    assert [value for name, value, _ in shown if name == "train/train_loss"] == [line["train_loss"] for line in logged]
-    assert [step for name, _, step in shown if name == "val/val_loss"] == [0, 1, 2, 3, 4]
-    assert {step for name, _, step in shown if name == "spectra/effective_rank/q"} >= {0, 4}
-    assert set(written[written.index("closed") :]) == {"closed"}
-
-
-def test_tensorboard_gets_scalars_and_means_over_layers(monkeypatch, tmp_path):
-    written = tensorboard_stand_in(monkeypatch)
-    board = run_folder.TensorBoard(tmp_path, last_step=6)
-    board.write({"kind": "val", "step": 7, "tokens": 70, "val_loss": 2.5, "val_accuracy": None})
-    norms = [
-        {"step": 7, "proj": "q", **dict.fromkeys(run_folder.SPECTRA_SHOWN), "spectral_norm": v} for v in (1.0, 3.0)
-    ]
-    board.write_spectra(norms)
-    assert written == [("purge", 7), ("val/val_loss", 2.5, 7), ("spectra/spectral_norm/q", 2.0, 7)]
-
-
 def test_a_checkpoint_waits_for_the_spectra_before_it(train_small, monkeypatch):
     written = []
     save = run_folder.save_checkpoint
@@ -365,14 +317,6 @@ def test_a_checkpoint_waits_for_the_spectra_before_it(train_small, monkeypatch):
     monkeypatch.setattr(run_folder, "save_checkpoint", look)
     train_small("run", "--tokens", 1024, "--checkpoint-every", 1, "--spectra-every", 1)
     assert written == [(step, set(range(step + 1))) for step in range(1, 5)]
-
-
-def test_tensorboard_without_the_package_is_one_sentence(train_small, monkeypatch):
-    monkeypatch.setattr(settings, "find_spec", lambda name: None)
-    code, folder, _, err = train_small("run", "--tokens", 512, "--log", "tensorboard")
-    assert code == 2
-    assert err.splitlines() == ["error: --log tensorboard: the package is not installed; pip install tensorboard"]
-    assert not folder.exists()
 
 
 def test_sigterm_in_the_middle_of_an_event_loses_no_line(train_small, monkeypatch):
