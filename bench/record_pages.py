@@ -26,6 +26,7 @@ TRACKS = {"2m": "2M", "time-to-loss": "time to loss"}
 PLOTS = ("loss_curves", "optimizer_comparison", "effective_rank_over_time", "spectral_norm_by_depth")
 BUDGET = 2_015_232  # tokens of the track 2m, the prior work's 123 updates of 16,384
 LEAST_SEEDS = 3
+FIGHT = "nano-fight"  # the record whose findings the README begins with
 SHOWN = ("driver", "sm_clock_mhz", "memory_clock_mhz", "power_limit_watts", "cpu_mhz", "busy_cores")
 MARK = "<!-- figures: {name} -->"
 END = "<!-- end of figures -->"
@@ -381,10 +382,20 @@ def headline(folder: Path) -> str:
         f"![Muon against AdamW: validation loss and accuracy]({where}/plots/loss_curves.png)",
         f"![Effective rank of every projection under both]({where}/plots/effective_rank_over_time.png)",
     ]
+    fought = fight(folder)
     seeds = len(record["figures"]["optimizers"]["muon"]["seeds"])
     say = f"{record['model']}, {record['tokens']:,} tokens, {seeds} seeds each, on {machine.label(record['machine'])}: "
     say += f"{difference_sentence(record)}. {time_sentence(record)}. {rank_sentence(record)}"
-    return "\n\n".join([*pictures, f"{say} [Full report]({where}/report.md)."])
+    return "\n\n".join([*pictures, *fought, f"{say} [Full report]({where}/report.md)."])
+
+
+def fight(folder: Path) -> list[str]:
+    """What the published fair fight found, in its own sentences; none where there is none."""
+    path = folder / FIGHT / files.FINDINGS
+    if not path.exists():
+        return []
+    said = " ".join(files.load_json(path)["fair-fight"])
+    return [f"Both tuned alike: {said} [The fair fight](runs/records/{FIGHT}/report.md)."]
 
 
 def rank_sentence(record: Json) -> str:

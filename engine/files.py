@@ -19,6 +19,7 @@ from engine.cli import BadInput, CannotWrite, first_line
 
 ROOT = Path(__file__).resolve().parent.parent  # of the source tree
 CONFIG, SUMMARY, LOG = "config.json", "summary.json", "log.txt"
+FINDINGS = "findings.json"  # of a report on suites: {suite: its sentences}
 METRICS, SPECTRA = "metrics.jsonl", "manifold_stats.jsonl"
 WANDB_ID = "wandb_id.txt"  # of the run in Weights & Biases that a resumed run continues
 PACKED, PACKED_DIGITS = ".gz", 5  # how a record keeps spectra

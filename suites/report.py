@@ -17,6 +17,7 @@ from analysis.plots import Drawing, drawing
 from analysis.questions import answers
 from analysis.runs import optimizer_name
 from analysis.stats import Contrast, p_words
+from engine import files
 from engine.cli import BadInput, make_folder
 from suites import documents, fair_page, power_table
 from suites.advice import HOLDS, NOT, OPEN, Advice, advice, effects, recipes
@@ -311,7 +312,7 @@ def _verdict_lists(judged: Sequence[tuple[Claim, Finding]]) -> list[str]:
 def write_suite_report(
     results: Sequence[Results], known: Mapping[str, Results], later: Sequence[str], scale: str, out: Path
 ) -> Path:
-    """report.html, report.md and plots/ in `out`; BadInput where there is nothing to report."""
+    """report.html, report.md, findings.json and plots/ in `out`; BadInput where there is nothing to report."""
     results = [r for r in results if r.finished()]
     if not results:
         raise BadInput(later[0] if later else "no run of this suite has finished yet: python experiments.py run")
@@ -331,6 +332,7 @@ def write_suite_report(
         for name, page in pages.items():
             write_pages(replace(page, links=everyone), out, name=name, linked=True)
     power_table.write(known, out / power_table.POWER)
+    files.write_json(out / files.FINDINGS, {r.name: findings(r) for r in results})
     front = build_page(results, known, later, scale, drawn)
     return write_pages(replace(front, links=everyone) if len(results) > 1 else front, out, linked=True)
 

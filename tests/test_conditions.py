@@ -1,5 +1,7 @@
 """Figures, tables and advice of conditions: made-up runs whose numbers are known."""
 
+import json
+
 import matplotlib
 import numpy as np
 import pytest
@@ -260,6 +262,9 @@ def test_a_report_on_several_suites_has_a_page_for_each_and_one_of_advice(tmp_pa
     pages = {path.stem for path in out.glob("*.html")}
     assert pages == {"report", "advice", "moe-momentum", "speedrun-2m"} == {path.stem for path in out.glob("*.md")}
     assert not (out / "plots" / "older.png").exists()
+    said = json.loads((out / "findings.json").read_text())
+    assert list(said) == ["moe-momentum", "speedrun-2m"]
+    assert "-0.5000" in said["speedrun-2m"][0]
     text = (out / "speedrun-2m.html").read_text()
     for words in (
         "How do two layers differ?",

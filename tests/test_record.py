@@ -337,6 +337,16 @@ def test_the_readme_shows_every_goal_of_a_machine_met_or_not_and_nothing_else(tm
     assert "All 3 figures: [runs/records/ours](runs/records/ours/README.md)." in shown
 
 
+def test_the_first_screen_repeats_what_the_fair_fight_found(tmp_path):
+    assert record_pages.fight(tmp_path) == []
+    (tmp_path / "nano-fight").mkdir()
+    found = {"fair-trials": ["much"], "fair-fight": ["Equal tokens: a wins.", "Equal time: b wins."]}
+    (tmp_path / "nano-fight" / "findings.json").write_text(json.dumps(found))
+    (said,) = record_pages.fight(tmp_path)
+    assert "Equal tokens: a wins. Equal time: b wins." in said
+    assert "much" not in said
+
+
 def test_no_figure_of_this_repository_has_drifted():
     for path, text in record_pages.generated(ROOT).items():
         assert path.read_text() == text, f"{path}: run make readme-figures"
