@@ -43,6 +43,7 @@ def test_a_run_learns_and_its_folder_is_complete(train_small, optimizer, request
     code, folder, out, _ = train_small("run", *arguments, plots=True)
     assert code == 0
     files = {"config.json", "log.txt", "metrics.jsonl", "manifold_stats.jsonl", "summary.json", "plots"}
+    files |= {"samples.json"}
     assert {p.name for p in folder.iterdir()} == files | {"checkpoint.pt", "checkpoint.prev.pt", "best.pt"}
     steps = math.ceil(10_000 / 256)
     assert len(list((folder / "plots").glob("*.png"))) >= 8
