@@ -20,6 +20,7 @@ from engine.cli import BadInput, CannotWrite, first_line
 ROOT = Path(__file__).resolve().parent.parent  # of the source tree
 CONFIG, SUMMARY, LOG = "config.json", "summary.json", "log.txt"
 METRICS, SPECTRA = "metrics.jsonl", "manifold_stats.jsonl"
+TOKENIZER = "tokenizer.json"  # of an imported run; others read that of their shards
 PACKED, PACKED_DIGITS = ".gz", 5  # how a record keeps spectra
 SUBSPACE_RANK = 5  # dimension of the singular subspaces whose alignment manifold_stats.jsonl holds
 DECILES = 10  # of tokens by their frequency, whose losses metrics.jsonl holds
