@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 
-from corpus.frequency import Yardstick
+from corpus.frequency import Yardstick, same_tokens
 from corpus.shards import TOKENIZER, TRAIN_PATTERN, Shards, open_shards
 from data import Packing
+from engine.checkpoint import has_checkpoint
 from engine.cli import (
     AT_LEAST_1,
     BELOW_1,
@@ -37,12 +39,13 @@ from engine.cli import (
 )
 from engine.compiling import cache_key, pays, why_no_compiler
 from engine.cores import free_cores
-from engine.files import CONFIG, finite, is_safe_name, load_json, shown
+from engine.files import BEST, CONFIG, finite, is_safe_name, load_json, shown
 from engine.identity import config_hash, provenance
 from engine.live import VIEWS
 from engine.own_optimizer import class_name, is_own, load_class, try_out, without_folder
 from engine.ranks import Rank
-from engine.trained import Trained
+from engine.start import check_fit, weights_digest
+from engine.trained import Trained, open_trained
 from kernels.newton_schulz import COEFFICIENTS
 from kernels.optimizer import DECAY_RULES, LR_SCALES, NS_METHODS
 from model import CPU_KERNELS, FLEX_MIN_HEAD_WIDTH, KERNELS, PROJECTIONS, SIZES, ModelConfig, Transformer
@@ -112,6 +115,10 @@ class Settings:
     """Folder of token shards (default: the embedded shards that make speedrun builds)."""
     data_pattern: str = TRAIN_PATTERN
     """File names of the training shards in it, such as fineweb_train_*.bin; with val for train the validation ones."""
+    init_from: Path | None = None
+    """Folder of the run whose weights this one begins with, best.pt or its last; optimizer and schedule are fresh."""
+    init_fingerprint: Annotated[str | None, tyro.conf.Suppress] = None
+    """Hash of these weights, for the run's identity; never given."""
     packing: Packing = "stream"
     """How sequences are cut from the tokens: end to end, or each from the start of a document, tails left out."""
     tokens: Annotated[Count, AT_LEAST_1] = 2_015_232
@@ -290,6 +297,7 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
     if s.doc_mask and shards.eot_id is None:
         raise BadInput(f"--doc-mask: neither {s.data} nor its shards say which token documents start with (eot_id)")
     s = dataclasses.replace(s, compile=chosen_compile(s, config, shards, before))
+    s = with_start(s, config, shards.vocab_size)
     if s.doc_mask and s.compile == "on" and cuda and config.head_width < FLEX_MIN_HEAD_WIDTH:
         least = f"heads at least {FLEX_MIN_HEAD_WIDTH} wide, not {config.head_width}"
         raise BadInput(f"--doc-mask: compiled on a GPU it needs {least}; choose fewer --heads or --compile off")
@@ -320,6 +328,31 @@ def trained_model(trained: Trained, device: torch.device | None = None) -> Trans
     if device is not None and device.type == "cuda" and config.get("precision") == "bf16":
         model.compute_dtype = torch.bfloat16
     return model.to(device).eval()
+
+
+def with_start(s: Settings, config: ModelConfig, vocab_size: int) -> Settings:
+    """The settings with the run to start from, if any, and the hash of its weights. A resumed run keeps what it has,
+    whatever became of those weights since."""
+    recorded = recorded_config(s)
+    start, fingerprint = (recorded.get(key) for key in ("init_from", "init_fingerprint"))
+    if s.init_from is None and not isinstance(start, str):
+        return s
+    s = dataclasses.replace(s, init_from=s.init_from or Path(start))
+    if not has_checkpoint(s.runs_dir / s.name) or shown(s.init_from) != start:
+        fingerprint = weights_digest(starting_model(s, config, vocab_size).state_dict())
+    return dataclasses.replace(s, init_fingerprint=fingerprint)
+
+
+def starting_model(s: Settings, config: ModelConfig, vocab_size: int) -> Transformer:
+    """The best model of --init-from, or its last; BadInput unless shape and tokens are those of this run."""
+    folder, data = s.init_from, s.data
+    trained = open_trained(folder, "best" if (folder / BEST).exists() else "last")
+    model = trained_model(trained)
+    check_fit(model, config, vocab_size, f"--init-from {folder}")
+    if not same_tokens(trained.tokenizer, data / TOKENIZER):
+        advice = f"build shards with --tokenizer {trained.tokenizer}"
+        raise BadInput(f"--init-from {folder}: its tokens are not those of {data}; {advice}")
+    return model
 
 
 def check_optimizer(s: Settings) -> None:
@@ -357,15 +390,18 @@ def chosen_for_muon(s: Settings, config: ModelConfig) -> str:
     return ",".join(chosen)
 
 
+def recorded_config(s: Settings) -> dict[str, Any]:
+    """config.json of the run to resume; empty where there is none, or a damaged one."""
+    try:
+        return load_json(s.runs_dir / s.name / CONFIG) if s.resume else {}
+    except BadInput:
+        return {}
+
+
 def config_before(given: Settings) -> dict[str, Any]:
     """Workers, threads and whether it was compiled, of the run to resume where it trained on a CPU: what this machine
     would choose anew stays, so that the run does to the bit. Empty where there is none, or a damaged one."""
-    if not given.resume:
-        return {}
-    try:
-        config = load_json(given.runs_dir / given.name / CONFIG)
-    except BadInput:
-        return {}
+    config = recorded_config(given)
     found = {"workers": config.get("world_size"), "threads": config.get("threads", 0), "compile": config.get("compile")}
     counts = [type(found[key]) is int and found[key] >= least for key, least in (("workers", 1), ("threads", 0))]
     return found if config.get("device") == "cpu" and all(counts) and found["compile"] in ("on", "off") else {}
@@ -421,11 +457,12 @@ def identity(s: Settings, shards: Shards) -> dict[str, Any]:
     """Every resolved setting under its flag's name, then the data: what config_hash is made of."""
     flags = {key: shown(value) if isinstance(value, Path) else value for key, value in vars(s).items()}
     flags["optimizer_options"] = shlex.join(s.optimizer_options) or None
+    derived = {"init_fingerprint": flags.pop("init_fingerprint")}
     if is_own(s.optimizer):  # two files of one name are two optimizers
-        code = {"optimizer_code": load_class(s.optimizer, s.optimizer_options).code}
+        derived["optimizer_code"] = load_class(s.optimizer, s.optimizer_options).code
         flags["optimizer"] = without_folder(s.optimizer)
-        return flags | {"data_fingerprint": shards.fingerprint, **code, "vocab_size": shards.vocab_size}
-    return flags | {"data_fingerprint": shards.fingerprint, "vocab_size": shards.vocab_size}
+    derived = {key: value for key, value in derived.items() if value is not None}
+    return flags | {"data_fingerprint": shards.fingerprint, **derived, "vocab_size": shards.vocab_size}
 
 
 def describe(

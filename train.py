@@ -30,7 +30,7 @@ from corpus.frequency import yardstick_of
 from corpus.shards import Shards
 from data import Loader, TokenStream, target_counts, validation_batches
 from engine import files
-from engine.checkpoint import Layout, Progress, restore, state_of
+from engine.checkpoint import Layout, Progress, has_checkpoint, restore, state_of
 from engine.cli import BadInput, CannotWrite, TrainingFailed, exit_with_a_sentence
 from engine.compiling import mark_warm
 from engine.files import finite
@@ -40,6 +40,7 @@ from engine.ranks import Rank, join_ranks
 from engine.run_folder import RunFolder, is_lost_rank, reason_of
 from engine.shared_memory import sharding_of
 from engine.speed import Point, Speed, Stopwatch, Times, device_name, point, seconds_between
+from engine.start import copy_weights
 from engine.step import PendingStats, TrainingStep, evaluate, prepare_torch
 from engine.workers import workers
 from kernels.configs import capability
@@ -58,7 +59,16 @@ from optim import (
     step_cost,
 )
 from sample import Greedy, write_samples
-from settings import Settings, apart_from_muon, chosen_kernels, compiled_code, describe, optimizer_options, resolve
+from settings import (
+    Settings,
+    apart_from_muon,
+    chosen_kernels,
+    compiled_code,
+    describe,
+    optimizer_options,
+    resolve,
+    starting_model,
+)
 
 VALIDATION_TOKENS = {"cuda": 8192, "cpu": 1024}  # per forward pass, whose fp32 logits are held whole
 
@@ -99,6 +109,8 @@ def run(s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> int:
     # Model. Initialised on the CPU, so that every device starts from the same weights.
     on_muon = muon_names(s.muon_on, config)
     model = Transformer(config, shards.vocab_size, apart_from_muon(s.muon_on, config)).to(device)
+    if s.init_from and not (s.resume and has_checkpoint(s.runs_dir / s.name)):
+        copy_weights(model, starting_model(s, config, shards.vocab_size))
     model.compute_dtype = torch.bfloat16 if s.precision == "bf16" else torch.float32
     model.kernels = chosen_kernels(s.kernels, capability(device))
     model.document_start = shards.eot_id if s.doc_mask else None

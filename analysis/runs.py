@@ -237,7 +237,7 @@ class Run:
     def experiment(self) -> dict[str, Any]:
         """Everything but the seed that decides the result: runs that agree in it are repetitions."""
         kept = {key: value for key, value in self.settings().items() if key not in NOT_COMPARED}
-        code = {key: value for key, value in self.config.items() if key == "optimizer_code"}
+        code = {key: value for key, value in self.config.items() if key in ("optimizer_code", "init_fingerprint")}
         return kept | code | {key: self.config.get(key) for key in ("data_fingerprint", "steps")}
 
     def projections(self) -> list[str]:

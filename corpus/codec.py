@@ -15,9 +15,9 @@ from engine.trained import Trained
 
 
 def tokenizer_of(trained: Trained, data: Path | None = None, tokenizer: str | None = None) -> str:
-    """A run's tokenizer: `tokenizer`, a file or hub name, or that next to its shards, in `data` where they have moved;
-    BadInput where it is not there."""
-    path = (data or trained.data) / TOKENIZER
+    """A run's tokenizer: `tokenizer`, a file or hub name, or that next to its shards, in `data` where they have moved,
+    or an imported run's own; BadInput where it is not there."""
+    path = data / TOKENIZER if data else trained.tokenizer
     if tokenizer is None and not path.exists():
         advice = "name the folder of its shards with --data, or a tokenizer with --tokenizer"
         raise BadInput(f"{path}: the tokenizer of {trained.folder} is not there; {advice}")

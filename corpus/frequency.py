@@ -74,6 +74,14 @@ def deciles_of(counts: np.ndarray) -> np.ndarray:
     return deciles
 
 
+def same_tokens(one: Path, other: Path) -> bool:
+    """Whether two tokenizer.json give the same ids to the same tokens; also where one is missing or lists none."""
+    if not one.exists() or not other.exists():
+        return True
+    vocabularies = [load_json(path, MAX_TOKENIZER_BYTES).get("model", {}).get("vocab") for path in (one, other)]
+    return vocabularies[0] == vocabularies[1] or None in vocabularies
+
+
 def token_bytes(path: Path, vocab_size: int) -> np.ndarray | None:
     """The bytes of text that each token id of a tokenizer.json stands for, int64 (vocab_size,); 0 for special tokens
     and for ids that it lacks.

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from engine.cli import BadInput
+from engine.files import TOKENIZER as TOKENIZER  # which shards and imported runs have
 from engine.files import load_json, writing
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
@@ -30,7 +31,7 @@ MAX_VOCAB_SIZE = 2**16  # a token is a uint16
 GPT2_VOCAB_SIZE, GPT2_EOT_ID = 50_257, 50_256  # of published llm.c shards, whose headers do not name a vocabulary
 SPLITS = ("train", "val")
 TRAIN_PATTERN = "*train_*.bin"
-META, TOKENIZER = "meta.json", "tokenizer.json"
+META = "meta.json"
 MAX_META_BYTES = 2**24  # 10^5 shards
 CHECKED_AT_ONCE_BYTES = 2**24  # 6 ms; a larger payload is checked while training begins
 CHUNK_BYTES = 2**22

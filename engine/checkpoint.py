@@ -221,6 +221,11 @@ def read_checkpoint(path: Path, check: Callable[[Any], None]) -> dict[str, Any]:
     return contents
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run has a checkpoint to resume from, damaged or not."""
+    return any((folder / name).exists() for name in (CHECKPOINT, PREVIOUS_CHECKPOINT))
+
+
 def set_aside(damaged: Iterable[Path]) -> None:
     """Rename damaged checkpoints to *.damaged, so that the next save does not replace a good one by one of them."""
     for path in damaged:

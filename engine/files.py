@@ -22,6 +22,7 @@ CONFIG, SUMMARY, LOG = "config.json", "summary.json", "log.txt"
 FINDINGS = "findings.json"  # of a report on suites: {suite: its sentences}
 METRICS, SPECTRA = "metrics.jsonl", "manifold_stats.jsonl"
 WANDB_ID = "wandb_id.txt"  # of the run in Weights & Biases that a resumed run continues
+TOKENIZER = "tokenizer.json"  # of an imported run; others read that of their shards
 PACKED, PACKED_DIGITS = ".gz", 5  # how a record keeps spectra
 SUBSPACE_RANK = 5  # dimension of the singular subspaces whose alignment manifold_stats.jsonl holds
 DECILES = 10  # of tokens by their frequency, whose losses metrics.jsonl holds

@@ -19,6 +19,7 @@ from engine.cli import BadInput
 from engine.files import ROOT
 
 PLACE = ("data", "data_pattern", "runs_dir", "name", "resume", "log", "log_every", "checkpoint_every", "plots")
+PLACE += ("init_from",)  # the hash of its weights counts
 SPEED = ("micro_batch", "workers", "threads", "compile", "kernels", "device", "deterministic")
 MEASUREMENT = ("eval_every", "eval_tokens", "spectra_every", "sample_every")
 # Settings that do not change what is learned: runs that differ only here have the same config_hash.

@@ -225,8 +225,10 @@ class OwnOptimizer:
         return saved | {"state": dict(sorted(state.items())), "param_groups": groups}
 
     def load_whole_state(self, saved: dict[str, Any]) -> None:
-        """Take this rank's part of what `whole_state` returned, on any number of ranks."""
+        """Take this rank's part of what `whole_state` returned, on any number of ranks; none of an imported run."""
         self.reset()
+        if saved == {"state": {}}:
+            return
         state = {i: saved["state"][n] for i, n in enumerate(self._numbers()) if n in saved["state"]}
         own = [group["params"] for group in self.inner.state_dict()["param_groups"]]
         groups = [{**group, "params": p} for group, p in zip(saved["param_groups"], own, strict=True)]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.checkpoint import check_parts, read_checkpoint
 from engine.cli import BadInput
-from engine.files import BEST, CHECKPOINT
+from engine.files import BEST, CHECKPOINT, TOKENIZER
 from engine.identity import ADDED_LATER
 
 Which = Literal["best", "last"]
@@ -37,6 +37,12 @@ class Trained:
     def data(self) -> Path:
         """The folder of the shards that it was trained on, as the run named it; it may have moved."""
         return Path(self.config["data"])
+
+    @property
+    def tokenizer(self) -> Path:
+        """Its tokenizer.json: an imported run's own, else that of its shards, if they are still there."""
+        own = self.folder / TOKENIZER
+        return own if own.exists() else self.data / TOKENIZER
 
 
 def open_trained(folder: Path, which: Which = "best") -> Trained:

@@ -8,7 +8,7 @@ import pytest
 from engine.files import ROOT
 
 ROOT_FILES = frozenset(path.stem for path in ROOT.glob("*.py"))
-FOLDERS = ("kernels", "engine", "corpus", "analysis", "suites", "ptx", "bench", "tests")
+FOLDERS = ("kernels", "engine", "corpus", "analysis", "suites", "ptx", "exported", "bench", "tests")
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "engine": {"engine", "kernels"},
@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "analysis": {"analysis", "engine"},
     "suites": {"suites", "analysis", "engine", "model", "settings"},
     "ptx": {"ptx"},
+    "exported": set(),
     "root": {*ROOT_FILES, "kernels", "engine", "corpus", "analysis"},
     "bench": {*ROOT_FILES, "kernels", "engine", "corpus", "analysis", "suites", "ptx", "bench"},
 }
@@ -67,6 +68,7 @@ def test_every_import_follows_the_direction_rule():
         ("bench/fuzz.py", "from tests.conftest import SMALL_MODEL"),
         ("ptx/launch.py", "from kernels import symmetric"),
         ("ptx/launch.py", "import bench.cycles"),
+        ("exported/modeling_muon_speedrun.py", "from model import ACTIVATIONS"),
     ],
 )
 def test_a_wrong_import_is_found(path, line):
