@@ -25,6 +25,7 @@ from torch import Tensor
 from corpus.codec import Codec, tokenizer_of
 from corpus.documents import MAX_TOKENIZER_BYTES
 from corpus.shards import META, TOKENIZER
+from decoder import apart_from_muon, model_shape, trained_model
 from engine.checkpoint import Progress, save_checkpoint
 from engine.cli import BadInput, CannotWrite, Limit, check_limits, exit_with_a_sentence, first_line, make_folder
 from engine.files import (
@@ -44,7 +45,7 @@ from engine.start import weights_digest
 from engine.trained import Trained, Which, open_trained
 from model import ROPE_BASE, Transformer
 from optim import parameter_layout
-from settings import RUN_NAME, Settings, apart_from_muon, model_shape, trained_model
+from settings import RUN_NAME, Settings
 
 EXPORTED = ROOT / "exported"  # what travels with a model
 MODELING, CARD = "modeling_muon_speedrun.py", "README.md"

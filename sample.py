@@ -28,6 +28,7 @@ from corpus.local_files import TextFiles, find_files
 from corpus.shards import TOKENIZER, TRAIN_PATTERN, Shards, open_shards
 from corpus.sources import Column, kind
 from data import TokenStream
+from decoder import Decoder, trained_model
 from engine import files
 from engine.cli import (
     AT_LEAST_1,
@@ -45,8 +46,7 @@ from engine.generate import Sampling, draws_of, generate
 from engine.scoring import log_likelihoods, token_scores
 from engine.step import prepare_torch
 from engine.trained import Trained, Which, open_trained
-from model import Decoder, Transformer
-from settings import trained_model
+from model import Transformer
 
 ROWS = 16  # texts that are written at a time
 PART_OF_A_LETTER = "\ufffd"  # what the first bytes of one are decoded to

@@ -11,7 +11,6 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +22,7 @@ import tyro
 from corpus.frequency import Yardstick, same_tokens
 from corpus.shards import TOKENIZER, TRAIN_PATTERN, Shards, open_shards
 from data import Packing
+from decoder import model_shape, trained_model
 from engine.checkpoint import has_checkpoint
 from engine.cli import (
     AT_LEAST_1,
@@ -34,7 +34,6 @@ from engine.cli import (
     Count,
     Limit,
     check_limits,
-    first_line,
     one_of,
 )
 from engine.compiling import cache_key, pays, why_no_compiler
@@ -45,10 +44,10 @@ from engine.live import VIEWS
 from engine.own_optimizer import class_name, is_own, load_class, try_out, without_folder
 from engine.ranks import Rank
 from engine.start import check_fit, weights_digest
-from engine.trained import Trained, open_trained
+from engine.trained import open_trained
 from kernels.newton_schulz import COEFFICIENTS
 from kernels.optimizer import DECAY_RULES, LR_SCALES, NS_METHODS
-from model import CPU_KERNELS, FLEX_MIN_HEAD_WIDTH, KERNELS, PROJECTIONS, SIZES, ModelConfig, Transformer
+from model import CPU_KERNELS, FLEX_MIN_HEAD_WIDTH, KERNELS, SIZES, ModelConfig, Transformer
 from optim import BLOCKS, SCHEDULES, muon_names, ns_schedule
 
 RUN_NAME = Limit("must be letters, digits, '.', '_' and '-', not starting with a dot", is_safe_name)
@@ -302,32 +301,6 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
         least = f"heads at least {FLEX_MIN_HEAD_WIDTH} wide, not {config.head_width}"
         raise BadInput(f"--doc-mask: compiled on a GPU it needs {least}; choose fewer --heads or --compile off")
     return s, config, shards
-
-
-def model_shape(flags: Mapping[str, Any]) -> ModelConfig:
-    """The shape that filled-in flags, or a run's config, give the model; ValueError where they do not go together."""
-    shape = {field.name: flags[field.name] for field in dataclasses.fields(ModelConfig) if field.name != "qk_norm"}
-    return ModelConfig(**shape, qk_norm=SIZES[flags["model"]].qk_norm)
-
-
-def apart_from_muon(muon_on: str, config: ModelConfig) -> frozenset[str]:
-    """The projections that get banks of their own, since Muon does not train them."""
-    return frozenset(PROJECTIONS).difference(muon_names(muon_on, config))
-
-
-def trained_model(trained: Trained, device: torch.device | None = None) -> Transformer:
-    """The model of a run's checkpoint, set to validate: in fp32 on a CPU, on a GPU in the run's precision. Its
-    `document_start` is left to the caller, who knows the tokens. BadInput if weights and settings do not fit."""
-    config = trained.config
-    try:
-        shape = model_shape(config)
-        model = Transformer(shape, config["vocab_size"], apart_from_muon(config["muon_on"], shape))
-        model.load_state_dict(trained.weights)
-    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise BadInput(f"{trained.path}: its weights do not fit its settings ({first_line(error)})") from None
-    if device is not None and device.type == "cuda" and config.get("precision") == "bf16":
-        model.compute_dtype = torch.bfloat16
-    return model.to(device).eval()
 
 
 def with_start(s: Settings, config: ModelConfig, vocab_size: int) -> Settings:

@@ -29,6 +29,7 @@ import tyro
 from corpus.frequency import yardstick_of
 from corpus.shards import Shards
 from data import Loader, TokenStream, target_counts, validation_batches
+from decoder import apart_from_muon
 from engine import files
 from engine.checkpoint import Layout, Progress, has_checkpoint, restore, state_of
 from engine.cli import BadInput, CannotWrite, TrainingFailed, exit_with_a_sentence
@@ -61,7 +62,6 @@ from optim import (
 from sample import Greedy, write_samples
 from settings import (
     Settings,
-    apart_from_muon,
     chosen_kernels,
     compiled_code,
     describe,

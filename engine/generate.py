@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Decoder(Protocol):
-    """What model.Decoder is."""
+    """What decoder.Decoder is."""
 
     context: int
     device: torch.device

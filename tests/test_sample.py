@@ -17,12 +17,12 @@ import sample
 import train
 from analysis.scores import Scores, choice_row, lead_over
 from data import TokenStream
+from decoder import Decoder, trained_model
 from engine import files
 from engine.generate import Sampling, candidates, choose, draws_of, generate
 from engine.scoring import log_likelihoods
 from engine.trained import open_trained
-from model import Decoder, ModelConfig, Transformer
-from settings import trained_model
+from model import ModelConfig, Transformer
 from tests.conftest import SMALL_MODEL
 
 NANO = {"d_model": 32, "layers": 2, "heads": 4, "kv_heads": 2, "d_ff": 48, "seq_len": 24}
