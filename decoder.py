@@ -49,8 +49,8 @@ class Decoder:
     """The model as it reads on from where it is: keys and values of the tokens read so far are kept, so that the next
     one costs a pass of one token. In fp32, without gradients, of the weights as they are when it is made.
 
-    On a CPU such a pass of a small model takes as long as its operations are many and its matrices far: q, k and v are
-    one product here, norms and rotations few operations, and matrices lie as a product with one row reads them fastest.
+    On a CPU such a pass of a small model costs mostly the number of operations and the reading of matrices: so q, k and
+    v are one product, norms and rotations few operations, and matrices lie as a product with one row reads fastest.
     """
 
     @torch.inference_mode()

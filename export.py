@@ -27,7 +27,7 @@ from corpus.documents import MAX_TOKENIZER_BYTES
 from corpus.shards import META, TOKENIZER
 from decoder import apart_from_muon, model_shape, trained_model
 from engine.checkpoint import Progress, save_checkpoint
-from engine.cli import BadInput, CannotWrite, Limit, check_limits, exit_with_a_sentence, first_line, make_folder
+from engine.cli import BadInput, Limit, check_limits, exit_with_a_sentence, first_line, make_folder
 from engine.files import (
     CONFIG,
     METRICS,
@@ -53,7 +53,7 @@ MODEL_TYPE = "muon_speedrun"
 WEIGHTS = "model.safetensors"
 RECORD = "training"  # key of the exported config.json that holds the run's own config
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
+SETTINGS = tuple(field.name for field in dataclasses.fields(Settings) if field.name != "init_fingerprint")
 # Our names and those in transformers: of the shape, and of the weights.
 SHAPE = {
     "d_model": "hidden_size",
@@ -112,14 +112,13 @@ def main() -> int:
         raise BadInput("--out: name the folder to write")
     if given.out.exists() or given.out.is_symlink():
         raise BadInput(f"--out {given.out}: exists; choose another name")
-    try:
-        if given.run is not None:
-            export_run(given)
-        else:
-            import_run(given.import_, given.out)
-    except CannotWrite as full:
-        print(f"error: {full}", file=sys.stderr)
-        return 1
+    if given.run is not None:
+        export_run(given)
+        return 0
+    for flag in ("to", "checkpoint", "license", "data", "tokenizer"):
+        if getattr(given, flag) != getattr(Export, flag):
+            raise BadInput(f"--{flag} {getattr(given, flag)}: belongs to an export, not to --import")
+    import_run(given.import_, given.out)
     return 0
 
 
@@ -214,7 +213,7 @@ def card(trained: Trained, model: Transformer, data: Path, license: str) -> str:
         "bits per byte of validation text": (bits := val.get("val_bpb")) and f"{bits:.4f}",
         "accuracy of the next token": (share := val.get("val_accuracy")) and f"{share:.2%}",
         "validation tokens": val and f"{c['eval_tokens']:,}",
-        "weights at the start": c.get("init_from"),
+        "weights at the start": (start := c.get("init_from")) and Path(start).name,
         "trained on": c.get("device_name"),
         "PyTorch": c.get("torch_version"),
         "commit of muon-speedrun": c.get("git_commit"),
@@ -247,11 +246,11 @@ def import_run(source: Path, out: Path) -> None:
         if type(step) is not int or step < 0:
             raise ValueError("its step is not a count")
         shape = model_shape(config)
-        with torch.device("meta"):  # its size is not believed before the weights are there
+        with torch.device("meta"):  # no storage before the file proves its size
             model = Transformer(shape, config["vocab_size"], apart_from_muon(config["muon_on"], shape))
         layout = parameter_layout(model, config["optimizer"], config["decay_on"], config["muon_on"])
         tokens = step * config["batch_tokens"]
-        position = tokens // config["seq_len"]
+        position, steps, _ = tokens // config["seq_len"], int(config["steps"]), Path(config["data"])
         rng = torch.Generator().manual_seed(config["seed"]).get_state()
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise BadInput(f"{path}: {RECORD} does not describe a run ({first_line(error)})") from None
@@ -275,7 +274,7 @@ def import_run(source: Path, out: Path) -> None:
         put_text(folder / TOKENIZER, (source / TOKENIZER).read_text(encoding="utf-8"))
 
     write_folder(out, fill)
-    print(f"{out}: the weights of {source}, after {step:,} of {config['steps']:,} steps; its optimizer begins anew")
+    print(f"{out}: the weights of {source}, after {step:,} of {steps:,} steps; its optimizer begins anew")
 
 
 def imported_config(config: dict[str, Any], source: Path, out: Path, fingerprint: str) -> dict[str, Any]:
@@ -300,6 +299,8 @@ def read_weights(path: Path, sketch: Transformer) -> Transformer:
         found = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise BadInput(f"{path}: damaged ({first_line(error)})") from None
+    if sketch.config.layers > len(found):
+        raise BadInput(f"{path}: has {len(found):,} weights, too few for {sketch.config.layers:,} layers")
     wanted = {name: weight.shape for name, weight in named_weights(sketch)}
     for names, words in ((wanted.keys() - found.keys(), "lacks"), (found.keys() - wanted.keys(), "has no place for")):
         if names:

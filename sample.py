@@ -14,16 +14,14 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import tyro
 
-from analysis.scores import Scores, choice_row, lead_over, print_table, score_row
 from corpus.codec import Codec, Question, read_questions, tokenizer_of
-from corpus.documents import MAX_TOKENIZER_BYTES
-from corpus.frequency import token_bytes
+from corpus.frequency import same_tokens, token_bytes
 from corpus.local_files import TextFiles, find_files
 from corpus.shards import TOKENIZER, TRAIN_PATTERN, Shards, open_shards
 from corpus.sources import Column, kind
@@ -41,18 +39,20 @@ from engine.cli import (
     exit_with_a_sentence,
     first_line,
 )
-from engine.files import JsonlWriter, json_lines, text_lines
+from engine.files import json_lines, text_lines
 from engine.generate import Sampling, draws_of, generate
 from engine.scoring import log_likelihoods, token_scores
-from engine.step import prepare_torch
+from engine.step import VALIDATION_TOKENS, prepare_torch
 from engine.trained import Trained, Which, open_trained
 from model import Transformer
+
+if TYPE_CHECKING:
+    from analysis.scores import Scores
 
 ROWS = 16  # texts that are written at a time
 PART_OF_A_LETTER = "\ufffd"  # what the first bytes of one are decoded to
 SAMPLES, OPENING, SAMPLE_TOKENS = 3, 8, 64  # of samples.json: texts, tokens of each prompt and of what follows
 SEARCHED, GREEDY = 2**16, 32  # validation tokens in which prompts are looked for; tokens of a line of --sample-every
-WINDOWS = {"cuda": 8192, "cpu": 1024}  # tokens per forward pass of `evaluate`
 Device = Literal["auto", "cuda", "cpu"]
 
 
@@ -85,7 +85,7 @@ class Arguments:
     checkpoint: Which = "best"
     """The weights with the lowest validation loss, or the last ones."""
     data: Path | None = None
-    """The folder of the run's shards, where it has moved: its tokenizer is used."""
+    """Read the tokenizer from this folder, if the run's shards have moved."""
     tokenizer: str | None = None
     """Use this tokenizer.json, or hub name, instead."""
     device: Device = "auto"
@@ -111,7 +111,7 @@ class Measure:
     choices: Path | None = None
     """Answer the multiple-choice questions of this JSONL instead."""
     tokens: Annotated[Count, AT_LEAST_1] = 131_072
-    """Most tokens to measure on, the first ones."""
+    """Measure on the first so many tokens; a --text, up to the end of the document that holds the last of them."""
     checkpoint: Which = "best"
     """The weights with the lowest validation loss, or the last ones."""
     tokenizer: str | None = None
@@ -132,13 +132,9 @@ class Text(NamedTuple):
 @exit_with_a_sentence
 def main() -> int:
     prepare_torch()
-    try:
-        if sys.argv[1:2] == ["evaluate"]:
-            return evaluate(tyro.cli(Measure, args=sys.argv[2:], prog="sample.py evaluate", description=__doc__))
-        return write(tyro.cli(Arguments, description=__doc__))
-    except CannotWrite as full:
-        say(f"error: {full}")
-        return 1
+    if sys.argv[1:2] == ["evaluate"]:
+        return evaluate(tyro.cli(Measure, args=sys.argv[2:], prog="sample.py evaluate", description=__doc__))
+    return write(tyro.cli(Arguments, description=__doc__))
 
 
 def say(sentence: str) -> None:
@@ -164,6 +160,10 @@ def write(a: Arguments) -> int:
         raise BadInput(f"--out {a.out}: goes with --prompts; other texts are printed")
     if a.out is not None and a.out.exists():
         raise BadInput(f"--out {a.out}: exists; choose another file")
+    if a.out is not None and not a.out.parent.is_dir():
+        raise BadInput(f"--out {a.out}: {a.out.parent} is not a folder")
+    if a.interactive and sys.stdin is None:
+        raise BadInput("--interactive: there is no standard input")
     trained = open_trained(a.run, a.checkpoint)
     codec = codec_of(trained, a.data, a.tokenizer)
     texts = texts_of(a, codec)
@@ -242,16 +242,20 @@ def talk(a: Arguments, decoder: Decoder, codec: Codec) -> None:
 
 
 def write_lines(a: Arguments, decoder: Decoder, codec: Codec, texts: Sequence[Text]) -> None:
-    """A JSON line for each text, in the order of the prompts, as soon as its batch is done."""
-    out = None if a.out is None else JsonlWriter(a.out)
-    for batch in batches(texts):
-        for text, ids in zip(batch, finished(continued(a, decoder, codec, batch), len(batch)), strict=True):
-            line = {"prompt": text.words, "sample": text.sample, "text": continuation(codec, text.prompt, ids)}
-            line |= {"tokens": len(ids), "ended": len(ids) < a.tokens}
-            if out is None:
-                print(json.dumps(line), flush=True)
-            else:
-                out.write(line)
+    """A JSON line for each text, in the order of the prompts: printed as soon as its batch is done, or all in a file
+    that is whole or not there."""
+
+    def lines() -> Iterator[str]:
+        for batch in batches(texts):
+            for text, ids in zip(batch, finished(continued(a, decoder, codec, batch), len(batch)), strict=True):
+                line = {"prompt": text.words, "sample": text.sample, "text": continuation(codec, text.prompt, ids)}
+                yield json.dumps(line | {"tokens": len(ids), "ended": len(ids) < a.tokens})
+
+    if a.out is None:
+        for line in lines():
+            print(line, flush=True)
+    else:
+        files.write_whole(a.out, lambda file: file.writelines(f"{line}\n" for line in lines()), mode="w")
 
 
 def finished(steps: Iterator[list[int | None]], rows: int) -> list[list[int]]:
@@ -265,7 +269,12 @@ def finished(steps: Iterator[list[int | None]], rows: int) -> list[list[int]]:
 
 def continuation(codec: Codec, prompt: list[int], ids: list[int]) -> str:
     """The text of the ids behind a prompt; a letter may have bytes of several tokens."""
-    return codec.text(prompt + ids)[len(codec.text(prompt)) :]
+    return codec.text(prompt + ids)[len(words_of(codec, prompt)) :]
+
+
+def words_of(codec: Codec, prompt: list[int]) -> str:
+    """The text of a prompt, up to its last whole letter."""
+    return codec.text(prompt).rstrip(PART_OF_A_LETTER)
 
 
 def openings(stream: TokenStream, begin: int, count: int) -> list[list[int]]:
@@ -289,7 +298,7 @@ class Greedy:
         steps = generate(Decoder(self.model), [self.prompt], Sampling(0.0), draws=[], most=GREEDY, end=self.codec.end)
         (ids,) = finished(steps, 1)
         self.model.train()
-        return f"{self.codec.text(self.prompt)!r} -> {continuation(self.codec, self.prompt, ids)!r}"
+        return f"{words_of(self.codec, self.prompt)!r} -> {continuation(self.codec, self.prompt, ids)!r}"
 
 
 def write_samples(folder: Path, device: torch.device) -> None:
@@ -306,18 +315,26 @@ def samples_of(folder: Path, device: torch.device) -> dict[str, Any]:
     codec = codec_of(trained)
     shards = open_shards(trained.data, trained.config["data_pattern"])
     prompts = openings(TokenStream(shards, "val"), codec.end, SAMPLES)
+    if not prompts:
+        raise BadInput(f"{trained.data}: no validation document is longer than {OPENING} tokens")
     sampling = Sampling(temperature=0.8, top_p=0.95)
     draws = [draws_of(0, number) for number in range(len(prompts))]
     steps = generate(
         Decoder(trained_model(trained, device)), prompts, sampling, draws=draws, most=SAMPLE_TOKENS, end=codec.end
     )
     rows = zip(prompts, finished(steps, len(prompts)), strict=True)
-    texts = [{"prompt": codec.text(prompt), "text": continuation(codec, prompt, ids)} for prompt, ids in rows]
+    texts = [{"prompt": words_of(codec, prompt), "text": continuation(codec, prompt, ids)} for prompt, ids in rows]
     return {"checkpoint": trained.path.name, "step": trained.step, **dataclasses.asdict(sampling), "samples": texts}
 
 
 def evaluate(m: Measure) -> int:
     """Tables of what several runs make of the same tokens, or questions."""
+    from analysis.scores import (  # SciPy takes a second, and a training imports this file
+        lead_over,
+        print_table,
+        score_row,
+    )
+
     check_limits(m)
     if not m.runs:
         raise BadInput("sample.py evaluate: name at least one run folder")
@@ -362,8 +379,10 @@ def read_text(path: Path, column: str) -> Iterable[str]:
     return TextFiles(found.files, Column(column)).open()
 
 
-def measured(m: Measure, trained: Trained, texts: Sequence[str], device: torch.device) -> Scores:
+def measured(m: Measure, trained: Trained, texts: Sequence[str], device: torch.device) -> "Scores":
     """Score the texts, or the shards where there are none."""
+    from analysis.scores import Scores
+
     vocab_size = trained.config["vocab_size"]
     if texts:
         codec = codec_of(trained, None, m.tokenizer)
@@ -379,7 +398,7 @@ def measured(m: Measure, trained: Trained, texts: Sequence[str], device: torch.d
             raise BadInput(f"{folder}: too short, its {m.split} shards hold no token to predict")
     model, seq_len = trained_model(trained, device), trained.config["seq_len"]
     model.document_start = start if trained.config["doc_mask"] else None
-    sizes, rows = token_bytes(Path(path), vocab_size), max(1, WINDOWS[device.type] // seq_len)
+    sizes, rows = token_bytes(Path(path), vocab_size), max(1, VALIDATION_TOKENS[device.type] // seq_len)
     return Scores.of(
         trained.folder.name, trained.step, tokens, start, *token_scores(model, tokens, seq_len, rows), sizes
     )
@@ -392,16 +411,16 @@ def shards_of(m: Measure, trained: Trained) -> tuple[Shards, Path]:
     if shards.vocab_size != trained.config["vocab_size"]:
         sizes = f"a vocabulary of {shards.vocab_size:,}, and {trained.folder} one of {trained.config['vocab_size']:,}"
         raise BadInput(f"{folder}: has {sizes}; measure on the text itself with --text")
-    ours, theirs = folder / TOKENIZER, trained.data / TOKENIZER
-    if ours.exists() and theirs.exists():
-        models = [files.load_json(path, MAX_TOKENIZER_BYTES).get("model") for path in (ours, theirs)]
-        if models[0] != models[1]:
-            raise BadInput(f"{ours}: another tokenizer than that of {trained.folder}; measure on the text with --text")
+    ours = folder / TOKENIZER
+    if not same_tokens(ours, trained.tokenizer):
+        raise BadInput(f"{ours}: another tokenizer than that of {trained.folder}; measure on the text with --text")
     return shards, folder
 
 
 def answer(m: Measure, runs: Sequence[Trained], device: torch.device) -> int:
     """A table of how many of the questions each run answers right."""
+    from analysis.scores import choice_row, print_table
+
     questions = list(read_questions(m.choices))
     sizes = [[len(choice.encode()) for choice in question.choices] for question in questions]
     rows = []

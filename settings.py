@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from corpus.codec import Codec
 from corpus.frequency import Yardstick, same_tokens
 from corpus.shards import TOKENIZER, TRAIN_PATTERN, Shards, open_shards
 from data import Packing
@@ -291,8 +292,10 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
     shards = open_shards(s.data, s.data_pattern)
     if shards.tokens("val") <= s.seq_len:
         raise BadInput(f"{s.data}: {shards.tokens('val'):,} validation tokens are too few for --seq-len {s.seq_len}")
-    if s.sample_every and not (s.data / TOKENIZER).exists():
-        raise BadInput(f"--sample-every {s.sample_every}: {s.data} has no {TOKENIZER} to write text with")
+    if s.sample_every:
+        if not (s.data / TOKENIZER).exists():
+            raise BadInput(f"--sample-every {s.sample_every}: {s.data} has no {TOKENIZER} to write text with")
+        Codec(str(s.data / TOKENIZER), shards.vocab_size)  # says why it cannot
     if s.doc_mask and shards.eot_id is None:
         raise BadInput(f"--doc-mask: neither {s.data} nor its shards say which token documents start with (eot_id)")
     s = dataclasses.replace(s, compile=chosen_compile(s, config, shards, before))

@@ -42,7 +42,7 @@ from engine.run_folder import RunFolder, is_lost_rank, reason_of
 from engine.shared_memory import sharding_of
 from engine.speed import Point, Speed, Stopwatch, Times, device_name, point, seconds_between
 from engine.start import copy_weights
-from engine.step import PendingStats, TrainingStep, evaluate, prepare_torch
+from engine.step import VALIDATION_TOKENS, PendingStats, TrainingStep, evaluate, prepare_torch
 from engine.workers import workers
 from kernels.configs import capability
 from kernels.newton_schulz import reach
@@ -69,8 +69,6 @@ from settings import (
     resolve,
     starting_model,
 )
-
-VALIDATION_TOKENS = {"cuda": 8192, "cpu": 1024}  # per forward pass, whose fp32 logits are held whole
 
 
 class StepInFlight(NamedTuple):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from corpus.documents import load_tokenizer, vocabulary
-from corpus.shards import TOKENIZER
+from corpus.shards import TOKENIZER, open_shards
 from engine.cli import BadInput
 from engine.files import json_lines
 from engine.trained import Trained
@@ -19,8 +19,10 @@ def tokenizer_of(trained: Trained, data: Path | None = None, tokenizer: str | No
     or an imported run's own; BadInput where it is not there."""
     path = data / TOKENIZER if data else trained.tokenizer
     if tokenizer is None and not path.exists():
-        advice = "name the folder of its shards with --data, or a tokenizer with --tokenizer"
-        raise BadInput(f"{path}: the tokenizer of {trained.folder} is not there; {advice}")
+        raise BadInput(f"{path}: the tokenizer of {trained.folder} is not there; name one with --tokenizer")
+    theirs = trained.config["data_fingerprint"]
+    if data is not None and open_shards(data, trained.config["data_pattern"]).fingerprint != theirs:
+        raise BadInput(f"--data {data}: not the shards of {trained.folder}; name its tokenizer with --tokenizer")
     return tokenizer or str(path)
 
 

@@ -78,7 +78,8 @@ def same_tokens(one: Path, other: Path) -> bool:
     """Whether two tokenizer.json give the same ids to the same tokens; also where one is missing or lists none."""
     if not one.exists() or not other.exists():
         return True
-    vocabularies = [load_json(path, MAX_TOKENIZER_BYTES).get("model", {}).get("vocab") for path in (one, other)]
+    models = [load_json(path, MAX_TOKENIZER_BYTES).get("model") for path in (one, other)]
+    vocabularies = [model.get("vocab") if isinstance(model, dict) else None for model in models]
     return vocabularies[0] == vocabularies[1] or None in vocabularies
 
 

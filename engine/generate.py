@@ -41,7 +41,7 @@ def candidates(logits_BV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     logits_BK, ids_BK = logits_BV.double().topk(min(sampling.top_k or V, V))
     if not sampling.temperature:
         return torch.ones_like(logits_BK[:, :1]), ids_BK[:, :1]
-    p_BK = (logits_BK / sampling.temperature).softmax(-1)
+    p_BK = ((logits_BK - logits_BK[:, :1]) / sampling.temperature).softmax(-1)  # of differences: none overflows
     before_BK = p_BK.cumsum(-1) - p_BK  # a token stays if those before it do not hold top_p yet
     p_BK = p_BK.masked_fill(before_BK >= sampling.top_p, 0.0)
     return p_BK / p_BK.sum(-1, keepdim=True), ids_BK
@@ -78,7 +78,7 @@ def generate(
     """For each of up to `most` steps the next token of every row; None once it has drawn `end`, which is not given.
 
     `prompts` are token ids, at least one each. A row whose tokens fill the context continues with the later half of it;
-    a longer prompt is cut to that from the start. `say` hears of both.
+    a longer prompt is cut to that from the start. `say` gets a sentence on each.
     """
     kept, slid = max(1, decoder.context // 2), False
     rows, running, logits = [list(prompt) for prompt in prompts], [True] * len(prompts), None

@@ -124,6 +124,9 @@ class WeightsAndBiases:
                 console="off",
                 disable_git=True,
                 save_code=False,
+                x_save_requirements=False,
+                x_disable_meta=True,  # command line, paths, hardware
+                x_disable_stats=True,
                 finish_timeout=FINISH_SECONDS,
                 finish_timeout_raises=True,
             ),

@@ -21,7 +21,7 @@ def check_fit(other: nn.Module, config: Any, vocab_size: int, name: str) -> None
     """BadInput that names every difference in shape and vocabulary between a model and one of `config`."""
     pairs = {key: (getattr(other.config, key), getattr(config, key)) for key in SHAPE}
     if not config.experts:
-        del pairs["top_k"]  # of experts, which it has not
+        del pairs["top_k"]  # a dense model has no experts
     pairs["vocab_size"] = other.vocab_size, vocab_size
     if wrong := [f"{key} is {there} there, {here} here" for key, (there, here) in pairs.items() if there != here]:
         raise BadInput(f"{name}: its weights do not fit this model ({', '.join(wrong)})")

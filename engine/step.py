@@ -26,6 +26,7 @@ from engine.ranks import Sharding
 from engine.speed import Times
 from kernels import Muon
 
+VALIDATION_TOKENS = {"cuda": 8192, "cpu": 1024}  # per forward pass, whose fp32 logits are held whole
 WARMUP_STEPS = 4  # the first makes optimizer state, the third captures Muon's step
 
 

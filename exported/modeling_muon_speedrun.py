@@ -218,4 +218,5 @@ class MuonSpeedrunForCausalLM(PreTrainedModel, GenerationMixin):
             if cache is not None:
                 cache.documents = documents
             visible = visible & (documents[:, None] == new[:, :, None])
+        visible = visible | (keys == keys[seen:, None])  # padding sees itself, so that it stays finite
         return visible[:, None]

@@ -18,6 +18,7 @@ import train
 from corpus.documents import load_tokenizer
 from corpus.shards import open_shards
 from data import Loader, TokenStream, validation_batches
+from decoder import apart_from_muon
 from engine.checkpoint import save_checkpoint
 from engine.cli import CannotWrite
 from engine.files import BEST, CHECKPOINT, ROOT
@@ -25,7 +26,7 @@ from engine.identity import config_hash
 from engine.ranks import Rank
 from exported.modeling_muon_speedrun import MuonSpeedrunForCausalLM
 from model import ACTIVATIONS, Transformer
-from settings import Settings, apart_from_muon, identity, resolve
+from settings import Settings, identity, resolve
 from tests.test_layout import imported
 from tests.test_own_optimizer import MY_SGD
 

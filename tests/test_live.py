@@ -199,4 +199,5 @@ def test_wandb_itself_keeps_the_run_offline_and_no_key(train_small, monkeypatch)
     for word in (b"spectra/effective_rank/q", b"config_hash", b"final_val_accuracy", b"muon-speedrun"):
         assert word in log
     files = [path for path in folder.rglob("*") if path.is_file()]
+    assert "requirements.txt" not in {path.name for path in files}
     assert [path for path in files if A_KEY.encode() in path.read_bytes()] == []

@@ -224,7 +224,7 @@ def test_no_half_letter_is_printed(run, capsys, monkeypatch):
     monkeypatch.setattr("builtins.print", lambda text, **_: printed.append(text))
     sample.stream(None, None, codec, [sample.Text(0, "a", prompt, 0)])
     assert "".join(printed) == "aé🙂x\ufffd\n"
-    assert [part for part in printed if part][:3] == ["a", "é", "🙂"] or printed[0] == "a"
+    assert [part for part in printed if part][:3] == ["a", "é", "🙂"]
     assert all("\ufffd" not in part for part in printed[:-1])
 
 
@@ -272,7 +272,7 @@ def test_writing_text_while_training_changes_nothing(train_small, monkeypatch):
         == f"step:6/6 sample:{codec.text(prompt)!r} -> {codec.text(prompt + ids)[len(codec.text(prompt)) :]!r}"
     )
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["train_seconds"] < summary["wall_seconds"] - 3
+    assert summary["train_seconds"] < 3 < summary["wall_seconds"]  # three lines of a second each
 
 
 def test_the_model_in_training_stays_in_training(run, shards_folder):
