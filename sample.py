@@ -356,7 +356,7 @@ def evaluate(m: Measure) -> int:
 def documents_of(m: Measure, codec: Codec) -> list[str]:
     """The documents of --text, up to the one that holds the last of --tokens of the first run's tokenizer."""
     texts, count = [], 0
-    for text in itertools.chain.from_iterable(read_text(path, m.text_column) for path in m.text):
+    for text in itertools.chain.from_iterable(documents_in(path, m.text_column) for path in m.text):
         texts.append(text)
         count += 1 + len(codec.ids(text, f"--text, document {len(texts)}"))
         if count > m.tokens:
@@ -366,7 +366,7 @@ def documents_of(m: Measure, codec: Codec) -> list[str]:
     return texts
 
 
-def read_text(path: Path, column: str) -> Iterable[str]:
+def documents_in(path: Path, column: str) -> Iterable[str]:
     """The documents of a file or folder as data.py reads them; a file with another ending is one document."""
     if path.is_file() and kind(path) is None:
         try:
