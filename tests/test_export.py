@@ -388,6 +388,11 @@ def test_a_run_that_cannot_be_exported_is_named(made_run, run_main, tmp_path, ch
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_flags_of_an_export_are_refused_at_an_import(run_main, tmp_path):
+    code, _, err = run_main(export.main, "--import", tmp_path, "--out", tmp_path / "dir", "--to", "bf16")
+    assert (code, "--to bf16: belongs to an export" in err) == (2, True)
+
+
 def test_weights_beyond_fp16_are_refused(made_run, run_main, tmp_path):
     folder, _ = made_run()
     contents = torch.load(folder / BEST, weights_only=True)

@@ -16,6 +16,8 @@ import report
 import sample
 import train
 from analysis.scores import Scores, choice_row, lead_over
+from corpus import build
+from corpus.codec import Codec
 from data import TokenStream
 from decoder import Decoder, trained_model
 from engine import files
@@ -23,7 +25,7 @@ from engine.generate import Sampling, candidates, choose, draws_of, generate
 from engine.scoring import log_likelihoods
 from engine.trained import open_trained
 from model import ModelConfig, Transformer
-from tests.conftest import SMALL_MODEL
+from tests.conftest import SMALL_MODEL, random_documents
 
 NANO = {"d_model": 32, "layers": 2, "heads": 4, "kv_heads": 2, "d_ff": 48, "seq_len": 24}
 NANO |= {"ffn": "relu2", "qk_norm": True}
@@ -248,6 +250,30 @@ def test_samples_of_the_best_checkpoint_end_the_report(run, run_main, tmp_path, 
     assert (code, err) == (2, f"error: {damaged / files.SAMPLES}: sample 1: prompt is 1\n")
 
 
+def test_a_run_whose_validation_documents_are_short_ends_without_samples(run, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "openings", lambda *arguments: [])
+    (run / "samples.json").replace(run / "kept.json")
+    sample.write_samples(run, torch.device("cpu"))
+    assert "no samples:" in capsys.readouterr().err
+    assert not (run / "samples.json").exists()
+    (run / "kept.json").replace(run / "samples.json")
+
+
+def test_a_prompt_that_ends_inside_a_letter_loses_none(shards_folder):
+    codec = Codec(str(shards_folder / "tokenizer.json"), 320)
+    ids = codec.prompt("a漢b", "--prompt")
+    cuts = [
+        sample.words_of(codec, ids[:at]) + sample.continuation(codec, ids[:at], ids[at:]) for at in range(1, len(ids))
+    ]
+    assert set(cuts) == {"a漢b"}
+    assert len(cuts) == 5  # three bytes of one letter
+
+
+def test_a_temperature_near_zero_takes_the_largest():
+    found, ids = candidates(torch.tensor([[1.0, 9.0, 8.0]]), Sampling(temperature=1e-308))
+    assert (found[0].tolist(), ids[0, 0].item()) == ([1.0, 0.0, 0.0], 1)
+
+
 def test_writing_text_while_training_changes_nothing(train_small, monkeypatch):
     """With dropout, whose random numbers would shift; and the time that it takes is not training's."""
     flags = ("--tokens", 6 * 256, "--spectra-every", 0, "--dropout", 0.1)
@@ -448,6 +474,11 @@ def weights_of_another_model(folder, tmp_path):
     torch.save(contents, folder / "best.pt")
 
 
+def other_shards(folder, tmp_path):
+    texts = random_documents(40, seed=5)
+    build.build_shards(lambda: iter(texts), tmp_path / "others", source="x", vocab_size=320, val_fraction=0.2)
+
+
 def moved_shards(folder, tmp_path):
     contents = torch.load(folder / "best.pt", weights_only=True)
     contents["config"]["data"] = str(tmp_path / "gone")
@@ -488,7 +519,8 @@ REFUSALS = [
     (without_best, ["RUN", "--prompt", "a"], "run: has no best.pt; use --checkpoint last"),
     (damaged, ["RUN", "--prompt", "a"], "run/best.pt: damaged (a checksum in it does not match)"),
     (weights_of_another_model, ["RUN", "--prompt", "a"], "run/best.pt: its weights do not fit its settings"),
-    (moved_shards, ["RUN", "--prompt", "a"], "name the folder of its shards with --data"),
+    (moved_shards, ["RUN", "--prompt", "a"], "is not there; name one with --tokenizer"),
+    (other_shards, ["RUN", "--prompt", "a", "--data", "TMP/others"], "TMP/others: not the shards of"),
     (larger_tokenizer, ["RUN", "--prompt", "zyzzy", "--tokenizer", "TMP/larger.json"], "--prompt: holds token 320 of"),
     (None, ["evaluate"], "name at least one run folder"),
     (None, ["evaluate", "RUN", "--data", "TMP/none"], "TMP/none: no such folder of shards"),
