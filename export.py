@@ -25,7 +25,6 @@ from torch import Tensor
 from corpus.codec import Codec, tokenizer_of
 from corpus.documents import MAX_TOKENIZER_BYTES
 from corpus.shards import META, TOKENIZER
-from decoder import apart_from_muon, model_shape, trained_model
 from engine.checkpoint import Progress, save_checkpoint
 from engine.cli import BadInput, Limit, check_limits, exit_with_a_sentence, first_line, make_folder
 from engine.files import (
@@ -43,9 +42,9 @@ from engine.files import (
 from engine.identity import NOT_LEARNED, config_hash
 from engine.start import weights_digest
 from engine.trained import Trained, Which, open_trained
-from model import ROPE_BASE, Transformer
-from optim import parameter_layout
-from settings import RUN_NAME, Settings
+from model import ROPE_BASE, ModelConfig, Transformer
+from optim import apart_from_muon, parameter_layout
+from settings import RUN_NAME, Settings, trained_model
 
 EXPORTED = ROOT / "exported"  # what travels with a model
 MODELING, CARD = "modeling_muon_speedrun.py", "README.md"
@@ -245,7 +244,7 @@ def import_run(source: Path, out: Path) -> None:
         step, config = exported[RECORD]["step"], dict(exported[RECORD]["config"])
         if type(step) is not int or step < 0:
             raise ValueError("its step is not a count")
-        shape = model_shape(config)
+        shape = ModelConfig.of(config)
         with torch.device("meta"):  # no storage before the file proves its size
             model = Transformer(shape, config["vocab_size"], apart_from_muon(config["muon_on"], shape))
         layout = parameter_layout(model, config["optimizer"], config["decay_on"], config["muon_on"])

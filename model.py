@@ -8,10 +8,11 @@ Shape letters: B batch, T time, N = B T tokens, D model width, H heads, K key/va
 R experts per token, X experts, V vocabulary.
 """
 
+import dataclasses
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +77,12 @@ class ModelConfig:
             raise ValueError(f"top_k {self.top_k}: must be between 1 and the {self.experts} experts")
         if not (0 <= self.balance < math.inf and 0 <= self.router_noise < math.inf):
             raise ValueError(f"balance {self.balance} and router_noise {self.router_noise}: must not be negative")
+
+    @classmethod
+    def of(cls, flags: Mapping[str, Any]) -> "ModelConfig":
+        """The shape that filled-in flags, or a run's config, give; ValueError where they do not go together."""
+        shape = {field.name: flags[field.name] for field in dataclasses.fields(cls) if field.name != "qk_norm"}
+        return cls(**shape, qk_norm=SIZES[flags["model"]].qk_norm)
 
     @property
     def head_width(self) -> int:

@@ -128,6 +128,11 @@ def muon_names(muon_on: str, config: ModelConfig) -> tuple[str, ...]:
     return tuple(name for name in known if name in named or (BLOCKS in named and name in projections))
 
 
+def apart_from_muon(muon_on: str, config: ModelConfig) -> frozenset[str]:
+    """The projections that get banks of their own, since Muon does not train them."""
+    return frozenset(PROJECTIONS).difference(muon_names(muon_on, config))
+
+
 def build_optimizers(
     model: Transformer,
     optimizer: str,

@@ -26,7 +26,6 @@ from corpus.local_files import TextFiles, find_files
 from corpus.shards import TOKENIZER, TRAIN_PATTERN, Shards, open_shards
 from corpus.sources import Column, kind
 from data import TokenStream
-from decoder import Decoder, trained_model
 from engine import files
 from engine.cli import (
     AT_LEAST_1,
@@ -39,12 +38,14 @@ from engine.cli import (
     exit_with_a_sentence,
     first_line,
 )
+from engine.decoder import Decoder
 from engine.files import json_lines, text_lines
 from engine.generate import Sampling, draws_of, generate
 from engine.scoring import log_likelihoods, token_scores
 from engine.step import VALIDATION_TOKENS, prepare_torch
 from engine.trained import Trained, Which, open_trained
 from model import Transformer
+from settings import trained_model
 
 if TYPE_CHECKING:
     from analysis.scores import Scores

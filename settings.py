@@ -23,7 +23,6 @@ from corpus.codec import Codec
 from corpus.frequency import Yardstick, same_tokens
 from corpus.shards import TOKENIZER, TRAIN_PATTERN, Shards, open_shards
 from data import Packing
-from decoder import model_shape, trained_model
 from engine.checkpoint import has_checkpoint
 from engine.cli import (
     AT_LEAST_1,
@@ -35,6 +34,7 @@ from engine.cli import (
     Count,
     Limit,
     check_limits,
+    first_line,
     one_of,
 )
 from engine.compiling import cache_key, pays, why_no_compiler
@@ -45,11 +45,11 @@ from engine.live import VIEWS
 from engine.own_optimizer import class_name, is_own, load_class, try_out, without_folder
 from engine.ranks import Rank
 from engine.start import check_fit, weights_digest
-from engine.trained import open_trained
+from engine.trained import Trained, open_trained
 from kernels.newton_schulz import COEFFICIENTS
 from kernels.optimizer import DECAY_RULES, LR_SCALES, NS_METHODS
 from model import CPU_KERNELS, FLEX_MIN_HEAD_WIDTH, KERNELS, SIZES, ModelConfig, Transformer
-from optim import BLOCKS, SCHEDULES, muon_names, ns_schedule
+from optim import BLOCKS, SCHEDULES, apart_from_muon, muon_names, ns_schedule
 
 RUN_NAME = Limit("must be letters, digits, '.', '_' and '-', not starting with a dot", is_safe_name)
 LOGS = Limit(
@@ -256,7 +256,7 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
         filled[field] = getattr(size, field) if override is None else override
     s = dataclasses.replace(given, **filled)
     try:
-        config = model_shape(vars(s))
+        config = ModelConfig.of(vars(s))
     except ValueError as wrong:
         raise BadInput(str(wrong)) from None
 
@@ -304,6 +304,21 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
         least = f"heads at least {FLEX_MIN_HEAD_WIDTH} wide, not {config.head_width}"
         raise BadInput(f"--doc-mask: compiled on a GPU it needs {least}; choose fewer --heads or --compile off")
     return s, config, shards
+
+
+def trained_model(trained: Trained, device: torch.device | None = None) -> Transformer:
+    """The model of a run's checkpoint, set to validate: in fp32 on a CPU, on a GPU in the run's precision. Its
+    `document_start` is left to the caller, who knows the tokens. BadInput if weights and settings do not fit."""
+    config = trained.config
+    try:
+        shape = ModelConfig.of(config)
+        model = Transformer(shape, config["vocab_size"], apart_from_muon(config["muon_on"], shape))
+        model.load_state_dict(trained.weights)
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise BadInput(f"{trained.path}: its weights do not fit its settings ({first_line(error)})") from None
+    if device is not None and device.type == "cuda" and config.get("precision") == "bf16":
+        model.compute_dtype = torch.bfloat16
+    return model.to(device).eval()
 
 
 def with_start(s: Settings, config: ModelConfig, vocab_size: int) -> Settings:

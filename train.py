@@ -29,7 +29,6 @@ import tyro
 from corpus.frequency import yardstick_of
 from corpus.shards import Shards
 from data import Loader, TokenStream, target_counts, validation_batches
-from decoder import apart_from_muon
 from engine import files
 from engine.checkpoint import Layout, Progress, has_checkpoint, restore, state_of
 from engine.cli import BadInput, CannotWrite, TrainingFailed, exit_with_a_sentence
@@ -50,6 +49,7 @@ from kernels.optimizer import NOT_ITERATED
 from metrics import Momenta, MuonStep, SpectraRecorder, WorkerFailed
 from model import HEADED, ModelConfig, Transformer
 from optim import (
+    apart_from_muon,
     build_optimizers,
     lr_multiplier,
     muon_names,

@@ -18,8 +18,8 @@ import torch
 import tyro
 
 from bench.harness import JsonFlag, require, this_device, write_figures
-from decoder import Decoder
 from engine.cli import AT_LEAST_1, Limit, check_limits, exit_with_a_sentence, one_of
+from engine.decoder import Decoder
 from engine.step import prepare_torch
 from model import SIZES, Transformer
 

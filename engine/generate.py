@@ -7,22 +7,12 @@ A row's tokens depend on its prompt and its draws alone, not on the rows next to
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-
-class Decoder(Protocol):
-    """What decoder.Decoder is."""
-
-    context: int
-    device: torch.device
-    length: int
-
-    def read(self, tokens_BT: Tensor, padding_B: Tensor | None = None) -> Tensor: ...
-    def step(self, tokens_BT: Tensor) -> Tensor: ...
+from engine.decoder import Decoder
 
 
 @dataclass(frozen=True)

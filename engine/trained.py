@@ -2,7 +2,7 @@
 
     trained = open_trained(Path("runs/name"), "best"); trained.config["seq_len"]; trained.weights["embedding"]
 
-Checksums are verified and no code in a file is run. decoder.py makes the model of it (`trained_model`).
+Checksums are verified and no code in a file is run. settings.py makes the model of it (`trained_model`).
 """
 
 from dataclasses import dataclass

@@ -18,7 +18,6 @@ import train
 from corpus.documents import load_tokenizer
 from corpus.shards import open_shards
 from data import Loader, TokenStream, validation_batches
-from decoder import apart_from_muon
 from engine.checkpoint import save_checkpoint
 from engine.cli import CannotWrite
 from engine.files import BEST, CHECKPOINT, ROOT
@@ -26,6 +25,7 @@ from engine.identity import config_hash
 from engine.ranks import Rank
 from exported.modeling_muon_speedrun import MuonSpeedrunForCausalLM
 from model import ACTIVATIONS, Transformer
+from optim import apart_from_muon
 from settings import Settings, identity, resolve
 from tests.test_layout import imported
 from tests.test_own_optimizer import MY_SGD

@@ -78,7 +78,7 @@ def test_a_wrong_import_is_found(path, line):
 
 def test_the_root_holds_the_files_of_the_layout():
     eight = {"train", "settings", "model", "optim", "data", "metrics", "report", "experiments"}
-    assert eight <= ROOT_FILES <= eight | {"decoder", "sample", "export"}
+    assert eight <= ROOT_FILES <= eight | {"sample", "export"}
 
 
 @pytest.mark.parametrize("folder", ["kernels", "ptx"])

@@ -1,48 +1,13 @@
-"""Models of runs: their shape from settings, their weights from a checkpoint, and reading on with a cache.
+"""Reads on with a model, token by token: the keys and values of what it has read are kept.
 
-    model = trained_model(open_trained(Path("runs/name")), device); logits = Decoder(model).read(tokens_BT)
+    decoder = Decoder(model); logits_BV = decoder.read(prompt_BT); logits_BV = decoder.step(token_B1)
 
-Shape letters: B batch, T time, D model width, V vocabulary.
+Shape letters: B batch, T time, D model width, E width of a head, V vocabulary.
 """
-
-import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-from engine.cli import BadInput, first_line
-from engine.trained import Trained
-from model import PROJECTIONS, SIZES, ModelConfig, Transformer, rotate
-from optim import muon_names
-
-
-def model_shape(flags: Mapping[str, Any]) -> ModelConfig:
-    """The shape that filled-in flags, or a run's config, give the model; ValueError where they do not go together."""
-    shape = {field.name: flags[field.name] for field in dataclasses.fields(ModelConfig) if field.name != "qk_norm"}
-    return ModelConfig(**shape, qk_norm=SIZES[flags["model"]].qk_norm)
-
-
-def apart_from_muon(muon_on: str, config: ModelConfig) -> frozenset[str]:
-    """The projections that get banks of their own, since Muon does not train them."""
-    return frozenset(PROJECTIONS).difference(muon_names(muon_on, config))
-
-
-def trained_model(trained: Trained, device: torch.device | None = None) -> Transformer:
-    """The model of a run's checkpoint, set to validate: in fp32 on a CPU, on a GPU in the run's precision. Its
-    `document_start` is left to the caller, who knows the tokens. BadInput if weights and settings do not fit."""
-    config = trained.config
-    try:
-        shape = model_shape(config)
-        model = Transformer(shape, config["vocab_size"], apart_from_muon(config["muon_on"], shape))
-        model.load_state_dict(trained.weights)
-    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise BadInput(f"{trained.path}: its weights do not fit its settings ({first_line(error)})") from None
-    if device is not None and device.type == "cuda" and config.get("precision") == "bf16":
-        model.compute_dtype = torch.bfloat16
-    return model.to(device).eval()
+from torch import Tensor, nn
 
 
 class Decoder:
@@ -54,7 +19,7 @@ class Decoder:
     """
 
     @torch.inference_mode()
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: nn.Module) -> None:
         c, device = model.config, model.embedding.device
         self.model, self.context, self.device, self.length = model, c.seq_len, device, 0
         banks = ((bank, i, name) for bank in model.banks() for i, name in enumerate(bank.members))
@@ -70,9 +35,9 @@ class Decoder:
                 gains = model.q_gain[layer].expand(c.heads, -1), model.k_gain[layer].expand(c.kv_heads, -1)
                 w["qk_gain"] = torch.cat(gains)[:, None] * root_e
         self.final_gain, self.head = model.final_gain * root_d, model.embedding.mT.contiguous()
-        # The rotation of each position as a matrix: what it makes of the unit vectors.
-        units = torch.eye(c.head_width, device=device).expand(1, c.seq_len, -1, -1)
-        self.turns_TEE = rotate(units, model.cos_TE, model.sin_TE)[0]
+        # The rotation of each position as a matrix: (a, b) -> (a cos - b sin, a sin + b cos) for the halves of a head.
+        cos, sin = torch.diag_embed(model.cos_TE), torch.diag_embed(model.sin_TE)
+        self.turns_TEE = torch.cat((torch.cat((cos, sin), dim=2), torch.cat((-sin, cos), dim=2)), dim=1)
         # F.rms_norm adds eps to the mean square: sqrt(x·x + eps D) is hypot(|x|, sqrt(eps D)).
         eps = torch.finfo(torch.float32).eps
         self.floors = {width: torch.tensor((eps * width) ** 0.5, device=device) for width in (c.d_model, c.head_width)}
