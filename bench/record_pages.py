@@ -26,7 +26,7 @@ TRACKS = {"2m": "2M", "time-to-loss": "time to loss"}
 PLOTS = ("loss_curves", "optimizer_comparison", "effective_rank_over_time", "spectral_norm_by_depth")
 BUDGET = 2_015_232  # tokens of the track 2m, the prior work's 123 updates of 16,384
 LEAST_SEEDS = 3
-FIGHT = "nano-fight"  # the record whose findings the README begins with
+FIGHT_RECORD = "nano-fight"  # the record whose findings the README begins with
 SHOWN = ("driver", "sm_clock_mhz", "memory_clock_mhz", "power_limit_watts", "cpu_mhz", "busy_cores")
 MARK = "<!-- figures: {name} -->"
 END = "<!-- end of figures -->"
@@ -391,11 +391,11 @@ def headline(folder: Path) -> str:
 
 def fight(folder: Path) -> list[str]:
     """What the published fair fight found, in its own sentences; none where there is none."""
-    path = folder / FIGHT / files.FINDINGS
+    path = folder / FIGHT_RECORD / files.FINDINGS
     if not path.exists():
         return []
     said = " ".join(files.load_json(path)["fair-fight"])
-    return [f"Both tuned alike: {said} [The fair fight](runs/records/{FIGHT}/report.md)."]
+    return [f"Both tuned alike: {said} [The fair fight](runs/records/{FIGHT_RECORD}/report.md)."]
 
 
 def rank_sentence(record: Json) -> str:

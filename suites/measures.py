@@ -122,16 +122,17 @@ def no_better(b: str, *names: str) -> Measure:
     return lambda c: [of_loss(c, c.outcome(name), c.outcome(b), 0, one_sided=True) for name in names]
 
 
-def best(name: str) -> Measure:
-    """Every condition that is tested against `name` is worse; one that diverged is."""
+def best(name: str, among: Callable[[Outcome], bool] = lambda outcome: True) -> Measure:
+    """Every condition (of `among`) that is tested against `name` is worse; one that diverged is."""
 
     def measure(c: Context) -> Sequence[Evidence] | Finding:
         own = c.outcome(name)
-        others = [a for a, b in c.results.pairs() if b.name == name]
-        diverged = [other.name for other in others if other.failed]
-        found = [of_loss(c, other, own, 1) for other in others if not other.failed]
+        others = [a for a, b in c.results.pairs() if b.name == name and among(a)]
         if not others:
-            raise Lacking(f"{name} has no other condition beside it")
+            raise Lacking(f"{name} has no such condition beside it")
+        diverged = [other.name for other in others if other.failed]
+        remark = f", {len(diverged)} of {len(others)} diverged" if diverged else ""
+        found = [of_loss(c, other, own, 1, remark=remark) for other in others if not other.failed]
         return found or Finding(CONFIRMED, f"diverged: {', '.join(diverged)}")
 
     return measure
@@ -176,21 +177,20 @@ def small_overhead(most: float, at: Callable[[Context], tuple[Outcome, Outcome]]
     return timed(measure)
 
 
-def pair(a: str = "muon", b: str = "adamw") -> Callable[[Context], tuple[Outcome, Outcome]]:
-    return lambda c: (c.outcome(a), c.outcome(b))
+def muon_and_adamw(c: Context) -> tuple[Outcome, Outcome]:
+    return c.outcome("muon"), c.outcome("adamw")
 
 
-def still_above(longer: str, times: float = 2.0) -> Measure:
-    """AdamW after several times the tokens, in the longer runs of another suite, is above Muon's final loss here."""
+def still_above(longer: str, times: int = 2) -> Measure:
+    """AdamW at the end of another suite's runs, which have `times` the tokens, is above Muon's final loss here."""
 
     def measure(c: Context) -> Evidence:
         muon, adamw = c.outcome("muon"), c.suite(longer).outcome("adamw")
-        budget = times * muon.runs[0].budget
-        if any(run.budget < budget for run in adamw.runs):
-            raise Lacking(f"{longer} is shorter than {times:g} times {c.results.name}")
-        later = adamw.values(lambda run: float(np.interp(budget, run.val["tokens"], run.val["val_loss"])))
-        test = difference(later, muon.values(loss))
-        return Evidence(what=f"AdamW after {times:g} times the tokens - Muon", test=test, expected=1, show=NATS)
+        budgets = {run.budget for run in muon.runs}, {run.budget for run in adamw.runs}
+        if budgets[1] != {times * budget for budget in budgets[0]}:
+            raise Lacking(f"the runs of {longer} do not have {times} times the tokens: a schedule must be over")
+        test = difference(adamw.values(loss), muon.values(loss))
+        return Evidence(what=f"AdamW after {times} times the tokens - Muon", test=test, expected=1, show=NATS)
 
     return measure
 
@@ -297,7 +297,7 @@ def smoother(c: Context) -> Evidence:
     return compare(c, *sizes(c)[-1], unsteadiness, -1, NATS)
 
 
-def _leads(c: Context, along: str = "params") -> dict[float, dict[int, float]]:
+def _leads(c: Context, along: str) -> dict[float, dict[int, float]]:
     """Muon's loss minus AdamW's by seed, for each value of a setting (model size) at which no run failed."""
     found: dict[float, dict[int, float]] = {}
     for a, b in sizes(c):
@@ -315,38 +315,40 @@ def _budgets(c: Context) -> str:
     return "" if len(tokens) < 2 else f" (sizes trained on {tokens[0]:,} to {tokens[-1]:,} tokens)"
 
 
-def lead_grows(c: Context) -> Evidence:
-    """Slope of Muon's loss minus AdamW's per tenfold of parameters, seed by seed."""
-    leads = _leads(c)
+def _lead_slope(c: Context, along: str) -> dict[int, float]:
+    """Of Muon's loss minus AdamW's, per tenfold of a setting, by seed."""
+    leads = _leads(c, along)
     if len(leads) < 2:
-        raise Lacking("a trend needs two sizes without a diverged run")
+        raise Lacking("a trend needs two settings without a diverged run")
+    return slope(leads)
+
+
+def lead_grows(c: Context) -> Evidence:
+    """Muon's lead grows with the model."""
     what = "Muon's loss minus AdamW's, per tenfold of parameters"
-    return per_seed(what, slope(leads), -1, NATS, method="trend", remark=_budgets(c))
+    return per_seed(what, _lead_slope(c, "params"), -1, NATS, method="trend", remark=_budgets(c))
 
 
 def lead_shrinks(along: str, words: str) -> Measure:
-    """Slope of Muon's loss minus AdamW's per tenfold of a setting, seed by seed: above zero."""
+    """Muon leads at the least value of a setting, and the lead shrinks along it."""
 
-    def measure(c: Context) -> Evidence:
-        leads = _leads(c, along)
-        if len(leads) < 2:
-            raise Lacking("a trend needs two settings without a diverged run")
-        return per_seed(f"Muon's loss minus AdamW's, per tenfold of {words}", slope(leads), 1, NATS, method="trend")
+    def measure(c: Context) -> list[Evidence]:
+        what = f"Muon's loss minus AdamW's, per tenfold of {words}"
+        return [of_loss(c, *sizes(c)[0], -1), per_seed(what, _lead_slope(c, along), 1, NATS, method="trend")]
 
     return measure
 
 
 def lead_lasts(along: str, words: str) -> Measure:
-    """Muon's lead falls by less than 1 % of the loss per tenfold of a setting, seed by seed."""
+    """Muon leads at the greatest value of a setting, and along it the lead falls by less than 1 % of the loss per
+    tenfold."""
 
-    def measure(c: Context) -> Evidence:
-        leads = _leads(c, along)
-        if len(leads) < 2:
-            raise Lacking("a trend needs two settings without a diverged run")
-        gains = {seed: -value for seed, value in slope(leads).items()}
+    def measure(c: Context) -> list[Evidence]:
+        gains = {seed: -value for seed, value in _lead_slope(c, along).items()}
         mean = float(np.mean([loss for _, b in sizes(c) for loss in b.losses().values()]))
         more = {"margin": MARGIN * mean, "one_sided": True, "relative_to": mean, "method": "trend"}
-        return per_seed(f"Muon's lead over AdamW, per tenfold of {words}", gains, 0, NATS, **more)
+        lead = per_seed(f"Muon's lead over AdamW, per tenfold of {words}", gains, 0, NATS, **more)
+        return [of_loss(c, *sizes(c)[-1], -1), lead]
 
     return measure
 
@@ -359,7 +361,7 @@ def largest_breaks_down(c: Context) -> Evidence | Finding:
     largest = sizes(c)[-1][1]
     if largest.failed and largest.failed == largest.planned:
         return Finding(CONFIRMED, f"{largest.name} diverged with all of {largest.planned} seeds")
-    leads = list(_leads(c).values())
+    leads = list(_leads(c, "params").values())
     if largest.failed or len(leads) < 2:
         raise Lacking(f"{largest.failed} of {largest.planned} runs of {largest.name} diverged")
     small, large = leads[-2:]

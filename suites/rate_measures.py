@@ -6,26 +6,18 @@ Of sweeps, seed by seed; ranges and ratios on the log scale.
 """
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from analysis.stats import best_rate, learning_rate_tolerance
-from suites.judging import CONFIRMED, UNDECIDED, Context, Evidence, Finding, Lacking
-from suites.measures import DECADES, HUNDREDTHS, LOG_RATIO, TIMES, Measure, of_loss, per_seed
+from analysis.stats import Tolerance, best_rate, learning_rate_tolerance
+from suites.judging import UNDECIDED, Context, Evidence, Finding, Lacking
+from suites.measures import DECADES, HUNDREDTHS, LOG_RATIO, TIMES, Measure, best, per_seed
 
 
-def outside(low: float, high: float, best: str) -> Measure:
+def outside(low: float, high: float, name: str) -> Measure:
     """Every rate below `low` or above `high` ends higher than the document's best one, or diverges."""
-
-    def measure(c: Context) -> list[Evidence] | Finding:
-        own = c.outcome(best)
-        tried = [o for o, b in c.results.pairs() if b is own and not low <= o.condition.fields["lr"] <= high]
-        found = [of_loss(c, o, own, 1) for o in tried if not o.failed]
-        if not tried:
-            raise Lacking(f"no rate outside {low:g} to {high:g}")
-        return found or Finding(CONFIRMED, f"all of {len(tried)} rates outside diverged")
-
-    return measure
+    return best(name, lambda outcome: not low <= outcome.condition.fields["lr"] <= high)
 
 
 def _by_seed(c: Context, optimizer: str) -> dict[int, tuple[list[float], list[float]]]:
@@ -40,78 +32,74 @@ def _by_seed(c: Context, optimizer: str) -> dict[int, tuple[list[float], list[fl
     return {s: (rates, [math.nan if o.failed else o.losses()[s] for o in tried]) for s in seeds}
 
 
+def _tolerances(c: Context, optimizer: str, share: float) -> dict[int, Tolerance]:
+    found = {seed: learning_rate_tolerance(*grid, share) for seed, grid in _by_seed(c, optimizer).items()}
+    return {seed: tolerance for seed, tolerance in found.items() if tolerance is not None}
+
+
+def _is_open(found: Mapping[int, Tolerance]) -> bool:
+    """Whether a grid ends inside the range, which may then be wider than it seems."""
+    return any(tolerance.open_low or tolerance.open_high for tolerance in found.values())
+
+
+def _wider(
+    c: Context, share: float, wide: tuple[str, Context, str], narrow: tuple[str, Context, str]
+) -> Evidence | Finding:
+    """The first range is wider than the second, in decades, seed by seed."""
+    found = {name: _tolerances(sweep, optimizer, share) for name, sweep, optimizer in (wide, narrow)}
+    words = ", ".join(
+        f"{name} {'at least ' * _is_open(own)}{np.mean([t.decades for t in own.values()] or [math.nan]):.2f}"
+        for name, own in found.items()
+    )
+    first, second = found.values()
+    gaps = {seed: first[seed].decades - second[seed].decades for seed in first.keys() & second.keys()}
+    what = f"within {100 * share:g} %: {words} decades; difference"
+    evidence = per_seed(what, gaps, 1, DECADES, method=LOG_RATIO)
+    if _is_open(second):
+        tests = c.results.family_size
+        numbers = f"{evidence.numbers(tests)}; the grid of {narrow[0]} ends inside its range"
+        return Finding(UNDECIDED, numbers, evidence.test_words(tests))
+    return evidence
+
+
 def wider(share: float, muon: str, adamw: str) -> Measure:
-    """Muon's range of rates within a share of the best loss is wider than AdamW's, in decades, seed by seed."""
-
-    def measure(c: Context) -> Evidence | Finding:
-        widths, ends = {}, {"muon": 0, "adamw": 0}
-        for optimizer, suite in (("muon", muon), ("adamw", adamw)):
-            tolerances = {
-                seed: learning_rate_tolerance(*grid, share)
-                for seed, grid in _by_seed(c.suite(suite), optimizer).items()
-            }
-            widths[optimizer] = {seed: t.decades for seed, t in tolerances.items() if t is not None}
-            ends[optimizer] = sum(t.open_low or t.open_high for t in tolerances.values() if t is not None)
-        gaps = {seed: widths["muon"][seed] - widths["adamw"][seed] for seed in widths["muon"].keys() & widths["adamw"]}
-        words = ", ".join(
-            f"{name} {'at least ' * (ends[key] > 0)}{np.mean(list(widths[key].values()) or [math.nan]):.2f}"
-            for key, name in (("muon", "Muon"), ("adamw", "AdamW"))
-        )
-        what = f"within {100 * share:g} %: {words} decades; difference"
-        found = per_seed(what, gaps, 1, DECADES, method=LOG_RATIO)
-        if ends["adamw"]:  # AdamW's may be wider than it seems
-            tests = c.results.family_size
-            numbers = f"{found.numbers(tests)}; AdamW's grid ends inside its range"
-            return Finding(UNDECIDED, numbers, found.test_words(tests))
-        return found
-
-    return measure
+    """Muon's range of rates within a share of the best loss is wider than AdamW's."""
+    return lambda c: _wider(c, share, ("Muon", c.suite(muon), "muon"), ("AdamW", c.suite(adamw), "adamw"))
 
 
-def rate_ratio(adamw: str, theirs: float, factor: float = 2.0) -> Measure:
-    """Muon's best rate over AdamW's, seed by seed, is within a factor of the document's ratio."""
+def wider_when_longer(shorter: str, share: float = 0.05) -> Measure:
+    """Muon's range of rates is wider in this suite's runs than in the shorter ones of another."""
+    return lambda c: _wider(c, share, ("here", c, "muon"), (shorter, c.suite(shorter), "muon"))
+
+
+def _ratio(what: str, number: Callable[..., float], adamw: str, theirs: float, factor: float = 2.0) -> Measure:
+    """A number of Muon's grid over that of AdamW's, seed by seed, is within a factor of the document's ratio."""
 
     def measure(c: Context) -> Evidence:
-        found = {}
-        for optimizer, context in (("muon", c), ("adamw", c.suite(adamw))):
-            found[optimizer] = {seed: best_rate(*grid) for seed, grid in _by_seed(context, optimizer).items()}
-        both = found["muon"].keys() & found["adamw"]
-        ratios = {seed: math.log(found["muon"][seed] / found["adamw"][seed] / theirs) for seed in both}
+        sides = ((c, "muon"), (c.suite(adamw), "adamw"))
+        mine, its = ({s: number(*grid) for s, grid in _by_seed(*side).items()} for side in sides)
+        ratios = {seed: math.log(mine[seed] / its[seed] / theirs) for seed in mine.keys() & its.keys()}
         more = {"against": math.log(theirs), "margin": math.log(factor), "method": LOG_RATIO}
-        return per_seed("Muon's best rate over AdamW's", ratios, 0, TIMES, **more)
+        return per_seed(what, ratios, 0, TIMES, **more)
 
     return measure
 
 
-def range_ratio(adamw: str, theirs: float, factor: float = 2.0, share: float = 0.05) -> Measure:
-    """The highest minus the lowest rate within a share of the best loss, Muon's over AdamW's, seed by seed, is within a
-    factor of the document's ratio."""
-
-    def measure(c: Context) -> Evidence:
-        widths = []
-        for optimizer, context in (("muon", c), ("adamw", c.suite(adamw))):
-            found = {s: learning_rate_tolerance(*grid, share) for s, grid in _by_seed(context, optimizer).items()}
-            widths.append({s: t.high - t.low for s, t in found.items() if t is not None and t.high > t.low})
-        both = widths[0].keys() & widths[1].keys()
-        ratios = {seed: math.log(widths[0][seed] / widths[1][seed] / theirs) for seed in both}
-        more = {"against": math.log(theirs), "margin": math.log(factor), "method": LOG_RATIO}
-        return per_seed(f"width of the range within {100 * share:g} %, Muon over AdamW", ratios, 0, TIMES, **more)
-
-    return measure
+def rate_ratio(adamw: str, theirs: float) -> Measure:
+    """Of the best rates."""
+    return _ratio("Muon's best rate over AdamW's", best_rate, adamw, theirs)
 
 
-def wider_when_longer(longer: str, share: float = 0.05) -> Measure:
-    """Muon's range of rates is wider in the longer runs of another suite than in this suite's."""
+def range_ratio(adamw: str, theirs: float, share: float = 0.05) -> Measure:
+    """Of the highest minus the lowest rate within a share of the best loss; Lacking where a grid does not show both."""
 
-    def measure(c: Context) -> Evidence:
-        decades = [
-            {s: learning_rate_tolerance(*grid, share).decades for s, grid in _by_seed(context, "muon").items()}
-            for context in (c.suite(longer), c)
-        ]
-        gaps = {seed: decades[0][seed] - decades[1][seed] for seed in decades[0].keys() & decades[1].keys()}
-        return per_seed(f"within {100 * share:g} %, {longer} minus {c.results.name}", gaps, 1, DECADES)
+    def width(rates: Sequence[float], losses: Sequence[float]) -> float:
+        found = learning_rate_tolerance(rates, losses, share)
+        if found is None or found.open_low or found.open_high or found.high == found.low:
+            raise Lacking(f"a grid ends, or its neighbours diverge, within {100 * share:g} % of the best loss")
+        return found.high - found.low
 
-    return measure
+    return _ratio(f"width of the range within {100 * share:g} %, Muon over AdamW", width, adamw, theirs)
 
 
 def deviation_in(muon: tuple[float, float], adamw: tuple[float, float], suite: str) -> Measure:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from analysis.runs import Run
-from analysis.stats import MARGIN, balance, common_slope, difference, slope, tail_index
+from analysis.stats import MARGIN, balance, common_slope, slope, tail_index
 from suites.judging import Context, Evidence, Lacking, Spread, Unit
-from suites.measures import HUNDREDTHS, LOG_RATIO, TIMES, Measure, Number, per_seed, sizes, versus
+from suites.measures import HUNDREDTHS, LOG_RATIO, TIMES, Measure, Number, compare, per_seed, sizes, versus
 
 NEAR_ONE = math.log(2)  # a norm between a half and two counts as near one
 BALANCED = 0.95  # of the greatest entropy of the experts' shares
@@ -219,10 +219,8 @@ def evener(optimizers: Sequence[str], without: str) -> Measure:
         found = []
         for name in optimizers:
             dead = sum(final_balance(run)[2] for run in c.outcome(name + without).finished())
-            test = difference(*(c.outcome(one).values(evenness) for one in (name, name + without)))
-            what = f"evenness of {name}, with minus without"
-            remark = f", dead experts without it {dead}"
-            found.append(Evidence(what=what, test=test, expected=1, show=SHARES, method="balance", remark=remark))
+            more = {"method": "balance", "remark": f", dead experts without it {dead}"}
+            found.append(compare(c, c.outcome(name), c.outcome(name + without), evenness, 1, SHARES, **more))
         return found
 
     return measure

@@ -51,6 +51,9 @@ class Condition:
         object.__setattr__(self, "arm", self.arm or str(self.fields["optimizer"]))  # frozen
 
 
+Plan = Callable[[Scale, Winners], list[Condition]]
+
+
 @dataclass(frozen=True)
 class Suite:
     """One experiment: `varies` names the setting that it varies, `needs` the suites whose winners it uses.
@@ -70,7 +73,7 @@ class Suite:
     claimed: bool
     confirms: bool
     beside: tuple[str, ...]
-    plan: Callable[[Scale, Winners], list[Condition]]
+    plan: Plan
     one_seed: bool = False
 
     @property
@@ -85,9 +88,6 @@ class Suite:
 
 
 SUITES: dict[str, Suite] = {}  # all of them once suites/catalog.py is imported
-
-
-Plan = Callable[[Scale, Winners], list[Condition]]
 
 
 def suite(

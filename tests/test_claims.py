@@ -1,5 +1,7 @@
 """The rows of the claims: their quotes are in the documents, and each measures what it says, on hand-written runs."""
 
+import ast
+import functools
 import math
 import re
 
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 
 from engine.files import ROOT
+from suites import mixture_claims
 from suites.catalog import SUITES
 from suites.claims import CLAIMS, DOCUMENT_CLAIMS
 from suites.dense_claims import STORED_RUNS
@@ -36,16 +39,24 @@ def test_every_quote_is_in_the_document_that_it_names(source):
     assert [quote for quote in quotes if quote not in text] == []
 
 
+OF_CONDITIONS = ("best", "lower", "higher", "as_good", "no_better", "step_time", "between", "outside", "opposite")
+
+
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_conditions_that_rows_name_are_planned(scale):
     """A name that no suite has would leave its row undecided for ever."""
-    names = ("dense_claims.py", "mixture_claims.py", "paper_claims.py")
-    source = "".join((ROOT / "suites" / name).read_text(encoding="utf-8") for name in names)
+    constants = {"ADAM_DEFAULT": mixture_claims.ADAM_DEFAULT, "CONSTANT": mixture_claims.CONSTANT}
     planned = {c.name for suite in SUITES.values() for c in suite.plan(SCALES[scale], winners)}
-    named = re.findall(r'(?:best|lower|higher|as_good|no_better)\(((?:"[^"]*"(?:, )?)+)\)', source)
-    names = {name for words in named for name in re.findall(r'"([^"]*)"', words)}
-    assert len(names) > 12
-    assert names - planned == set()
+    named = {"muon, no balancing", "adamw, no balancing"}  # put together from two words
+    for name in ("dense_claims.py", "mixture_claims.py", "paper_claims.py"):
+        for node in ast.walk(ast.parse((ROOT / "suites" / name).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in OF_CONDITIONS:
+                arguments = node.args[1:] if node.func.id == "opposite" else node.args  # whose first is a suite
+                inside = [one for argument in arguments for one in ast.walk(argument)]
+                named |= {one.value for one in inside if isinstance(one, ast.Constant) and isinstance(one.value, str)}
+                named |= {constants[one.id] for one in inside if isinstance(one, ast.Name) and one.id in constants}
+    assert len(named) > 40
+    assert named - planned == set()
 
 
 LOW, HIGH = (3.0, 3.01, 2.99), (3.5, 3.52, 3.48)
@@ -121,17 +132,17 @@ def test_how_soon_and_how_far_ahead_by_hand(tmp_path):
     assert verdicts(slow)[sooner].verdict == REFUTED
 
 
-def test_twice_the_tokens_by_hand(tmp_path):
-    """The short runs have 320 tokens; AdamW's long ones 1,280, and its loss at 640 is half-way from 5."""
-    short = results_of(tmp_path / "a", "speedrun-2m", {"muon": (3.9, 3.91, 3.89), "adamw": HIGH}, steps=5)
+def test_twice_the_tokens_count_at_the_end_of_a_schedule_alone(tmp_path):
+    short = results_of(tmp_path / "a", "speedrun-2m", {"muon": (3.9, 3.91, 3.89), "adamw": HIGH}, steps=10)
     claim = "AdamW needs far more tokens for Muon's loss: twice as many do not do"
-    for end, verdict in (((3.0, 3.02, 2.98), CONFIRMED), ((2.4, 2.42, 2.38), REFUTED)):
+    for end, verdict in (((4.1, 4.12, 4.08), CONFIRMED), ((3.5, 3.52, 3.48), REFUTED)):
         longer = results_of(tmp_path / f"{end[0]}", "baseline", {"muon": LOW, "adamw": end}, steps=20)
         finding = verdicts(short, longer)[claim]
         assert finding.verdict == verdict
-        assert f"{(5 + end[0]) / 2 - 3.9:.3f} nats" in finding.numbers
-    same = results_of(tmp_path / "same", "baseline", {"muon": LOW, "adamw": HIGH}, steps=5)
-    assert "shorter than 2 times" in verdicts(short, same)[claim].numbers
+        assert f"{end[0] - 3.9:.3f} nats" in finding.numbers
+    for steps in (10, 40):
+        other = results_of(tmp_path / f"{steps} steps", "baseline", {"muon": LOW, "adamw": HIGH}, steps=steps)
+        assert "do not have 2 times the tokens" in verdicts(short, other)[claim].numbers
 
 
 def test_an_overhead_is_judged_against_its_limit_on_a_gpu_alone(tmp_path):
@@ -156,8 +167,10 @@ def test_what_lies_between_two_ends_and_outside_a_range(tmp_path):
     finals = dict.fromkeys(rates, HIGH) | {"adamw lr 0.001": LOW, "adamw lr 0.002": LOW, rates[-1]: (None, None, None)}
     claim = "AdamW's loss degrades outside 0.0007 to 0.002"
     assert verdicts(results_of(tmp_path / "narrow", "moe-lr-adam", finals))[claim].verdict == CONFIRMED
-    finals["adamw lr 0.005"] = LOW
-    assert verdicts(results_of(tmp_path / "broad", "moe-lr-adam", finals))[claim].verdict != CONFIRMED
+    assert "1 of" in verdicts(results_of(tmp_path / "counted", "moe-lr-adam", finals))[claim].numbers
+    for rate in ("adamw lr 0.005", "adamw lr 0.0005"):
+        broad = finals | {rate: LOW}
+        assert verdicts(results_of(tmp_path / rate, "moe-lr-adam", broad))[claim].verdict != CONFIRMED
 
 
 def test_balancing_makes_the_shares_more_even(tmp_path):
@@ -209,12 +222,13 @@ def test_the_ratio_of_the_best_rates(tmp_path):
         for name in ("moe-lr-muon", "moe-lr-adam")
     }
 
-    def valley(name, best):
+    @functools.cache
+    def valley(name, best, steepness=0.1):
         def at(rate, seed):
-            return 5 + 0.1 * (math.log(rate / best) - 0.01 * seed) ** 2
+            return 5 + steepness * (math.log(rate / best) - 0.01 * seed) ** 2
 
         losses = [tuple(at(rate, seed) for seed in (-1, 0, 1)) for rate in rates[name]]
-        return rate_results(tmp_path / f"{name}{best}", name, "", losses)
+        return rate_results(tmp_path / f"{name}{best}{steepness}", name, "", losses)
 
     muon = valley("moe-lr-muon", 0.07)
     finding = verdicts(muon, valley("moe-lr-adam", 0.001 * 1.1))["Muon's best rate is 70 times AdamW's"]
@@ -224,7 +238,27 @@ def test_the_ratio_of_the_best_rates(tmp_path):
     assert (finding.verdict, "7 times" in finding.numbers) == (REFUTED, True)
     # Valleys of one shape: the ranges are as many times as wide as the best rates are higher, but for the grids' knots.
     for best, verdict in ((0.0025, CONFIRMED), (0.008, REFUTED)):
-        finding = verdicts(muon, valley("moe-lr-adam", best))["Muon's range is 30 times as wide"]
+        sharp = valley("moe-lr-muon", 0.07, 0.3), valley("moe-lr-adam", best, 0.3)
+        finding = verdicts(*sharp)["Muon's range is 30 times as wide"]
         assert finding.verdict == verdict
         times = float(re.search(r"Muon over AdamW: ([\d.]+) times", finding.numbers)[1])
         assert times == pytest.approx(0.07 / best, rel=0.35)
+    flat = rate_results(tmp_path / "flat", "moe-lr-adam", "", [(5.0, 5.1, 5.2)] * len(rates["moe-lr-adam"]))
+    assert "a grid ends" in verdicts(muon, flat)["Muon's range is 30 times as wide"].numbers
+
+
+def test_a_range_that_widens_with_the_run(tmp_path):
+    """Losses 5 + steepness x ln(rate / 0.07)^2: within 5 % over 2 sqrt(0.25 / steepness) of the logarithm."""
+    rates = [c.fields["lr"] for c in SUITES["moe-lr-muon"].plan(SCALES["nano"], winners)]
+
+    @functools.cache
+    def sweep(name, steepness):
+        at = [5 + steepness * math.log(rate / 0.07) ** 2 for rate in rates]
+        losses = [(loss, loss + 0.01, loss - 0.01) for loss in at]
+        return rate_results(tmp_path / f"{name}{steepness}", name, "", losses)
+
+    claim = "The range widens in longer runs"
+    for long, short, verdict in ((0.3, 2.0, CONFIRMED), (2.0, 0.3, REFUTED)):
+        assert verdicts(sweep("moe-lr-muon", long), sweep("moe-lr-muon-short", short))[claim].verdict == verdict
+    open_grid = verdicts(sweep("moe-lr-muon", 0.3), sweep("moe-lr-muon-short", 0.01))[claim]
+    assert (open_grid.verdict, "ends inside" in open_grid.numbers) == (UNDECIDED, True)

@@ -67,7 +67,12 @@ def with_leads(tmp_path, name, setting, leads):
 
 @pytest.mark.parametrize(
     ("leads", "shrinks"),
-    [((0.5, 0.4, 0.3, 0.2), CONFIRMED), ((0.2, 0.3, 0.4, 0.5), REFUTED), ((0.3, 0.3, 0.3, 0.3), UNDECIDED)],
+    [
+        ((0.5, 0.4, 0.3, 0.2), CONFIRMED),
+        ((0.2, 0.3, 0.4, 0.5), REFUTED),
+        ((0.3, 0.3, 0.3, 0.3), UNDECIDED),
+        ((-0.1, -0.2, -0.3, -0.4), REFUTED),  # there is no lead that could shrink
+    ],
 )
 def test_a_lead_that_falls_by_a_tenth_with_each_doubling(tmp_path, leads, shrinks):
     found = verdicts(with_leads(tmp_path, "tokens-per-parameter", "tokens", leads))
@@ -79,7 +84,12 @@ def test_a_lead_that_falls_by_a_tenth_with_each_doubling(tmp_path, leads, shrink
 
 @pytest.mark.parametrize(
     ("leads", "lasts"),
-    [((0.3, 0.3, 0.3, 0.3), CONFIRMED), ((0.2, 0.3, 0.4, 0.5), CONFIRMED), ((0.5, 0.4, 0.3, 0.2), REFUTED)],
+    [
+        ((0.3, 0.3, 0.3, 0.3), CONFIRMED),
+        ((0.2, 0.3, 0.4, 0.5), CONFIRMED),
+        ((0.5, 0.4, 0.3, 0.2), REFUTED),
+        ((-0.3, -0.3, -0.3, -0.3), REFUTED),  # nor one that could last
+    ],
 )
 def test_a_lead_lasts_unless_it_falls_by_a_hundredth_of_the_loss(tmp_path, leads, lasts):
     found = verdicts(with_leads(tmp_path, "batch-size", "batch_tokens", leads))

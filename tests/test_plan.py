@@ -1,7 +1,9 @@
 """What a plan tells before anything is trained: how long it takes and what its seeds can show."""
 
+import itertools
 import json
 import math
+import types
 
 import numpy as np
 import pytest
@@ -34,10 +36,11 @@ def test_the_time_of_a_run_counts_steps_validations_and_spectra():
     assert minutes([60.0, 120.0, 60.0], slots=2) == 2.0
 
 
-def test_a_slower_core_takes_longer_in_proportion(monkeypatch):
-    rate = 2 * 256**3 / 0.01  # of a product that takes 10 ms
-    ticks = iter(0.01 * i for i in range(100))
-    monkeypatch.setattr(cost.time, "perf_counter", lambda: next(ticks))
+def test_a_slower_core_takes_longer_in_proportion_to_its_best_product(monkeypatch):
+    fast, paused = 0.01, 0.05  # seconds of a product; a busy core pauses most of them
+    ticks = itertools.accumulate(itertools.cycle((0.0, paused, 0.0, fast)))
+    monkeypatch.setattr(cost, "time", types.SimpleNamespace(perf_counter=lambda: next(ticks)))
+    rate = 2 * 256**3 / fast
     assert cost.slowness() == pytest.approx(220e9 / rate, rel=0.02)
 
 
