@@ -384,7 +384,8 @@ def headline(folder: Path) -> str:
     ]
     fought = fight(folder)
     seeds = len(record["figures"]["optimizers"]["muon"]["seeds"])
-    say = f"{record['model']}, {record['tokens']:,} tokens, {seeds} seeds each, on {machine.label(record['machine'])}: "
+    say = f"By default settings, {record['model']}, {record['tokens']:,} tokens, {seeds} seeds each, "
+    say += f"on {machine.label(record['machine'])}: "
     say += f"{difference_sentence(record)}. {time_sentence(record)}. {rank_sentence(record)}"
     return "\n\n".join([*pictures, *fought, f"{say} [Full report]({where}/report.md)."])
 
@@ -394,8 +395,10 @@ def fight(folder: Path) -> list[str]:
     path = folder / FIGHT_RECORD / files.FINDINGS
     if not path.exists():
         return []
-    said = " ".join(files.load_json(path)["fair-fight"])
-    return [f"Both tuned alike: {said} [The fair fight](runs/records/{FIGHT_RECORD}/report.md)."]
+    said = [f"- {sentence}" for sentence in files.load_json(path)["fair-fight"]]
+    return [
+        "\n".join([f"Who wins, both tuned alike ([the fair fight](runs/records/{FIGHT_RECORD}/report.md)):", "", *said])
+    ]
 
 
 def rank_sentence(record: Json) -> str:

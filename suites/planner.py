@@ -10,7 +10,7 @@ import dataclasses
 import fnmatch
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,7 +32,7 @@ from suites.suite import GROUPS, MOST_GROWTH, Condition, grown
 
 # Settings that are newer than published runs, at the value those runs have: left out of the hash, so names stay;
 # those that checkpoints lack too are in engine/identity.py.
-PUBLISHED_WITHOUT = {"doc_mask": False, "packing": "stream"}
+PUBLISHED_WITHOUT = {"doc_mask": False, "packing": "stream", "sample_every": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +100,13 @@ class Planned:
     jobs: tuple[Job, ...]
 
 
+def run_name(values: Mapping[str, Any]) -> str:
+    """Model, optimizer, hash of all settings but the seed, seed: of the values that settings.identity gives."""
+    hashed = {k: v for k, v in values.items() if k not in PUBLISHED_WITHOUT or v != PUBLISHED_WITHOUT[k]}
+    key = config_hash(hashed, (NOT_LEARNED | {"seed"}) - set(MEASUREMENT))
+    return f"{values['model']}-{class_name(values['optimizer'])}-{key[:10]}-seed{values['seed']}"
+
+
 class Planner:
     """Plans suites; one that uses the winners of another can be planned when the runs of that one are over."""
 
@@ -117,14 +124,12 @@ class Planner:
             given["data"] = self.chosen.data
         here = {"workers": 1, "threads": 1, "compile": "off"}  # the machine that trains chooses them
         resolved, _, shards = resolve(Settings(**here | given), Rank())
-        # "auto" precision stays "auto" in the hash, so that a login node without a GPU plans the same runs.
+        # "auto" precision stays "auto" in the name, so that a login node without a GPU plans the same runs.
         values = identity(resolved, shards) | {"precision": given.get("precision", "auto")}
-        hashed = {k: v for k, v in values.items() if k not in PUBLISHED_WITHOUT or v != PUBLISHED_WITHOUT[k]}
-        key = config_hash(hashed, (NOT_LEARNED | {"seed"}) - set(MEASUREMENT))
         defaults = {f.name: f.default for f in dataclasses.fields(Settings)}
         words = [word for name, value in given.items() if value != defaults[name] for word in _flag(name, value)]
         return Job(
-            name=f"{resolved.model}-{class_name(resolved.optimizer)}-{key[:10]}-seed{seed}",
+            name=run_name(values),
             flags=tuple(words),
             steps=resolved.steps,
             tokens=resolved.tokens,

@@ -255,7 +255,10 @@ def build_page(
     return Page(
         title=f"muon-speedrun experiments, {scale}",
         headline=headline if judged else f"{results[0].name}: {results[0].suite.question}",
-        lead=[*_verdict_lists(judged), f"Finished runs: {finished}, in {counted(len(results), 'suite')}."],
+        lead=[
+            *_verdict_lists(judged),
+            f"Finished runs: {finished}, in {counted(len(results), 'suite')}; a run may belong to several conditions.",
+        ],
         tiles=[],
         summary=summary,
         notes=fair_page.NOTES if fair else NOTES,

@@ -8,6 +8,7 @@ import pytest
 from bench.synthetic import write_run
 from engine import files
 from engine.cli import BadInput
+from settings import Settings
 from suites import planner
 from suites.catalog import SUITES
 from suites.mixture import MUON_ABLATIONS
@@ -32,6 +33,17 @@ def test_runs_are_named_by_what_they_train_and_shared_between_suites(tmp_path, s
     assert rate.name.split("-seed")[0] == plan.job((("model", "nano"), ("lr", 0.02)), 1).name.split("-seed")[0]
     assert rate.name != plan_of(tmp_path, shards_folder, tokens=4096).job((("model", "nano"), ("lr", 0.02)), 0).name
     assert plan.job((("model", "nano"), ("spectra_every", 0)), 0).name != plan.job((("model", "nano"),), 0).name
+
+
+def test_published_runs_keep_their_names():
+    """So an experiment that continues after an update trains no run again: PUBLISHED_WITHOUT must name new settings."""
+    folders = [path.parent for path in (files.ROOT / "runs" / "records" / "nano-fight").glob("*/config.json")]
+    assert len(folders) == 82
+    new = {f.name: f.default for f in dataclasses.fields(Settings) if f.name != "init_fingerprint"}
+    for folder in folders:
+        config = files.load_json(folder / "config.json")
+        hashed = dict(list(config.items())[: list(config).index("vocab_size") + 1])
+        assert planner.run_name(new | hashed | {"precision": "auto"}) == folder.name
 
 
 def test_the_winner_has_the_least_mean_and_no_diverged_seed(tmp_path, shards_folder, monkeypatch):

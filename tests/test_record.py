@@ -343,7 +343,7 @@ def test_the_first_screen_repeats_what_the_fair_fight_found(tmp_path):
     found = {"fair-trials": ["much"], "fair-fight": ["Equal tokens: a wins.", "Equal time: b wins."]}
     (tmp_path / "nano-fight" / "findings.json").write_text(json.dumps(found))
     (said,) = record_pages.fight(tmp_path)
-    assert "Equal tokens: a wins. Equal time: b wins." in said
+    assert said.endswith("\n\n- Equal tokens: a wins.\n- Equal time: b wins.")
     assert "much" not in said
 
 
