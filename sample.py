@@ -311,8 +311,9 @@ def write_samples(folder: Path, device: torch.device) -> None:
 
 
 def samples_of(folder: Path, device: torch.device) -> dict[str, Any]:
-    """What samples.json holds: texts of a run's best checkpoint behind the first words of validation documents."""
-    trained = open_trained(folder, "best")
+    """What samples.json holds: texts behind the first words of validation documents, by a run's best checkpoint; by
+    its last where none was better than the first weights."""
+    trained = open_trained(folder, "best" if (folder / files.BEST).exists() else "last")
     codec = codec_of(trained)
     shards = open_shards(trained.data, trained.config["data_pattern"])
     prompts = openings(TokenStream(shards, "val"), codec.end, SAMPLES)

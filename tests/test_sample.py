@@ -147,6 +147,13 @@ def test_a_run_whose_validation_documents_are_short_ends_without_samples(run, mo
     (run / "kept.json").replace(run / "samples.json")
 
 
+def test_a_run_that_never_got_better_has_samples_of_its_last_weights(run, tmp_path):
+    last = shutil.copytree(run, tmp_path / "last")
+    (last / "best.pt").unlink()
+    sample.write_samples(last, torch.device("cpu"))
+    assert json.loads((last / "samples.json").read_text())["checkpoint"] == "checkpoint.pt"
+
+
 def test_a_prompt_that_ends_inside_a_letter_loses_none(shards_folder):
     codec = Codec(str(shards_folder / "tokenizer.json"), 320)
     ids = codec.prompt("a漢b", "--prompt")
