@@ -117,7 +117,7 @@ class Planner:
     @functools.cache  # noqa: B019  one planner per command
     def job(self, fields: tuple[tuple[str, Any], ...], seed: int) -> Job:
         """The run with these settings; settings that train the same model give the same name."""
-        given = dict(fields) | {"seed": seed}
+        given = {**self.scale.fixed, **dict(fields), "seed": seed}
         if self.chosen.tokens is not None:
             given["tokens"] = self.chosen.tokens
         if self.chosen.data is not None:

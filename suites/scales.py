@@ -44,6 +44,7 @@ class Scale:
     moe_long: Fields
     moe_short: Fields  # S4's fast sweep, 200 of its 500 steps
     fight: Fight  # repeats no document, so `everything` skips it
+    fixed: Fields  # of every run, unless its condition says otherwise: new defaults of train.py must not change a suite
     lengths: Mapping[int, Fields]  # budgets of the first of `sizes`, by tokens per parameter
     rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by suite and optimizer
     sweep_seeds: tuple[int, ...] = (0, 1, 2)  # of the suites on which no claim hangs
@@ -59,6 +60,8 @@ def _budget(steps: int, batch_tokens: int) -> dict[str, int]:
 
 _S2 = {"schedule": "cosine", "min_lr": 0.1, "warmup": 0.05, "dropout": 0.1, "weight_decay": 0.1}
 _S4 = _S2 | {"momentum": 0.9, "ns_coefficients": "quintic", "spectra_every": 0}
+_FIXED = {"momentum": 0.95, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.95, "schedule": "linear", "warmup": 0.05}
+_FIXED |= {"min_lr": 0.1, "grad_clip": 1.0}
 _NANO = {"eval_every": 16, "eval_tokens": 8192, "spectra_every": 16}
 
 SCALES = {
@@ -75,6 +78,7 @@ SCALES = {
         moe=_S4 | {"model": "moe-79m", **_budget(125, 49_152), "precision": "fp32"},
         moe_long=_budget(500, 49_152),
         moe_short=_budget(50, 49_152),
+        fixed=_FIXED | {"adamw_lr": 0.006},
         fight=Fight({"model": "88m", **_budget(123, 16_384), "spectra_every": 0}),
         lengths={ratio: _budget(171 * ratio, 65_536) for ratio in (20, 40, 80, 160)},
         rates={
@@ -104,6 +108,7 @@ SCALES = {
         moe=_NANO | _S4 | {"model": "moe-nano", **_budget(128, 2048)},
         moe_long=_budget(384, 2048) | {"eval_every": 48},
         moe_short=_budget(51, 2048),
+        fixed=_FIXED | {"adamw_lr": 0.02},
         fight=Fight(_NANO | {"model": "nano", **_budget(128, 2048), "spectra_every": 0}),
         lengths={ratio: _budget(176 * ratio, 2048) for ratio in (1, 2, 4, 8)},
         rates={

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+import settings
 from bench.synthetic import write_run
 from engine import files
 from engine.cli import BadInput
@@ -44,6 +45,28 @@ def test_published_runs_keep_their_names():
         config = files.load_json(folder / "config.json")
         hashed = dict(list(config.items())[: list(config).index("vocab_size") + 1])
         assert planner.run_name(new | hashed | {"precision": "auto"}) == folder.name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OtherDefaults(Settings):
+    momentum: float = 0.7
+    weight_decay: float = 0.3
+    beta1: float = 0.5
+    beta2: float = 0.7
+    warmup: float = 0.3
+    schedule: str = "wsd"
+    min_lr: float = 0.5
+    grad_clip: float = 0.0
+
+
+def test_new_defaults_of_training_rename_no_run_of_a_suite(tmp_path, shards_folder, monkeypatch):
+    def names():
+        return [job.name for p in plan_of(tmp_path, shards_folder).plan("speedrun-lr") for job in p.jobs]
+
+    before = names()
+    monkeypatch.setattr(planner, "Settings", OtherDefaults)
+    monkeypatch.setattr(settings, "NANO_LR", {"muon": (0.1, 0.1), "adamw": (0.1, 0.1)})
+    assert names() == before
 
 
 def test_the_winner_has_the_least_mean_and_no_diverged_seed(tmp_path, shards_folder, monkeypatch):
