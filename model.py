@@ -293,6 +293,13 @@ class Transformer(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets_BT.flatten())
         return loss + balance if c.experts and self.training else loss
 
+    def turns(self) -> Tensor:
+        """The rotation of each position as a matrix (T, E, E) that a head is multiplied by: what `rotate` makes of the
+        unit vectors."""
+        c = self.config
+        units = torch.eye(c.head_width, device=self.cos_TE.device).expand(1, c.seq_len, -1, -1)
+        return rotate(units, self.cos_TE, self.sin_TE)[0]
+
     @torch.no_grad()
     def choices(self, tokens_BT: Tensor) -> Tensor:
         """How many choices of a forward pass fall on each expert of each layer, (layers, experts)."""

@@ -395,10 +395,8 @@ def fight(folder: Path) -> list[str]:
     path = folder / FIGHT_RECORD / files.FINDINGS
     if not path.exists():
         return []
-    said = [f"- {sentence}" for sentence in files.load_json(path)["fair-fight"]]
-    return [
-        "\n".join([f"Who wins, both tuned alike ([the fair fight](runs/records/{FIGHT_RECORD}/report.md)):", "", *said])
-    ]
+    said = "\n".join(f"- {sentence}" for sentence in files.load_json(path)["fair-fight"])
+    return [f"Who wins, both tuned alike ([the fair fight](runs/records/{FIGHT_RECORD}/report.md)):\n\n{said}"]
 
 
 def rank_sentence(record: Json) -> str:

@@ -35,9 +35,7 @@ class Decoder:
                 gains = model.q_gain[layer].expand(c.heads, -1), model.k_gain[layer].expand(c.kv_heads, -1)
                 w["qk_gain"] = torch.cat(gains)[:, None] * root_e
         self.final_gain, self.head = model.final_gain * root_d, model.embedding.mT.contiguous()
-        # The rotation of each position as a matrix: (a, b) -> (a cos - b sin, a sin + b cos) for the halves of a head.
-        cos, sin = torch.diag_embed(model.cos_TE), torch.diag_embed(model.sin_TE)
-        self.turns_TEE = torch.cat((torch.cat((cos, sin), dim=2), torch.cat((-sin, cos), dim=2)), dim=1)
+        self.turns_TEE = model.turns()
         # F.rms_norm adds eps to the mean square: sqrt(x·x + eps D) is hypot(|x|, sqrt(eps D)).
         eps = torch.finfo(torch.float32).eps
         self.floors = {width: torch.tensor((eps * width) ** 0.5, device=device) for width in (c.d_model, c.head_width)}

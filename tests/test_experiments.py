@@ -117,10 +117,16 @@ for name, change in (("config.json", settings), ("summary.json", {"final_val_los
 """
 
 
+def stand_in(tmp_path, monkeypatch, code):
+    """Replace train.py by FAKE_TRAINING, which imports nothing large, since hundreds are started."""
+    write_run(tmp_path / "made", final=3.0, spectra=False, model="nano", device="cpu")
+    fake_training(tmp_path, monkeypatch, code)
+
+
 def test_everything_is_planned_in_stages_trained_once_and_reported(
     tmp_path, shards_folder, run_main, no_drawing, monkeypatch
 ):
-    fake_training(tmp_path, monkeypatch, FAKE_TRAINING)
+    stand_in(tmp_path, monkeypatch, FAKE_TRAINING)
     monkeypatch.setattr(launcher, "POLL_SECONDS", 0.01)
     few = dataclasses.replace(planner.SCALES["nano"], claim_seeds=(0, 1, 2), fresh_seeds=(6, 7, 8))
     monkeypatch.setitem(planner.SCALES, "nano", few)
@@ -148,7 +154,7 @@ def test_everything_is_planned_in_stages_trained_once_and_reported(
 
 
 def test_a_grid_that_grows_is_trained_in_one_call_and_told_before(tmp_path, shards_folder, run_main, monkeypatch):
-    fake_training(tmp_path, monkeypatch, FAKE_TRAINING.replace("best = 0.04", "best = 0.4"))
+    stand_in(tmp_path, monkeypatch, FAKE_TRAINING.replace("best = 0.04", "best = 0.4"))
     monkeypatch.setattr(launcher, "POLL_SECONDS", 0.01)
     where = ("--scale", "nano", "--runs-dir", tmp_path / "runs", "--data", shards_folder, "--seeds", "4", "6")
     words = ("run", "speedrun-lr", *where)
@@ -182,8 +188,7 @@ def job(tmp_path, name="a", *flags):
 
 
 def fake_training(tmp_path, monkeypatch, code):
-    """Replace train.py; it imports nothing large, since hundreds are started."""
-    write_run(tmp_path / "made", final=3.0, spectra=False, model="nano", device="cpu")
+    """Replace train.py."""
     script = tmp_path / "fake.py"
     script.write_text(code)
     monkeypatch.setattr(launcher, "TRAIN", script)
