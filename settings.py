@@ -39,6 +39,7 @@ from engine.cli import (
 )
 from engine.compiling import cache_key, pays, why_no_compiler
 from engine.cores import free_cores
+from engine.defaults import LARGE, NANO, defaults_of
 from engine.files import BEST, CONFIG, finite, is_safe_name, load_json, shown
 from engine.identity import config_hash, provenance
 from engine.live import VIEWS
@@ -56,18 +57,10 @@ LOGS = Limit(
     f"choose from jsonl, {', '.join(VIEWS)}, or several by commas",
     lambda value: {*value.split(",")} <= {"jsonl", *VIEWS},
 )
-NANO = ("nano", "moe-nano")  # for a first look on a CPU
-# Peak learning rates: (block matrices, embedding and gains). nano: the winners of the sweep in bench/LOG.md, which
-# moe-nano borrows. The other sizes were not swept yet: Muon's are the 88M speedrun's of the prior work, AdamW's lie
-# between its 0.006 and 0.0005.
-NANO_LR = {"muon": (0.04, 0.02), "adamw": (0.005, 0.02)}
-DEFAULT_LR = {"muon": (0.024, 0.006), "adamw": (0.002, 0.006)}
 MUON_OPTIONS = ("momentum", "nesterov", "ns_steps", "ns_coefficients", "ns_method", "lr_scale", "ns_before_momentum")
 MUON_OPTIONS += ("normalize_rows", "decay_rule")
 KERNELS_THAT_PAY: frozenset[str] = frozenset()  # of model.KERNELS: those with an end-to-end win in runs/records
 CPU_KERNELS_THAT_PAY = frozenset(("cross_entropy", "attention"))  # bench/LOG.md
-BATCH_TOKENS, EVAL_TOKENS = 16_384, 131_072
-NANO_BATCH_TOKENS, NANO_EVAL_TOKENS = 8192, 16_384
 EVENTS_PER_RUN = 20  # validation and spectra, unless their flags say otherwise
 LARGE_SPECTRA_PER_RUN = 4  # above nano: an event takes seconds of a CPU (docs/run_folder.md)
 
@@ -135,8 +128,8 @@ class Settings:
     """Peak rate of the block matrices (default: muon 0.024, adamw 0.002; nano 0.04, 0.005)."""
     adamw_lr: Annotated[float, POSITIVE] | None = None
     """Peak rate of embedding, gains and router, and of what Muon leaves (default: 0.006; nano 0.02)."""
-    momentum: Annotated[float, BELOW_1] = 0.95
-    """Muon's momentum."""
+    momentum: Annotated[float, BELOW_1] | None = None
+    """Muon's momentum (default: 0.95; nano 0.85)."""
     nesterov: bool = True
     """Nesterov momentum in Muon."""
     ns_steps: int | str = 5
@@ -159,8 +152,8 @@ class Settings:
     """Decoupled weight decay of the block matrices, times the learning rate per step."""
     decay_on: Literal["blocks", "matrices"] = "blocks"
     """What decays: the block matrices, or every matrix, with the embedding and the router at their own rate."""
-    beta1: Annotated[float, BELOW_1] = 0.9
-    """AdamW's decay of the first moment."""
+    beta1: Annotated[float, BELOW_1] | None = None
+    """AdamW's decay of the first moment (default: 0.9; nano 0.7)."""
     beta2: Annotated[float, BELOW_1] = 0.95
     """AdamW's decay of the second moment."""
     adam_eps: Annotated[float, POSITIVE] = 1e-8
@@ -230,8 +223,6 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
         if find_spec(view) is None:
             raise BadInput(f"--log {view}: the package is not installed; pip install {view}")
     check_optimizer(given)
-    rates = NANO_LR if given.model in NANO else DEFAULT_LR
-    lr, adamw_lr = rates.get(given.optimizer, rates["adamw"])  # a class of a file has given its own lr
     cuda = given.device == "cuda" or (given.device == "auto" and torch.cuda.is_available())
     if cuda and not torch.cuda.is_available():
         raise BadInput("--device cuda: this PyTorch sees no CUDA device")
@@ -239,18 +230,14 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
     size, utc_time = SIZES[given.model], time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     before = config_before(given)
     filled: dict[str, Any] = {
-        "lr": lr if given.lr is None else given.lr,
-        "adamw_lr": adamw_lr if given.adamw_lr is None else given.adamw_lr,
         "device": "cuda" if cuda else "cpu",
         "precision": given.precision if given.precision != "auto" else ("bf16" if bf16 else "fp32"),
         "data": given.data or default_data(given.model),
         "name": given.name or f"{given.model}-{class_name(given.optimizer)}-{given.seed}-{utc_time}",
     }
-    nano = given.model in NANO
-    if given.batch_tokens is None:
-        filled["batch_tokens"] = NANO_BATCH_TOKENS if nano else BATCH_TOKENS
-    if given.eval_tokens is None:
-        filled["eval_tokens"] = NANO_EVAL_TOKENS if nano else EVAL_TOKENS
+    by_model = vars(defaults_of(given.model))
+    by_model = by_model | {"lr": by_model["lr"].get(given.optimizer)}  # a class of a file has given its own
+    filled |= {field: value for field, value in by_model.items() if getattr(given, field) is None}
     for field in ("layers", "d_model", "heads", "kv_heads", "d_ff", "ffn", "seq_len", "experts", "top_k"):
         override = getattr(given, field)
         filled[field] = getattr(size, field) if override is None else override
@@ -281,7 +268,7 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
     if remainder or not sequences:
         raise BadInput(f"--batch-tokens {s.batch_tokens}: not divisible by {unit}")
     cadence = max(1, s.steps // EVENTS_PER_RUN)
-    spectra_cadence = cadence if nano else max(1, s.steps // LARGE_SPECTRA_PER_RUN)
+    spectra_cadence = cadence if given.model in NANO else max(1, s.steps // LARGE_SPECTRA_PER_RUN)
     s = dataclasses.replace(
         s,
         eval_every=cadence if s.eval_every is None else s.eval_every,
@@ -348,7 +335,7 @@ def starting_model(s: Settings, config: ModelConfig, vocab_size: int) -> Transfo
 
 def check_optimizer(s: Settings) -> None:
     """BadInput unless the optimizer exists and its settings go together."""
-    if s.optimizer in NANO_LR:
+    if s.optimizer in LARGE.lr:
         if s.optimizer_options:
             raise BadInput(
                 f"--optimizer-options: only for --optimizer FILE.py:CLASS; {s.optimizer} has flags of its own"

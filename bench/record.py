@@ -30,9 +30,9 @@ from bench.all import parts, rows_of
 from bench.record_pages import BENCH, BUDGET, CORPORA, LEAST_SEEDS, PLOTS, RECORD
 from engine import files, identity
 from engine.cli import BadInput, Count, exit_with_a_sentence, make_folder
+from engine.defaults import defaults_of
 from engine.files import ROOT
 from model import SIZES
-from settings import BATCH_TOKENS, EVAL_TOKENS, NANO, NANO_BATCH_TOKENS, NANO_EVAL_TOKENS
 from suites import launcher
 from suites.suite import OPTIMIZERS
 
@@ -302,8 +302,8 @@ def check_rules(folder: Path, record: dict[str, Any], runs: Sequence[Run]) -> li
 
 def standard(model: str) -> dict[str, int]:
     """What train.py sets for a model and a record must keep."""
-    batch_tokens, eval_tokens = (NANO_BATCH_TOKENS, NANO_EVAL_TOKENS) if model in NANO else (BATCH_TOKENS, EVAL_TOKENS)
-    return {"batch_tokens": batch_tokens, "eval_tokens": eval_tokens, "seq_len": SIZES[model].seq_len}
+    suited = defaults_of(model)
+    return {"batch_tokens": suited.batch_tokens, "eval_tokens": suited.eval_tokens, "seq_len": SIZES[model].seq_len}
 
 
 def check_page(folder: Path, wanted: str) -> list[str]:

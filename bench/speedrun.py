@@ -21,8 +21,9 @@ from analysis.runs import load_run
 from bench.harness import JsonFlag, write_figures
 from bench.record_pages import BUDGET, PLOTS, as_written, figures_of
 from engine.cli import POSITIVE, BadInput, check_limits, exit_with_a_sentence, make_folder
+from engine.defaults import NANO, defaults_of
 from engine.files import ROOT
-from settings import BATCH_TOKENS, NANO, NANO_BATCH_TOKENS, default_data
+from settings import default_data
 from suites.suite import OPTIMIZERS
 
 LEAST_STEPS, EVENTS = 4, 6  # of a run; events are validations with spectra
@@ -74,7 +75,7 @@ def main() -> int:
     model = a.model or ("88m" if kind == "cuda" else "nano")
     make_folder(a.out, exist_ok=True)
     data = shards_for(model, a.out).resolve()
-    batch = NANO_BATCH_TOKENS if model in NANO else BATCH_TOKENS
+    batch = defaults_of(model).batch_tokens
     rate = a.tokens_per_second or FALLBACK_RATE[kind]
     left = max(0.0, end - time.monotonic() - SPENT_ELSEWHERE[kind])
     tokens = min(BUDGET, max(LEAST_STEPS, int(rate * left / len(OPTIMIZERS) / batch)) * batch)

@@ -39,6 +39,7 @@ from corpus.shards import open_shards
 from data import Loader, TokenStream
 from engine import files, speed
 from engine.cli import AT_LEAST_1, NOT_NEGATIVE, BadInput, Count, check_limits, exit_with_a_sentence, one_of
+from engine.defaults import defaults_of
 from engine.memory import GIB, MemoryCount, available_bytes, choose_micro_batch
 from engine.speed import Times, point, seconds_between
 from engine.step import TrainingStep, prepare_torch
@@ -46,7 +47,7 @@ from kernels.newton_schulz import reach
 from metrics import Momenta, SpectraRecorder
 from model import KERNELS, SIZES, Transformer
 from optim import build_optimizers, step_cost
-from settings import BATCH_TOKENS, CPU_KERNELS_THAT_PAY, DEFAULT_LR, NANO_BATCH_TOKENS, NANO_LR
+from settings import CPU_KERNELS_THAT_PAY
 
 WARMUP_STEPS = 3
 PROFILED_STEPS = 2
@@ -119,7 +120,8 @@ class Workplace:
         size, nano = SIZES[a.model], a.model == "nano"
         seq_len = size.seq_len if a.seq_len is None else a.seq_len
         self.vocab_size = (NANO_VOCAB if nano else DEFAULT_VOCAB) if a.vocab_size is None else a.vocab_size
-        self.batch_tokens = (NANO_BATCH_TOKENS if nano else BATCH_TOKENS) if a.batch_tokens is None else a.batch_tokens
+        self.suited = defaults_of(a.model)
+        self.batch_tokens = self.suited.batch_tokens if a.batch_tokens is None else a.batch_tokens
         self.config = dataclasses.replace(size, seq_len=seq_len)
         self.sequences, rest = divmod(self.batch_tokens, seq_len)
         if rest or not self.sequences:
@@ -127,7 +129,6 @@ class Workplace:
         self.device = torch.device("meta") if a.predict else this_device()
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.compiled = a.compile == "on" or (a.compile == "auto" and self.cuda)
-        self.rates = NANO_LR if nano else DEFAULT_LR
         self.gpu = speed.DEVICES.get(machine.device_name())
         self.micro_batch = 1 if a.predict else self._micro_batch(a.micro_batch)
 
@@ -147,8 +148,7 @@ class Workplace:
     def ours(self, optimizer: str, kernels: frozenset[str] = frozenset()) -> Candidate:
         """Our model and training step with some of the fused kernels."""
         model = self.transformer(kernels)
-        lr, adamw_lr = self.rates[optimizer]
-        optimizers = build_optimizers(model, optimizer, lr=lr, adamw_lr=adamw_lr)
+        optimizers = build_optimizers(model, optimizer, **self.suited.rates(optimizer))
         work = TrainingStep(model, optimizers, micro_batch=self.micro_batch, compiled=self.compiled)
 
         def step(rows: Tensor, times: Times | None) -> None:
@@ -165,13 +165,11 @@ class Workplace:
 
     def theirs(self, optimizer: str) -> Candidate:
         """The baseline with one of its optimizers."""
-        lr, adamw_lr = self.rates["adamw" if optimizer == "adamw" else "muon"]
         model, optimizers = baseline.build(
             self.config,
             self.vocab_size,
             optimizer,
-            lr=lr,
-            adamw_lr=adamw_lr,
+            **self.suited.rates(optimizer),
             device=self.device,
             compile=self.compiled,
         )
@@ -292,9 +290,9 @@ def row_of(c: Candidate, place: Workplace) -> dict[str, Any]:
     row["peak_memory_bytes"] = c.peak_bytes or None
     if place.gpu:
         model, rate = place.transformer(), place.batch_tokens / seconds / place.gpu.bf16_flops
-        seq_len, lr = place.config.seq_len, place.rates[c.optimizer][0]
+        seq_len = place.config.seq_len
         row |= {"mfu": rate * model.flops_per_token(seq_len), "mfu_causal": rate * model.flops_per_token(seq_len, True)}
-        optimizers = build_optimizers(model, c.optimizer, lr=lr, adamw_lr=lr)
+        optimizers = build_optimizers(model, c.optimizer, **place.suited.rates(c.optimizer))
         least = speed.light_seconds(model, step_cost(optimizers), place.batch_tokens, seq_len, place.gpu)
         row |= {"light_ms": 1e3 * least, "light_share": least / seconds}
     return row
@@ -319,7 +317,7 @@ def time_surroundings(place: Workplace, step_seconds: float) -> dict[str, float 
     A batch's times are None where the package that builds shards is absent.
     """
     model = place.transformer()
-    optimizers = build_optimizers(model, "muon", lr=place.rates["muon"][0], adamw_lr=place.rates["muon"][1])
+    optimizers = build_optimizers(model, "muon", **place.suited.rates("muon"))
     work = TrainingStep(model, optimizers, micro_batch=place.micro_batch)
     with tempfile.TemporaryDirectory() as folder:
         recorder = SpectraRecorder(model, Path(folder) / files.SPECTRA)

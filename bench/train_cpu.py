@@ -29,6 +29,7 @@ from bench import baseline
 from bench.busy import busy_process
 from bench.harness import print_table, quartiles
 from engine.cli import BadInput
+from engine.defaults import defaults_of
 from engine.files import ROOT
 from engine.memory import MemoryCount, choose_micro_batch
 from engine.ranks import Rank
@@ -37,7 +38,7 @@ from engine.step import TrainingStep, prepare_torch
 from engine.workers import workers
 from model import SIZES, ModelConfig, Transformer
 from optim import build_optimizers
-from settings import CPU_KERNELS_THAT_PAY, DEFAULT_LR, NANO, NANO_LR, Settings, chosen_workers
+from settings import CPU_KERNELS_THAT_PAY, Settings, chosen_workers
 
 MICRO_BATCHES = (1024, 2048, 8192)  # tokens that the others may choose from
 PRODUCT = (1024, 512, 128)  # rows, columns and depth of the product whose rate is the light: nano's feed-forward
@@ -131,11 +132,10 @@ def rows_of(task: Task, rank: Rank) -> Tensor:
 
 def ours(task: Task, optimizer: str, compiled: bool, rank: Rank) -> Step:
     """Our model and step with what train.py chooses on a CPU."""
-    lr, adamw_lr = (NANO_LR if task.model in NANO else DEFAULT_LR)[optimizer]
     model = Transformer(task.config, task.vocab_size)
     model.kernels = CPU_KERNELS_THAT_PAY
     sharding = sharding_of(model, rank)
-    optimizers = build_optimizers(model, optimizer, lr=lr, adamw_lr=adamw_lr, sharding=sharding)
+    optimizers = build_optimizers(model, optimizer, **defaults_of(task.model).rates(optimizer), sharding=sharding)
     rows = rows_of(task, rank)
     memory = MemoryCount(model, optimizer, len(rows), task.seq_len)
     micro_batch = choose_micro_batch(memory, "auto", rows.device)
@@ -153,10 +153,9 @@ def theirs(task: Task, compiled: bool) -> Step:
     """Another model, at the micro-batch with which its step takes the least time."""
     c, rows = task.config, rows_of(task, Rank())
     who, kind = task.name.removesuffix(", compiled").split(", ")
-    lr, adamw_lr = (NANO_LR if task.model in NANO else DEFAULT_LR)["adamw" if kind == "adamw" else "muon"]
     if who == "baseline":
         kind = {"muon": "loop", "stacked muon": "stacked"}.get(kind, kind)
-        rates = {"lr": lr, "adamw_lr": adamw_lr}
+        rates = defaults_of(task.model).rates(kind)
         model, optimizers = baseline.build(c, task.vocab_size, kind, **rates, compile=compiled)
     else:
         gpt = nanogpt_model(Path(task.nanogpt) / "model.py", c, task.vocab_size) if who == "nanoGPT" else None

@@ -13,7 +13,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from settings import EVENTS_PER_RUN, NANO, NANO_BATCH_TOKENS, NANO_EVAL_TOKENS
+from engine.defaults import NANO, defaults_of
+from settings import EVENTS_PER_RUN
 
 # Of a Zen 5: nano trains 26,500 tokens/s of 9.0 MFLOP on two cores, 120 GFLOP/s each. A sixth is left for what two runs
 # that share a machine cost each other.
@@ -30,13 +31,14 @@ def run_seconds(fields: Mapping[str, Any], tokens: int | None = None) -> float:
         return math.nan
     shape = tuple((key, fields[key]) for key in SHAPE if fields.get(key) is not None)
     forward_backward, decomposition = _work(fields["model"], shape)
-    batch = fields.get("batch_tokens") or NANO_BATCH_TOKENS
+    suited = defaults_of(fields["model"])
+    batch = fields.get("batch_tokens") or suited.batch_tokens
     steps = math.ceil((tokens or fields["tokens"]) / batch)
     cadence = max(1, steps // EVENTS_PER_RUN)
     validations = 1 + math.ceil(steps / (fields.get("eval_every") or cadence))
     every = fields.get("spectra_every", cadence)
     events = 1 + math.ceil(steps / every) if every else 0
-    forward = validations * (fields.get("eval_tokens") or NANO_EVAL_TOKENS) / 3  # of forward and backward
+    forward = validations * (fields.get("eval_tokens") or suited.eval_tokens) / 3  # of forward and backward
     work = forward_backward * (steps * batch + forward) + events * decomposition
     return START_SECONDS + work / CORE_FLOPS
 

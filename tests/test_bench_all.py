@@ -1,5 +1,6 @@
 """The whole-machine benchmark: no part stops the rest, goals are judged where they apply, wrong kernels are named."""
 
+import dataclasses
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from bench import all as bench_all
 from bench import correct, machine, record, record_pages
 from bench import speedrun as short
 from bench.all import BenchmarkPart, Plan
+from engine import defaults
 from tests.test_record import in_this_process
 
 
@@ -236,7 +238,7 @@ def test_the_short_speedrun_trains_both_and_counts_its_time(run_main, monkeypatc
     monkeypatch.setattr(short, "run", run)
     monkeypatch.setattr(short, "shards_for", lambda model, out: shards_folder)
     monkeypatch.setattr(short.report, "write_report", lambda runs, out, only: out / "report.html")
-    monkeypatch.setattr(short, "NANO_BATCH_TOKENS", 256)
+    monkeypatch.setattr(defaults, "SMALL", dataclasses.replace(defaults.SMALL, batch_tokens=256))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     words = ("--model", "nano", "--seconds", 90, "--tokens-per-second", 80, "--out", tmp_path)
     code, out, _ = run_main(short.main, *words, "--json", tmp_path / "short.json")

@@ -5,9 +5,8 @@ import math
 
 import pytest
 
-import settings
 from bench.synthetic import write_run
-from engine import files
+from engine import defaults, files
 from engine.cli import BadInput
 from settings import Settings
 from suites import planner
@@ -49,9 +48,7 @@ def test_published_runs_keep_their_names():
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OtherDefaults(Settings):
-    momentum: float = 0.7
     weight_decay: float = 0.3
-    beta1: float = 0.5
     beta2: float = 0.7
     warmup: float = 0.3
     schedule: str = "wsd"
@@ -65,7 +62,10 @@ def test_new_defaults_of_training_rename_no_run_of_a_suite(tmp_path, shards_fold
 
     before = names()
     monkeypatch.setattr(planner, "Settings", OtherDefaults)
-    monkeypatch.setattr(settings, "NANO_LR", {"muon": (0.1, 0.1), "adamw": (0.1, 0.1)})
+    other = defaults.Defaults(
+        lr={"muon": 0.1, "adamw": 0.1}, adamw_lr=0.1, momentum=0.7, beta1=0.5, batch_tokens=512, eval_tokens=512
+    )
+    monkeypatch.setattr(defaults, "SMALL", other)
     assert names() == before
 
 
