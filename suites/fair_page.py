@@ -14,6 +14,7 @@ import numpy as np
 
 from analysis.pages import Chapter, Picture, Section, Table, counted, number
 from analysis.plots import Drawing, drawing
+from analysis.runs import OPTIMIZER_NAMES
 from analysis.stats import Contrast, Reached, family, first_reaching, median_time, p_words
 from engine.own_optimizer import is_own, options_of
 from suites.arms import value_of
@@ -123,38 +124,33 @@ def ways_table(results: Results) -> Table | None:
 
 
 def fight_findings(results: Results) -> list[str]:
-    sentences = []
-    for way in ways(results):
-        a, b, test = way.arm, way.reference, way.test
-        words = f"corrected interval {test.low:+.4f} to {test.high:+.4f}, Holm {p_words(test.p_holm)}, n = {test.n[0]}"
-        if failed := a.failed + b.failed:
-            sentences.append(
-                f"{way.name.capitalize()}: {counted(failed, 'run')} of {a.arm} and {b.arm} failed, so no test."
-            )
-            continue
-        few = {0: "no test", 1: "one seed, so no test"}
-        untested = few.get(min(test.n), "no variation between seeds, so no test")
-        if way.times is None:
-            verdict = {a.arm: "wins", b.arm: "loses"}.get(way.winner, "does not differ significantly")
-            tested = words if test.tested else untested
-            sentences.append(
-                f"{way.name.capitalize()}: {a.arm} {verdict}, {test.difference:+.4f} nats from {b.arm} ({tested})."
-            )
-        else:
-            ratio, low, high = way.ratio()
-            what = "compute multiplier" if way.name == TO_A_LOSS["tokens"] else "speed-up"
-            if way.times.never:
-                answer = f"{way.times.never} of {way.times.n} runs of {a.arm} never reach it, so no test"
-            elif test.tested:
-                answer = f"{what} of {a.arm} {ratio:.2f} (corrected interval {low:.2f} to {high:.2f}, n = {test.n[0]})"
-            else:
-                answer = (
-                    f"{a.arm} reached it after {way.time(way.times.median)}, {what} {number(ratio, '.2f')}; {untested}"
-                )
-            sentences.append(
-                f"{way.name.capitalize()} of {b.arm} with the same seed, {b.loss:.4f} on average: {answer}."
-            )
-    return sentences
+    return [f"{way.name.capitalize()}{outcome_words(way)}." for way in ways(results)]
+
+
+def outcome_words(way: Way) -> str:
+    """What a way to win found, after its name."""
+    arm, reference = (OPTIMIZER_NAMES.get(o.arm, o.arm) for o in (way.arm, way.reference))
+    test, n = way.test, f"n = {way.test.n[0]}"
+    if failed := way.arm.failed + way.reference.failed:
+        return f": {counted(failed, 'run')} of {arm} and {reference} failed, so no test"
+    few = {0: "no test", 1: "one seed, so no test"}
+    untested = few.get(min(test.n), "no variation between seeds, so no test")
+    if way.times is None:
+        sign, side = (-1, "below") if test.difference < 0 else (1, "above")
+        ends = f": {arm} ends {abs(test.difference):.3f} nats {side} {reference}"
+        if not test.tested:
+            return f"{ends}; {untested}"
+        low, high = sorted((sign * test.low, sign * test.high))
+        tested = f"(corrected interval {low:.3f} to {high:.3f}, Holm {p_words(test.p_holm)}, {n})"
+        return f"{ends} {tested}" if test.excludes_zero else f"{ends}, not significantly {tested}"
+    ratio, low, high = way.ratio()
+    goal = f" of {reference} with the same seed, {way.reference.loss:.3f} on average"
+    what = "compute multiplier" if way.name == TO_A_LOSS["tokens"] else "speed-up"
+    if way.times.never:
+        return f"{goal}: {way.times.never} of {way.times.n} runs of {arm} never reach it, so no test"
+    if test.tested:
+        return f"{goal}: {what} of {arm} {ratio:.2f} (corrected interval {low:.2f} to {high:.2f}, {n})"
+    return f"{goal}: {arm} reaches it after {way.time(way.times.median)}, {what} {number(ratio, '.2f')}; {untested}"
 
 
 def time_sentences(results: Results, trials: Results | None) -> list[str]:

@@ -232,6 +232,15 @@ def test_the_ways_to_win_are_paired_and_corrected_together(fought, shards_folder
     first = by_name["equal tokens"]
     assert (first.test.low, first.test.high) == pytest.approx((gaps.mean() - half, gaps.mean() + half))
     assert first.winner == "muon"
+    said, gap = fair_page.fight_findings(results), -gaps.mean()
+    interval = f"corrected interval {gap - half:.3f} to {gap + half:.3f}, Holm p "
+    assert said[0].startswith(f"Equal tokens: Muon ends {gap:.3f} nats below AdamW ({interval}")
+    worse = dataclasses.replace(first, arm=first.reference, reference=first.arm)
+    worse = dataclasses.replace(worse, test=dataclasses.replace(first.test, difference=0.2, low=-0.1, high=0.5))
+    assert (
+        "AdamW ends 0.200 nats above Muon, not significantly (corrected interval -0.100 to 0.500"
+        in fair_page.outcome_words(worse)
+    )
     assert by_name["equal time"].test.difference == pytest.approx(gaps.mean() + 0.001 * 32)
     # Losses fall linearly from 5, so the share of the budget to the loss of the same seed follows by hand.
     logs = np.log([(5 - mine[seed]) / (5 - theirs[seed]) for seed in (1, 2, 3, 4)])
@@ -253,7 +262,7 @@ def test_both_pages_have_the_numbers(fought, shards_folder, run_main, tmp_path, 
     worst = max(o.loss for o in trials.outcomes if math.isfinite(o.loss))
     pairs = [min(a, b, worst) for a, b in itertools.combinations(losses, 2)]
     assert f"{np.mean(pairs):.4f} (" in page  # the column best of 2
-    assert "compute multiplier of muon 1." in page
+    assert "compute multiplier of Muon 1." in page
     assert "Chosen for each arm: adamw_lr, beta1, beta2, lr, momentum, tokens, warmup, weight_decay." in page
     assert "No other setting differs: schedule, clipping and validation tokens are the same." in page
     assert "Deviation" not in page
@@ -294,7 +303,7 @@ def test_a_diverged_fighter_is_counted_and_not_tested(fought, shards_folder, tmp
             path.write_text('{"status": "failed", "reason": "step 3: loss nan, gradient norm nan"}')
     results = plan_of(tmp_path / "runs", shards_folder, **SAME).results(FIGHT)
     assert {way.winner for way in fair_page.ways(results)} == {"open"}
-    assert "Equal tokens: 1 run of muon and adamw failed, so no test." in fair_page.fight_findings(results)
+    assert "Equal tokens: 1 run of Muon and AdamW failed, so no test." in fair_page.fight_findings(results)
     results.outcome("muon, equal tokens").runs[0].config["tokens"] = 1
     assert [line for line in results.fairness(fair_page.by_design) if "Deviation: tokens" in line]
 
@@ -334,9 +343,9 @@ def test_one_seed_reaches_the_loss_without_a_test(fought, shards_folder):
     loss, other = (results.outcome(f"{arm}, equal tokens").loss for arm in ("muon", "adamw"))
     share = (5 - other) / (5 - loss)
     assert fair_page.fight_findings(results)[2:] == [
-        f"Tokens to the loss of adamw with the same seed, {other:.4f} on average: muon reached it after "
+        f"Tokens to the loss of AdamW with the same seed, {other:.3f} on average: Muon reaches it after "
         f"{share * 128 * 64:,.0f} tokens, compute multiplier {1 / share:.2f}; one seed, so no test.",
-        f"Seconds to the loss of adamw with the same seed, {other:.4f} on average: muon reached it after "
+        f"Seconds to the loss of AdamW with the same seed, {other:.3f} on average: Muon reaches it after "
         f"{share * 12.8:.2f} s, speed-up {0.8 / share:.2f}; one seed, so no test.",
     ]
 
