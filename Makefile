@@ -1,5 +1,5 @@
 # make speedrun: set up, build shards from the Python sources on this machine, train Muon and AdamW, write the report.
-# make check: format, lint, the import rule and the fastest tests, under a minute.  make test: the whole suite.
+# make check: format, lint, the import rule and the fastest tests, one to two minutes.  make test: the whole suite.
 # MODEL= TOKENS= DATA= SEED= override what speedrun does.
 # make readme-figures: every text with figures again, from runs/records.
 

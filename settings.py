@@ -235,13 +235,12 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
         "data": given.data or default_data(given.model),
         "name": given.name or f"{given.model}-{class_name(given.optimizer)}-{given.seed}-{utc_time}",
     }
-    by_model = vars(defaults_of(given.model))
-    by_model = by_model | {"lr": by_model["lr"].get(given.optimizer)}  # a class of a file has given its own
-    filled |= {field: value for field, value in by_model.items() if getattr(given, field) is None}
+    filled |= {field: value for field, value in defaults_by_model(given).items() if getattr(given, field) is None}
     for field in ("layers", "d_model", "heads", "kv_heads", "d_ff", "ffn", "seq_len", "experts", "top_k"):
         override = getattr(given, field)
         filled[field] = getattr(size, field) if override is None else override
     s = dataclasses.replace(given, **filled)
+    check_limits(s)  # a damaged config.json too
     try:
         config = ModelConfig.of(vars(s))
     except ValueError as wrong:
@@ -291,6 +290,14 @@ def resolve(given: Settings, rank: Rank) -> tuple[Settings, ModelConfig, Shards]
         least = f"heads at least {FLEX_MIN_HEAD_WIDTH} wide, not {config.head_width}"
         raise BadInput(f"--doc-mask: compiled on a GPU it needs {least}; choose fewer --heads or --compile off")
     return s, config, shards
+
+
+def defaults_by_model(given: Settings) -> dict[str, Any]:
+    """The defaults that depend on the model; of a run to resume, what it has: newer defaults must not stop it."""
+    suited, recorded = vars(defaults_of(given.model)), recorded_config(given)
+    suited = suited | {"lr": suited["lr"].get(given.optimizer)}  # a class of a file has given its own
+    usable = {field for field, value in suited.items() if type(recorded.get(field)) is type(value)}
+    return suited | {field: recorded[field] for field in usable}
 
 
 def trained_model(trained: Trained, device: torch.device | None = None) -> Transformer:

@@ -1,11 +1,13 @@
 """Defaults that depend on the model: a run gets what `train.py --help` says, unless a flag says otherwise."""
 
 import dataclasses
+import json
 import re
 
 import pytest
 
 import train
+from engine.cli import BadInput
 from engine.defaults import Defaults
 from engine.ranks import Rank
 from settings import Settings, resolve
@@ -38,3 +40,17 @@ def test_a_flag_beats_the_default():
     assert set(OVERRIDES) == {f.name for f in dataclasses.fields(Defaults)}
     s, *_ = resolve(Settings(model="nano", device="cpu", data=TOKENS, workers=1, **OVERRIDES), Rank())
     assert {field: getattr(s, field) for field in OVERRIDES} == OVERRIDES
+
+
+def test_a_resumed_run_keeps_what_it_began_with_unless_its_config_is_damaged(tmp_path):
+    (tmp_path / "run").mkdir()
+    given = Settings(model="nano", device="cpu", data=TOKENS, workers=1, runs_dir=tmp_path, name="run", resume=True)
+    for recorded, wanted in ((OVERRIDES, OVERRIDES), (dict.fromkeys(OVERRIDES, "1"), {"momentum": 0.85, "beta1": 0.7})):
+        (tmp_path / "run" / "config.json").write_text(json.dumps(recorded))
+        s, *_ = resolve(given, Rank())
+        assert {field: getattr(s, field) for field in wanted} == wanted
+    s, *_ = resolve(dataclasses.replace(given, momentum=0.3), Rank())
+    assert s.momentum == 0.3
+    (tmp_path / "run" / "config.json").write_text('{"momentum": 5.0}')
+    with pytest.raises(BadInput, match=r"--momentum 5\.0: must be at least 0 and below 1"):
+        resolve(given, Rank())

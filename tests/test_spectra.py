@@ -114,7 +114,7 @@ def test_iterations_that_change_do_so_in_the_run_and_after_a_resume(train_small,
     for line in lines_of(whole / "manifold_stats.jsonl"):
         residuals[line["step"]].append(line["ns_residual"])
     assert min(min(values) for values in residuals[1:4]) > 0.5
-    assert max(max(values) for values in residuals[4:]) < 1e-3
+    assert max(max(values) for values in residuals[4:]) < 1e-2
     take_back = before_step(4, ask_to_stop)
     train_small("parts", *words)
     take_back()
