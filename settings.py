@@ -296,8 +296,8 @@ def defaults_by_model(given: Settings) -> dict[str, Any]:
     """The defaults that depend on the model; of a run to resume, what it has: newer defaults must not stop it."""
     suited, recorded = vars(defaults_of(given.model)), recorded_config(given)
     suited = suited | {"lr": suited["lr"].get(given.optimizer)}  # a class of a file has given its own
-    usable = {field for field, value in suited.items() if type(recorded.get(field)) is type(value)}
-    return suited | {field: recorded[field] for field in usable}
+    usable = {key: value for key, value in recorded.items() if key in suited and type(value) is type(suited[key])}
+    return suited | usable
 
 
 def trained_model(trained: Trained, device: torch.device | None = None) -> Transformer:
