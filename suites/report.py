@@ -16,7 +16,7 @@ from analysis.pages import Chapter, Page, Picture, Section, Table, counted, numb
 from analysis.plots import Drawing, drawing
 from analysis.questions import answers
 from analysis.runs import optimizer_name
-from analysis.stats import Contrast, p_words
+from analysis.stats import STEADY, Contrast, p_words
 from engine import files
 from engine.cli import BadInput, make_folder
 from suites import documents, fair_page, power_table
@@ -242,6 +242,7 @@ def build_page(
     chapters = [Chapter("Claims and findings", [claims_table(judged)])] if judged else []
     alone = len(results) == 1
     if alone:
+        warnings += busy_words(results[0])
         chapters += suite_chapters(results[0], known, pictures[results[0].name])
     suite = results[0].name if alone else results[0].suite.group
     fair = alone and suite in fair_page.FINDINGS
@@ -265,6 +266,18 @@ def build_page(
         warnings=warnings,
         chapters=chapters,
     )
+
+
+def busy_words(results: Results) -> list[str]:
+    """The sentence on times that do not count, if there are any."""
+    busy = [outcome for outcome in results.outcomes if outcome.slowdown > STEADY]
+    if not busy:
+        return []
+    worst = max(busy, key=lambda outcome: outcome.slowdown)
+    return [
+        f"Compare losses, not times: the machine was busy. A step of {worst.name} took {worst.slowdown:.1f} times as "
+        "long with one seed as with another."
+    ]
 
 
 def links(results: Sequence[Results]) -> list[tuple[str, str]]:
@@ -293,7 +306,10 @@ def suite_page(
         tiles=[],
         summary=table,
         notes=NOTES if own else NOTES[2:],
-        warnings=[f"{counted(results.to_go, 'planned run')} to go."] if results.to_go else [],
+        warnings=[
+            *([f"{counted(results.to_go, 'planned run')} to go."] if results.to_go else []),
+            *busy_words(results),
+        ],
         chapters=[*claims, *tests, *chapters[1:]],
     )
 

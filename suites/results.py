@@ -16,6 +16,7 @@ import numpy as np
 
 from analysis.runs import Run, load_run
 from analysis.stats import (
+    STEADY,
     Contrast,
     Reached,
     Tolerance,
@@ -72,6 +73,17 @@ class Outcome:
 
     def losses(self) -> dict[int, float]:
         return self.values(lambda run: run.final_loss)
+
+    @property
+    def slowdown(self) -> float:
+        """A step of its slowest run over one of its fastest; NaN before a run has finished."""
+        times = list(self.values(lambda run: run.step_ms).values())
+        return max(times) / min(times) if times else math.nan
+
+    @property
+    def steady(self) -> bool:
+        """Whether its runs' times count: next to other work some seeds would take longer than others."""
+        return self.slowdown <= STEADY
 
     @property
     def loss(self) -> float:

@@ -14,7 +14,7 @@ from bench.synthetic import write_run
 from suites import advice, tables
 from suites.catalog import SUITES
 from suites.figures import figures, series
-from suites.report import write_suite_report
+from suites.report import suite_page, write_suite_report
 from suites.scales import SCALES
 from tests.test_suites import results_of, winners
 
@@ -174,6 +174,23 @@ def test_the_tables_hold_train_best_and_final_loss_accuracy_time_and_relative_di
     balance = tables.experts_table(results)
     assert [row[1] for row in balance.rows] == ["0", "1", "0", "1"]
     assert balance.rows[0][3] == "1.60, 1.60, 1.60"
+
+
+def test_times_of_a_busy_machine_are_not_compared(tmp_path):
+    finals = {"muon": (3.0, 3.2), "adamw": (4.0, 4.4)}
+    results = results_of(tmp_path, "moe-long", finals, step_ms=250.0)
+    run = results.outcomes[0].finished()[0]
+
+    def told(factor):
+        run.train["step_ms"] = np.full(len(run.train["step_ms"]), 250.0 * factor)
+        test = dict(zip(*_cells(tables.tests_table(results), 0), strict=True))
+        page = suite_page(results, {results.name: results}, [], "nano", [])
+        return test["time per step"], page.warnings
+
+    assert told(1.19) == ("+9.5 %", [])
+    ((time, (words,)), name) = told(1.5), results.outcomes[0].name
+    assert time == "-"
+    assert f"A step of {name} took 1.5 times as long with one seed" in words
 
 
 def _cells(table, row):
