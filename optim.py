@@ -139,6 +139,7 @@ def build_optimizers(
     *,
     lr: float,
     adamw_lr: float,
+    left_lr: float | None = None,
     weight_decay: float = 0.0,
     decay_on: str = "blocks",
     muon_on: str = BLOCKS,
@@ -150,7 +151,8 @@ def build_optimizers(
     **muon_options: Any,
 ) -> list[torch.optim.Optimizer]:
     """Muon plus AdamW, AdamW alone, or a user's `own` class plus AdamW. `lr` is the rate of Muon or `own`, or of the
-    block matrices under AdamW alone; `adamw_lr` is that of all else. `heads_per_matrix` heads of q, k and v form one
+    block matrices under AdamW alone; `adamw_lr` is that of all else, but for block matrices that Muon leaves to AdamW,
+    if `left_lr` gives them one of their own. `heads_per_matrix` heads of q, k and v form one
     matrix for Muon; 0 is all of them, and o stays whole. `weight_decay` applies to the block matrices, under `decay_on`
     "matrices" to embedding and router too. `muon_on` names the matrices for Muon (`muon_names`), whose banks hold no
     others. Every group carries its `peak_lr`; every parameter is in exactly one group (asserted). With `sharding` they
@@ -160,16 +162,15 @@ def build_optimizers(
     grouped = [id(p) for groups in layout for group in groups for p in group]
     assert sorted(grouped) == sorted(map(id, model.parameters())), "every parameter belongs to exactly one group"
     sharding = sharding or Sharding(model)
+    blocks_lr = lr if optimizer == "adamw" else left_lr or adamw_lr
     adamw_groups = [
         {
             "params": [t for p in group for t in sharding.own(p)],
-            "lr": adamw_lr,
+            "lr": blocks_lr if id(group[0]) in banks else adamw_lr,
             "weight_decay": weight_decay if i else 0.0,
         }
         for i, group in enumerate(layout[-1])
     ]
-    if optimizer == "adamw":
-        adamw_groups[-1]["lr"] = lr  # the block matrices
     optimizers: list[torch.optim.Optimizer] = []
     if optimizer == "muon":
         groups = []
@@ -203,8 +204,9 @@ def _head_blocks(bank: Bank, config: ModelConfig, heads_per_matrix: int) -> list
 def parameter_layout(
     model: Transformer, optimizer: str, decay_on: str = "blocks", muon_on: str = BLOCKS
 ) -> list[list[list[Tensor]]]:
-    """Which parameters are in which group of which optimizer that `build_optimizers` makes; a group of Muon has one. A
-    user's optimizer gets the matrices of the parameters in its group one by one."""
+    """Which parameters are in which group of which optimizer that `build_optimizers` makes: a group of Muon has one,
+    and the block matrices under AdamW are their own. A user's optimizer gets the matrices of its parameters one
+    by one."""
     banks, names = model.banks(), muon_names(muon_on, model.config) if optimizer == "muon" else ()
     muons = [bank.parameter for bank in banks if set(bank.members) <= set(names)]
     if stray := [bank.members for bank in banks if 0 < len(set(bank.members) & set(names)) < len(bank.members)]:
@@ -215,11 +217,9 @@ def parameter_layout(
     others = {name: p for name, p in model.named_parameters() if id(p) not in taken | in_banks}
     decayed = [p for name, p in others.items() if decay_on == "matrices" and not name.endswith("gain")]
     kept = [p for p in others.values() if not any(p is d for d in decayed)]
-    if optimizer == "adamw":
-        return [[kept, decayed, blocks] if decayed else [kept, blocks]]
-    if optimizer != "muon":
-        return [[blocks], [kept, decayed] if decayed else [kept]]
-    return [[[p] for p in muons], [kept, decayed + blocks] if decayed + blocks else [kept]]
+    first = {"adamw": [], "muon": [[[p] for p in muons]]}.get(optimizer, [[blocks]])
+    by_adamw = (kept, decayed, blocks if optimizer in ("adamw", "muon") else [])
+    return [*first, [group for group in by_adamw if group]]
 
 
 def set_lr(optimizers: Sequence[torch.optim.Optimizer], multiplier: float) -> None:

@@ -39,7 +39,7 @@ from engine.cli import (
 )
 from engine.compiling import cache_key, pays, why_no_compiler
 from engine.cores import free_cores
-from engine.defaults import LARGE, NANO, defaults_of
+from engine.defaults import LARGE, NANO, default_data, defaults_of
 from engine.files import BEST, CONFIG, finite, is_safe_name, load_json, shown
 from engine.identity import config_hash, provenance
 from engine.live import VIEWS
@@ -128,6 +128,8 @@ class Settings:
     """Peak rate of the block matrices (default: muon 0.024, adamw 0.002; nano 0.04, 0.005)."""
     adamw_lr: Annotated[float, POSITIVE] | None = None
     """Peak rate of embedding, gains and router, and of what Muon leaves (default: 0.006; nano 0.02)."""
+    left_lr: Annotated[float, POSITIVE] | None = None
+    """Peak rate of the block matrices that --muon-on leaves to AdamW, if not --adamw-lr's."""
     momentum: Annotated[float, BELOW_1] | None = None
     """Muon's momentum (default: 0.95; nano 0.85)."""
     nesterov: bool = True
@@ -372,6 +374,8 @@ def chosen_for_muon(s: Settings, config: ModelConfig) -> str:
     chosen = (BLOCKS, *names[len(blocks) :]) if names[: len(blocks)] == blocks else names
     if s.optimizer != "muon" and chosen != (BLOCKS,):
         raise BadInput(f"--muon-on {','.join(chosen)}: --optimizer {s.optimizer} trains nothing by Muon")
+    if s.left_lr is not None and (s.optimizer != "muon" or chosen[0] == BLOCKS):
+        raise BadInput(f"--left-lr {s.left_lr}: no block matrix is left to AdamW")
     return ",".join(chosen)
 
 
@@ -474,7 +478,7 @@ def describe(
 
 def optimizer_options(s: Settings) -> dict[str, Any]:
     """The settings that `optim.build_optimizers` takes."""
-    all_have = ("lr", "adamw_lr", "weight_decay", "decay_on", "muon_on", "adam_eps", "heads_per_matrix")
+    all_have = ("lr", "adamw_lr", "left_lr", "weight_decay", "decay_on", "muon_on", "adam_eps", "heads_per_matrix")
     first, _ = ns_schedule(s.ns_steps)[0]
     own = load_class(s.optimizer, s.optimizer_options) if is_own(s.optimizer) else None
     found = {key: getattr(s, key) for key in (*all_have, *MUON_OPTIONS)}
@@ -491,10 +495,3 @@ def chosen_kernels(flag: str, capability: tuple[int, int]) -> frozenset[str]:
     if flag == "auto":
         return KERNELS_THAT_PAY if capability >= (8, 0) else frozenset()
     return KERNELS
-
-
-def default_data(model: str) -> Path:
-    """The embedded shards whose vocabulary suits the model, or the other ones where only those were built."""
-    small, large = Path("shards/embedded-4096"), Path("shards/embedded-49152")
-    first, second = (small, large) if model in NANO else (large, small)
-    return second if second.exists() and not first.exists() else first

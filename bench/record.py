@@ -90,8 +90,9 @@ Command = (
 def make(a: Make) -> int:
     """Train what is missing, then write the record in one piece."""
     from corpus.shards import open_shards
+    from engine.defaults import default_data
     from engine.ranks import Rank
-    from settings import Settings, default_data, resolve
+    from settings import Settings, resolve
 
     if a.out.exists():
         raise BadInput(f"--out {a.out}: exists; a record is made anew or not at all")

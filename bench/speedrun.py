@@ -21,9 +21,8 @@ from analysis.runs import load_run
 from bench.harness import JsonFlag, write_figures
 from bench.record_pages import BUDGET, PLOTS, as_written, figures_of
 from engine.cli import POSITIVE, BadInput, check_limits, exit_with_a_sentence, make_folder
-from engine.defaults import NANO, defaults_of
+from engine.defaults import NANO, default_data, defaults_of
 from engine.files import ROOT
-from settings import default_data
 from suites.suite import OPTIMIZERS
 
 LEAST_STEPS, EVENTS = 4, 6  # of a run; events are validations with spectra

@@ -5,6 +5,7 @@ defaults_of("nano").lr["muon"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 NANO = ("nano", "moe-nano")  # for a first look on a CPU
 
@@ -43,3 +44,10 @@ LARGE = Defaults(
 def defaults_of(model: str) -> Defaults:
     """The defaults of a named size."""
     return SMALL if model in NANO else LARGE
+
+
+def default_data(model: str) -> Path:
+    """The embedded shards whose vocabulary suits the model, or the other ones where only those were built."""
+    small, large = Path("shards/embedded-4096"), Path("shards/embedded-49152")
+    first, second = (small, large) if model in NANO else (large, small)
+    return second if second.exists() and not first.exists() else first

@@ -31,6 +31,7 @@ NOT_COMPARED = (NOT_LEARNED - {"eval_tokens"}) | {"seed"}
 # Settings that checkpoints of before do not have, with the value that means the same: it is not hashed.
 ADDED_LATER = {"decay_on": "blocks", "muon_on": "blocks", "ns_before_momentum": False, "inner_dropout": 0.0}
 ADDED_LATER |= {"normalize_rows": False, "decay_rule": "plain", "heads_per_matrix": 0, "optimizer_options": None}
+ADDED_LATER |= {"left_lr": None}
 
 
 def config_hash(config: dict[str, Any], leave_out: Iterable[str] = NOT_LEARNED) -> str:

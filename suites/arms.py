@@ -73,6 +73,7 @@ SHARED = {
     "weight_decay": Axis(0.003, 3.0),
     "warmup": Axis(0.0, 0.3, "value"),
 }
+ADAMW_LR = Axis(0.0002, 0.05)
 BETAS = {"beta1": Axis(0.5, 0.98, "log of 1 - value"), "beta2": Axis(0.7, 0.999, "log of 1 - value")}
 MUON_SPACE = {"lr": Axis(0.003, 0.3), **SHARED, "momentum": Axis(0.7, 0.99, "log of 1 - value")}
 # A user's class takes no --weight-decay; its options, decay among them, are tuned if --space gives their ranges.
@@ -87,13 +88,18 @@ def _muon(name: str, without: str = "", **fixed: Any) -> Arm:
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("adamw", {"optimizer": "adamw"}, {"lr": Axis(0.0002, 0.05), **SHARED, **BETAS}),
+        Arm("adamw", {"optimizer": "adamw"}, {"lr": ADAMW_LR, **SHARED, **BETAS}),
         _muon("muon"),
         _muon("muon-rows", normalize_rows=True),  # NorMuon
         _muon("muon-heads", heads_per_matrix=2),
+        _muon("muon-single-heads", heads_per_matrix=1),
         _muon("muon-cautious", decay_rule="cautious"),
         _muon("muon-hyperball", "weight_decay", decay_rule="hyperball"),
-        _muon("muon-vo-ffn", muon_on="v,o,up,down"),  # AdamW trains q and k at adamw_lr
+        Arm(  # AdamW trains q and k
+            "muon-vo-ffn",
+            {"optimizer": "muon", "muon_on": "v,o,up,down"},
+            MUON_SPACE | {"left_lr": ADAMW_LR},
+        ),
         _muon("muon-svd", ns_method="svd"),
         _muon("muon-cubic", ns_coefficients="cubic"),
         _muon("muon-none", ns_method="none"),  # the momentum, scaled

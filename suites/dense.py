@@ -74,5 +74,5 @@ def model_size(scale: Scale, winners: Winners) -> list[Condition]:
     for name, fields in scale.sizes.items():
         conditions += both(fields, width_scaled(scale, winners, fields), f" {name}")
     for name, fields in scale.sizes.items():
-        conditions += as_written(fields, "S2", f" {name}", **scale.written)
+        conditions += as_written(fields, "S2", f" {name}", spectra_every=0)
     return conditions

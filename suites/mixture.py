@@ -102,18 +102,27 @@ ablation(
     labels={False: "Newton-Schulz after momentum", True: "Newton-Schulz before momentum"},
     claimed=False,
 )
-ablation(
+
+
+@suite(
     "moe-muon-on",
     "Which matrices should Muon train?",
-    muon_on=("blocks", "q,k,v,o", "up,down", "blocks,embedding,router"),
-    default="blocks",
-    labels={
-        "blocks": "Muon on the blocks",
-        "q,k,v,o": "Muon on attention alone",
-        "up,down": "Muon on experts alone",
-        "blocks,embedding,router": "Muon on every matrix",
-    },
+    source="S4",
+    varies="muon_on",
+    needs=("moe-lr-muon", "moe-lr-adam"),
 )
+def moe_muon_on(scale: Scale, winners: Winners) -> list[Condition]:
+    """What is left of the blocks trains at AdamW's best rate for them, not at that of the embedding."""
+    base, left = moe_base(scale, winners, "muon"), {"left_lr": moe_base(scale, winners, "adamw")["lr"]}
+    all_blocks = "Muon on the blocks"
+    return [
+        Condition(all_blocks, {**base, "muon_on": "blocks"}),
+        Condition("Muon on attention alone", {**base, **left, "muon_on": "q,k,v,o"}, all_blocks),
+        Condition("Muon on experts alone", {**base, **left, "muon_on": "up,down"}, all_blocks),
+        Condition("Muon on every matrix", {**base, "muon_on": "blocks,embedding,router"}, all_blocks),
+    ]
+
+
 ablation(
     "moe-nesterov",
     "Does Nesterov momentum help Muon?",

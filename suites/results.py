@@ -34,9 +34,10 @@ from suites.suite import AS_WRITTEN, Condition, Suite
 
 TOLERANCES = (0.01, 0.05)  # shares of the best loss by which a good rate may miss it
 # Settings without a meaning for one of the two optimizers.
-NOT_SHARED = {"optimizer", "lr", "momentum", "nesterov", "ns_steps", "ns_coefficients", "ns_method", "lr_scale"}
+NOT_SHARED = {"optimizer", "optimizer_options", "lr", "left_lr", "momentum", "nesterov", "muon_on", "normalize_rows"}
+NOT_SHARED |= {"ns_steps", "ns_coefficients", "ns_method", "ns_before_momentum", "lr_scale", "decay_rule"}
+NOT_SHARED |= {"heads_per_matrix"}
 SAME = ("weight decay", "schedule", "clipping", "validation tokens")
-NOT_SHARED |= {"muon_on", "ns_before_momentum", "normalize_rows", "decay_rule", "heads_per_matrix", "optimizer_options"}
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class Scale:
     sweep_seeds: tuple[int, ...] = (0, 1, 2)  # of the suites on which no claim hangs
     claim_seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5)  # of those on which one hangs
     fresh_seeds: tuple[int, ...] = (6, 7, 8, 9, 10, 11)  # of those that confirm what other seeds chose
-    written: Fields = field(default_factory=dict)  # what conditions as written measure
+    written: Fields = field(default_factory=dict)  # what S0's and S3's conditions as written measure
     corpora: Mapping[str, documents.Corpus] = field(default_factory=dict)  # by document
 
 
@@ -119,6 +119,6 @@ SCALES = {
             "moe-lr-muon": (0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.25),
             "moe-lr-adam": (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.04),
         },
-        written={"spectra_every": 0},
+        written={"spectra_every": 256},  # before the first step and after the last
     ),
 }

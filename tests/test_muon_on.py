@@ -52,9 +52,10 @@ def adamw(weight, gradients, lr, decay, betas=(0.9, 0.95), eps=1e-8):
         ("blocks,embedding", (*PROJECTIONS, "embedding")),
     ],
 )
-def test_what_is_named_gets_muons_update_and_the_rest_adamws(muon_on, on_muon, config):
+@pytest.mark.parametrize("left_lr", [None, 0.002])
+def test_what_is_named_gets_muons_update_and_the_rest_adamws(muon_on, on_muon, left_lr, config):
     model = model_for(muon_on, config)
-    optimizers = build_optimizers(model, "muon", muon_on=muon_on, momentum=0.0, **RATES)
+    optimizers = build_optimizers(model, "muon", muon_on=muon_on, left_lr=left_lr, momentum=0.0, **RATES)
     before = {key: p.detach().clone() for key, p in parts_of(model).items()}
     gradients = {key: [] for key in before}
     for seed in (1, 2):
@@ -78,7 +79,7 @@ def test_what_is_named_gets_muons_update_and_the_rest_adamws(muon_on, on_muon, c
             expected = (1 - 0.05 * decay) * start[key] - 0.05 * scale * orthogonalize(G)
             tolerance = 1e-4  # a transposed matrix is iterated from its other side
         else:
-            expected = adamw(before[key], gradients[key], 0.01, decay).float()
+            expected = adamw(before[key], gradients[key], left_lr if block and left_lr else 0.01, decay).float()
             tolerance = 2e-6
         torch.testing.assert_close(weight.detach(), expected, rtol=0, atol=tolerance, msg=str(key))
 
@@ -135,6 +136,9 @@ def test_banks_leave_in_the_order_in_which_they_are_ready(monkeypatch):
         (("--muon-on", "head"), "--muon-on head: the head is the embedding; name embedding"),
         (("--muon-on", ","), "--muon-on no matrices are named; --optimizer adamw trains without Muon"),
         (("--muon-on", "q", "--optimizer", "adamw"), "--muon-on q: --optimizer adamw trains nothing by Muon"),
+        (("--left-lr", "0.1"), "--left-lr 0.1: no block matrix is left to AdamW"),
+        (("--left-lr", "0.1", "--optimizer", "adamw"), "--left-lr 0.1: no block matrix is left to AdamW"),
+        (("--left-lr", "0", "--muon-on", "q"), "--left-lr 0.0: must be a positive number"),
     ],
 )
 def test_names_that_make_no_sense_are_refused_in_one_sentence(train_small, arguments, words):
@@ -171,7 +175,7 @@ def test_ranks_and_workers_share_what_is_split_between_the_optimizers(train_smal
 
 
 def test_a_resumed_run_is_the_same_and_another_choice_is_refused(train_small):
-    arguments = ("--tokens", 2560, "--checkpoint-every", 4, "--muon-on", "k,down,embedding")
+    arguments = ("--tokens", 2560, "--checkpoint-every", 4, "--left-lr", 0.004, "--muon-on", "k,down,embedding")
     _, whole, _, _ = train_small("whole", *arguments)
     _, parts, _, _ = train_small("parts", *arguments)
     (parts / "checkpoint.prev.pt").replace(parts / "checkpoint.pt")
@@ -184,6 +188,6 @@ def test_a_resumed_run_is_the_same_and_another_choice_is_refused(train_small):
     for name, weight in weights(whole).items():
         assert torch.equal(weights(parts)[name], weight)
     assert json.loads((parts / "config.json").read_text())["muon_on"] == "k,down,embedding"
-    code, _, _, err = train_small("parts", *arguments[:-1], "blocks", "--resume")
+    code, _, _, err = train_small("parts", *arguments[:-1], "k,down", "--resume")
     assert code == 2
-    assert "muon_on was k,down,embedding, is blocks" in err
+    assert "muon_on was k,down,embedding, is k,down" in err
