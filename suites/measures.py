@@ -210,19 +210,27 @@ def unclear(words: str) -> Measure:
     return lambda c: Finding(NOT_TESTABLE, words)
 
 
+def spent_until(column: str, share: float, muon: Outcome, adamw: Outcome) -> tuple[dict[int, float], int]:
+    """The logarithm of what Muon spends until AdamW's loss after a share of its run, over what AdamW spends (tokens,
+    train_seconds), by seed, and how many runs never get there: these count with their whole length."""
+    ratios, never = {}, 0
+    runs = {run.config["seed"]: run for run in adamw.finished()}
+    for run in muon.finished():
+        if (other := runs.get(run.config["seed"])) is None:
+            continue
+        target = loss_at(other, share)
+        mine, theirs = (first_reaching(r.val[column], r.val["val_loss"], target) for r in (run, other))
+        never += mine is None
+        mine = run.val[column][-1] if mine is None else mine
+        ratios[run.config["seed"]] = math.log(mine / theirs) if mine > 0 and theirs else math.nan
+    return ratios, never
+
+
 def until(column: str, share: float) -> Measure:
-    """How soon Muon reaches the loss that AdamW has after a share of its run, seed by seed, as a ratio of `column`
-    (tokens, train_seconds). A run that never does counts with its whole length."""
+    """How soon Muon reaches the loss that AdamW has after a share of its run, seed by seed (`spent_until`)."""
 
     def measure(c: Context) -> Evidence:
-        ratios, never = {}, 0
-        muon, adamw = ({run.config["seed"]: run for run in c.outcome(name).finished()} for name in ("muon", "adamw"))
-        for seed in muon.keys() & adamw.keys():
-            target = loss_at(adamw[seed], share)
-            spent = [first_reaching(run.val[column], run.val["val_loss"], target) for run in (muon[seed], adamw[seed])]
-            never += spent[0] is None
-            mine = muon[seed].val[column][-1] if spent[0] is None else spent[0]
-            ratios[seed] = math.log(mine / spent[1]) if mine > 0 and spent[1] else math.nan
+        ratios, never = spent_until(column, share, *muon_and_adamw(c))
         remark = f", never in {never} of {len(ratios)} runs" if never else ""
         what = f"{column.replace('train_', '')} to AdamW's loss after {100 * share:g} % of its run, Muon over AdamW"
         return per_seed(what, ratios, -1, TIMES, method=LOG_RATIO, remark=remark)
@@ -327,16 +335,6 @@ def lead_grows(c: Context) -> Evidence:
     """Muon's lead grows with the model."""
     what = "Muon's loss minus AdamW's, per tenfold of parameters"
     return per_seed(what, _lead_slope(c, "params"), -1, NATS, method="trend", remark=_budgets(c))
-
-
-def lead_shrinks(along: str, words: str) -> Measure:
-    """Muon leads at the least value of a setting, and the lead shrinks along it."""
-
-    def measure(c: Context) -> list[Evidence]:
-        what = f"Muon's loss minus AdamW's, per tenfold of {words}"
-        return [of_loss(c, *sizes(c)[0], -1), per_seed(what, _lead_slope(c, along), 1, NATS, method="trend")]
-
-    return measure
 
 
 def lead_lasts(along: str, words: str) -> Measure:

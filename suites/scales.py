@@ -50,6 +50,7 @@ class Scale:
     sweep_seeds: tuple[int, ...] = (0, 1, 2)  # of the suites on which no claim hangs
     claim_seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5)  # of those on which one hangs
     fresh_seeds: tuple[int, ...] = (6, 7, 8, 9, 10, 11)  # of those that confirm what other seeds chose
+    documents_seeds: tuple[int, ...] = fresh_seeds  # of such a suite of a document
     written: Fields = field(default_factory=dict)  # what S0's and S3's conditions as written measure
     corpora: Mapping[str, documents.Corpus] = field(default_factory=dict)  # by document
 
@@ -89,7 +90,7 @@ SCALES = {
             "moe-lr-muon": (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1, 0.12, 0.15),
             "moe-lr-adam": (1e-4, 2e-4, 3e-4, 5e-4, 7e-4, 1e-3, 2e-3, 3e-3, 5e-3, 7e-3, 1e-2),
         },
-        fresh_seeds=documents.SEEDS,
+        documents_seeds=documents.SEEDS,
         corpora=documents.CORPORA,
     ),
     "nano": Scale(

@@ -84,7 +84,8 @@ class Suite:
     def seeds_at(self, scale: Scale) -> tuple[int, ...]:
         if self.one_seed:
             return scale.sweep_seeds[:1]
-        return scale.fresh_seeds if self.confirms else scale.claim_seeds if self.claimed else scale.sweep_seeds
+        fresh = scale.documents_seeds if self.source in documents.WRITTEN else scale.fresh_seeds
+        return fresh if self.confirms else scale.claim_seeds if self.claimed else scale.sweep_seeds
 
 
 SUITES: dict[str, Suite] = {}  # all of them once suites/catalog.py is imported

@@ -128,7 +128,7 @@ def test_everything_is_planned_in_stages_trained_once_and_reported(
 ):
     stand_in(tmp_path, monkeypatch, FAKE_TRAINING)
     monkeypatch.setattr(launcher, "POLL_SECONDS", 0.01)
-    few = dataclasses.replace(planner.SCALES["nano"], claim_seeds=(0, 1, 2), fresh_seeds=(6, 7, 8))
+    few = dataclasses.replace(planner.SCALES["nano"], claim_seeds=(0, 1, 2), documents_seeds=(6, 7, 8))
     monkeypatch.setitem(planner.SCALES, "nano", few)
     where = ("--scale", "nano", "--runs-dir", tmp_path / "runs", "--data", shards_folder)
     code, out, err = run_main(experiments.main, "run", "everything", *where, "--jobs", "4")

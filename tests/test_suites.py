@@ -50,7 +50,7 @@ def winners(suite, optimizer):
         "warmup": 0.05,
         "adamw_lr": 0.002,
     }
-    return found | {"schedule": "cosine", "grad_clip": 1.0, "min_lr": 0.1} | WINNERS[optimizer]
+    return found | {"schedule": "cosine", "grad_clip": 1.0, "min_lr": 0.1} | WINNERS.get(optimizer, WINNERS["muon"])
 
 
 winners.seconds_per_token = lambda suite, arm: {"muon": 2e-4, "adamw": 1.6e-4}[arm]
