@@ -39,7 +39,18 @@ def test_every_quote_is_in_the_document_that_it_names(source):
     assert [quote for quote in quotes if quote not in text] == []
 
 
-OF_CONDITIONS = ("best", "lower", "higher", "as_good", "no_better", "step_time", "between", "outside", "opposite")
+OF_CONDITIONS = (
+    "best",
+    "lower",
+    "higher",
+    "as_good",
+    "no_better",
+    "keeps",
+    "step_time",
+    "between",
+    "outside",
+    "opposite",
+)
 
 
 @pytest.mark.parametrize("scale", SCALES)
