@@ -383,9 +383,9 @@ def headline(folder: Path) -> str:
         f"![Effective rank of every projection under both]({where}/plots/effective_rank_over_time.png)",
     ]
     seeds = len(record["figures"]["optimizers"]["muon"]["seeds"])
-    say = "The pictures show another race, at default settings (only the learning rates were swept) and over "
-    say += f"{record['tokens']:,} tokens, so their gap is another: {record['model']}, {seeds} seeds each, "
-    say += f"on {machine.label(record['machine'])}: "
+    say = "The pictures show another race, at default settings (only the learning rates were swept; compare the lead "
+    say += f"by trials) and over {record['tokens']:,} tokens, so their gap is another. There, {record['model']}, "
+    say += f"{seeds} seeds each, on {machine.label(record['machine'])}: "
     say += f"{difference_sentence(record)}. {time_sentence(record)}. {rank_sentence(record)}"
     return "\n\n".join([*pictures, *fight(folder), f"{say} [Full report]({where}/report.md)."])
 

@@ -184,8 +184,8 @@ def verdict(own: list[Way], trials: Results | None) -> str:
     more = "" if saved is None else f"; {arm} reaches {reference}'s loss with {saved.gain(bounds=False)} tokens"
     model = f"{_short(config['params'])}-parameter model trained on {_short(first.arm.finished()[0].budget)} tokens"
     return (
-        f"{head} {after} {model} ({config['steps']} steps, {where}) ends {first.gain(bounds=False)} with {arm} than "
-        f"with {reference}{more}."
+        f"{head} {after} {model} ({config['steps']} steps, {where}) ends with a loss {first.gain(bounds=False)} with "
+        f"{arm} than with {reference}{more}."
     )
 
 
@@ -260,7 +260,7 @@ def time_sentences(results: Results, trials: Results | None) -> list[str]:
         if way.name == EQUAL_TIME:
             test = _log_seconds(way)
             low, high = (100 * math.expm1(x) for x in (test.low, test.high))
-            interval = f" (95 % interval of the ratio {low:+.1f} to {high:+.1f} %, {test.test})" if test.tested else ""
+            interval = f"; 95 % interval {low:+.1f} to {high:+.1f} %, {test.test}" if test.tested else ""
             lines.append(f"{longer(way)}{interval}.")
     slowdowns = [o.slowdown for o in results.outcomes if math.isfinite(o.slowdown)]
     if slowdowns:

@@ -219,6 +219,8 @@ def test_a_fight_is_trained_in_two_stages_and_each_arm_fights_with_its_best_tria
         "fair-fight: 12 runs, 12 to go",  # Muon's runs of equal time are those of equal tokens
     ]
     assert len(trained) == len(set(trained)) == 28
+    seeds = [name.rpartition("-seed")[2] for name in trained[16:]]
+    assert seeds == [seed for seed in "1234" for _ in range(3)]  # the arms in turns
     fight("run", FIGHT, *FLAGS)
     assert len(trained) == 28
     plan = plan_of(tmp_path / "runs", shards_folder, **SAME)
@@ -245,7 +247,7 @@ def test_the_ways_to_win_are_paired_and_corrected_together(fought, shards_folder
     said, gap = fair_ways.fight_findings(results, {}), -gaps.mean()
     assert said[0].startswith(
         f"Muon wins in 3 of 4 ways. A 1k-parameter model trained on 262k tokens (128 steps, 1 CPU thread) ends "
-        f"{gap:.3f} nats lower with Muon than with AdamW; Muon reaches AdamW's loss with "
+        f"with a loss {gap:.3f} nats lower with Muon than with AdamW; Muon reaches AdamW's loss with "
     )
     assert said[1].startswith(
         f"Equal tokens: Muon ends {gap:.3f} nats lower ({gap - half:.3f} to {gap + half:.3f}), p "
