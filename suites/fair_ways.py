@@ -254,7 +254,8 @@ def time_sentences(results: Results, trials: Results | None) -> list[str]:
         speed = "" if trials is None else f"{1 / trials.seconds_per_token(arm):,.0f} tokens/s in the trials, so "
         seconds = mean_of(outcome, lambda run: run.train_seconds)
         steps = outcome.finished()[0].config["steps"]
-        same = ", the runs of equal tokens" if other is not None and outcome.runs == other.runs else ""
+        reused = other is not None and [run.path for run in outcome.runs] == [run.path for run in other.runs]
+        same = ", the runs of equal tokens" if reused else ""
         lines.append(f"{arm}: {speed}{steps} steps in equal time{same}; they took {seconds:.2f} s (mean).")
     for way in ways(results):
         if way.name == EQUAL_TIME:

@@ -278,6 +278,7 @@ def test_both_pages_have_the_numbers(fought, shards_folder, run_main, tmp_path, 
     pairs = [min(a, b, worst) for a, b in itertools.combinations(losses, 2)]
     assert f"{np.mean(pairs):.4f} (" in page  # the column best of 2
     assert "Muon took as long as AdamW (12.8 against 12.8 s)" in page
+    assert "128 steps in equal time, the runs of equal tokens; they took 12.80 s" in page
     assert "not equal" not in page
     mine, theirs = (
         plan_of(fought, shards_folder, **SAME).results(FIGHT).outcome(f"{a}, equal tokens").loss
