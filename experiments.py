@@ -118,7 +118,7 @@ def run(arguments: RunArguments) -> int:
 
 
 def jobs_of(planner: Planner, stage: Sequence[str]) -> list[Job]:
-    return unique([p for name in stage for p in planner.plan(name)])
+    return list({job.name: job for name in stage for job in unique(planner.plan(name))}.values())
 
 
 def train_with_growth(

@@ -382,21 +382,22 @@ def headline(folder: Path) -> str:
         f"![Muon against AdamW: validation loss and accuracy]({where}/plots/loss_curves.png)",
         f"![Effective rank of every projection under both]({where}/plots/effective_rank_over_time.png)",
     ]
-    fought = fight(folder)
     seeds = len(record["figures"]["optimizers"]["muon"]["seeds"])
-    say = f"By default settings, {record['model']}, {record['tokens']:,} tokens, {seeds} seeds each, "
-    say += f"on {machine.label(record['machine'])}: "
+    say = "The pictures show another race, at default settings (only the learning rates were swept; compare the lead "
+    say += f"by trials) and over {record['tokens']:,} tokens, so their gap is another. There, {record['model']}, "
+    say += f"{seeds} seeds each, on {machine.label(record['machine'])}: "
     say += f"{difference_sentence(record)}. {time_sentence(record)}. {rank_sentence(record)}"
-    return "\n\n".join([*pictures, *fought, f"{say} [Full report]({where}/report.md)."])
+    return "\n\n".join([*pictures, *fight(folder), f"{say} [Full report]({where}/report.md)."])
 
 
 def fight(folder: Path) -> list[str]:
-    """What the published fair fight found, in its own sentences; none where there is none."""
+    """What the published fair fight found, in its own sentences, the verdict first; none where there is none."""
     path = folder / FIGHT_RECORD / files.FINDINGS
     if not path.exists():
         return []
-    said = "\n".join(f"- {sentence}" for sentence in files.load_json(path)["fair-fight"])
-    return [f"Who wins, both tuned alike ([the fair fight](runs/records/{FIGHT_RECORD}/report.md)):\n\n{said}"]
+    verdict, *ways = files.load_json(path)["fair-fight"]
+    said = "\n".join(f"- {sentence}" for sentence in ways)
+    return [f"{verdict} From [the fair fight](runs/records/{FIGHT_RECORD}/report.md), both tuned alike:\n\n{said}"]
 
 
 def rank_sentence(record: Json) -> str:

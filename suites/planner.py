@@ -262,8 +262,9 @@ def _flag(name: str, value: Any) -> list[str]:
 
 
 def unique(planned: Sequence[Planned]) -> list[Job]:
-    """Each run once, in the order of the plan."""
-    return list({job.name: job for p in planned for job in p.jobs}.values())
+    """Each run of a suite once, seed by seed, so that a machine that slows down does so for all conditions."""
+    by_seed = zip(*(p.jobs for p in planned), strict=True)
+    return list({job.name: job for jobs in by_seed for job in jobs}.values())
 
 
 @dataclass(frozen=True)

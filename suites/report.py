@@ -22,6 +22,7 @@ from engine.cli import BadInput, make_folder
 from suites import documents, fair_page, power_table
 from suites.advice import HOLDS, NOT, OPEN, Advice, advice, effects, recipes
 from suites.claims import Claim, judge_all
+from suites.fair_ways import unequal_words
 from suites.figures import figures, watched
 from suites.judging import DECIDED, NOT_TESTABLE, UNDECIDED, Finding
 from suites.results import TOLERANCES, Outcome, Results
@@ -31,10 +32,10 @@ SCALE_WORDS = {"full": "at full size", "nano": "at nano scale, on models for two
 ADVICE = "advice"  # the name of its page and of its figure
 
 
-def findings(results: Results) -> list[str]:
+def findings(results: Results, known: Mapping[str, Results]) -> list[str]:
     """The suite's question answered in sentences with the numbers in them."""
     if results.name in fair_page.FINDINGS:
-        return fair_page.FINDINGS[results.name](results)
+        return fair_page.FINDINGS[results.name](results, known)
     if results.suite.varies == "lr":
         return [sentence for arm in results.arms() for sentence in rate_sentences(results, arm)]
     tests = results.tests()
@@ -114,7 +115,7 @@ def suite_chapters(results: Results, known: Mapping[str, Results], pictures: Seq
         return fair_page.chapters(results, known, pictures)
     title = f"{results.suite.question} ({results.suite.source})"
     numbers: list[Table | Section] = [
-        Section(title, findings(results) or ["No run has finished yet."]),
+        Section(title, findings(results, known) or ["No run has finished yet."]),
         conditions_table(results),
     ]
     tests = results.tests()
@@ -210,7 +211,10 @@ def build_page(
     shown = {r.name for r in results}
     judged = [(claim, finding) for claim, finding in judge_all(known) if claim.suite in shown]
     verdicts = [finding.verdict for _, finding in judged]
-    runs = {run.path: run for r in results for run in r.runs()}
+    alone = len(results) == 1
+    fair = alone and results[0].name in fair_page.FINDINGS
+    told = list(known.values()) if fair else results  # the page of the fight shows its trials too
+    runs = {run.path: run for r in told for run in r.runs()}
     finished = sum(run.status == "finished" for run in runs.values())
     failed = {(r.name, o.name): o.lost if r.suite.one_seed else o.failed for r in results for o in r.outcomes}
     hours = sum(run.train_seconds for run in runs.values()) / 3600
@@ -227,7 +231,7 @@ def build_page(
                 "source": r.suite.source,
                 "question": r.suite.question,
                 "runs": f"{r.finished()}/{r.planned}",
-                "finding": (findings(r) or ["no run has finished yet"])[0],
+                "finding": (findings(r, known) or ["no run has finished yet"])[0],
             }
             for r in results
         ],
@@ -240,12 +244,11 @@ def build_page(
         if count
     ]
     chapters = [Chapter("Claims and findings", [claims_table(judged)])] if judged else []
-    alone = len(results) == 1
     if alone:
         warnings += busy_words(results[0])
+        warnings += unequal_words(results[0]) if fair else []
         chapters += suite_chapters(results[0], known, pictures[results[0].name])
     suite = results[0].name if alone else results[0].suite.group
-    fair = alone and suite in fair_page.FINDINGS
     flags = f" {fair_page.flags(results[0], known)}" if fair else ""
     made = [
         f"Runs: {finished} finished, {hours:.1f} hours of training in all on {', '.join(devices)}.",
@@ -258,11 +261,11 @@ def build_page(
         headline=headline if judged else f"{results[0].name}: {results[0].suite.question}",
         lead=[
             *_verdict_lists(judged),
-            f"Finished runs: {finished}, in {counted(len(results), 'suite')}; a run may belong to several conditions.",
+            f"Finished runs: {finished}, in {counted(len(told), 'suite')}; a run may belong to several conditions.",
         ],
         tiles=[],
         summary=summary,
-        notes=fair_page.NOTES if fair else NOTES,
+        notes=(*fair_page.NOTES, NOTES[-1]) if fair else NOTES,
         warnings=warnings,
         chapters=chapters,
     )
@@ -351,7 +354,7 @@ def write_suite_report(
         for name, page in pages.items():
             write_pages(replace(page, links=everyone), out, name=name, linked=True)
     power_table.write(known, out / power_table.POWER)
-    files.write_json(out / files.FINDINGS, {r.name: findings(r) for r in results})
+    files.write_json(out / files.FINDINGS, {r.name: findings(r, known) for r in results})
     front = build_page(results, known, later, scale, drawn)
     return write_pages(replace(front, links=everyone) if len(results) > 1 else front, out, linked=True)
 

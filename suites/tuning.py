@@ -1,6 +1,6 @@
 """Estimates the expected best loss after k trials, its band, and each setting's effect.
 
-    curve = expected_best(losses); low, high = band(losses); effect(values, losses).rho
+    curve = expected_best(losses); low, high = band(losses); lead(mine, theirs).lower; effect(values, losses).rho
 
 Losses are one number a trial (nats), a diverged one as `losses` says. Ranks of settings are corrected over all of them.
 """
@@ -18,6 +18,8 @@ from suites.arms import Axis, value_of
 from suites.results import Outcome, Results
 
 RESAMPLES = 2000
+ON_EDGE = "ON THE EDGE"
+OUTER = 0.15  # share of an axis at either end where a significant fall of the loss asks for a wider range
 
 
 def tried(results: Results, arm: str) -> list[Outcome]:
@@ -52,12 +54,38 @@ def expected_best(losses: Sequence[float]) -> np.ndarray:
 
 
 def band(losses: Sequence[float], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(n,), (n,): the 95 % percentile interval of `expected_best` when the trials are drawn anew, with replacement."""
+    """(n // 2,), (n // 2,): the 95 % percentile interval of `expected_best` when the trials are drawn anew, with
+    replacement, for k = 1 to half of the trials: no draw is better than the best trial, so beyond it is too high."""
     n = len(losses)
     drawn = np.random.default_rng(seed).choice(np.asarray(losses, dtype=float), (RESAMPLES, n))
-    curves = np.sort(drawn, axis=1) @ _weights(n).T
+    curves = np.sort(drawn, axis=1) @ _weights(n)[: n // 2].T
     low, high = np.quantile(curves, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
     return low, high
+
+
+def powers(n: int) -> list[int]:
+    """The powers of two up to n, and n: the numbers of trials that are told."""
+    return sorted({*(2**i for i in range(int(math.log2(n)) + 1)), n})
+
+
+@dataclass(frozen=True)
+class Lead:
+    """How much lower the best trial of one arm is than that of another, in nats: expected after k trials, with a 95 %
+    interval and the probability of a lead above 0 after all."""
+
+    by_k: np.ndarray
+    low: float
+    high: float
+    lower: float
+
+
+def lead(mine: Sequence[float], theirs: Sequence[float], seed: int = 0) -> Lead:
+    """Of `mine` over `theirs`; the interval is a percentile bootstrap, the trials of each arm drawn anew."""
+    n, rng = min(len(mine), len(theirs)), np.random.default_rng(seed)
+    gaps = -np.subtract(*(rng.choice(np.asarray(own), (10 * RESAMPLES, n)).min(axis=1) for own in (mine, theirs)))
+    low, high = np.quantile(gaps, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    by_k = expected_best(theirs)[:n] - expected_best(mine)[:n]
+    return Lead(by_k, float(low), float(high), float(np.mean(gaps > 0)))
 
 
 def trials_needed(losses: Sequence[float], target: float) -> int | None:
@@ -78,11 +106,13 @@ class Effect:
     p_holm: float = math.nan
 
     def edge(self, axis: Axis, value: float) -> str:
-        """Whether the best trial's `value` is at an end of the range, and the loss falls significantly towards it."""
-        if not axis.on_edge(value):
-            return "inside"
-        towards = self.rho > 0 if axis.place(value) < 0.5 else self.rho < 0
-        return "ON THE EDGE" if towards and self.p_holm < SIGNIFICANT else "near an end, maybe by chance"
+        """Whether the best trial's `value` is in the outer part of the range and the loss falls significantly towards
+        that end, or so near an end that it is told although it may be chance."""
+        place = axis.place(value)
+        towards = self.rho > 0 if place < 0.5 else self.rho < 0
+        if towards and self.p_holm < SIGNIFICANT and not OUTER <= place <= 1 - OUTER:
+            return ON_EDGE
+        return "near an end, maybe by chance" if axis.on_edge(value) else "inside"
 
 
 def effect(values: Sequence[float], losses: Sequence[float], seed: int = 0) -> Effect:

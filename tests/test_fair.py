@@ -15,14 +15,14 @@ import experiments
 from bench.synthetic import write_run
 from engine.cli import BadInput
 from settings import Settings
-from suites import fair_page, fair_plots, launcher
+from suites import fair_page, fair_plots, fair_ways, launcher
 from suites import results as results_module
 from suites.arms import ARMS, Arm, Axis, draw, value_of
 from suites.catalog import SUITES
 from suites.fair import FIGHT, TRIALS, equal_time
 from suites.planner import Planner, Selection, unique
 from suites.scales import SCALES
-from suites.tuning import Effect, band, effect, effects, expected_best, losses, trials_needed
+from suites.tuning import Effect, band, effect, effects, expected_best, lead, losses, trials_needed
 from tests.test_suites import winners
 
 
@@ -97,9 +97,18 @@ def test_the_band_of_one_trial_is_that_of_a_mean():
     low, high = band(values)
     half = 1.96 * values.std() / math.sqrt(40)  # of a mean of 40 resampled values
     assert (low[0], high[0]) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.006)
-    curve = expected_best(values)
+    curve = expected_best(values)[:20]
+    assert len(low) == len(high) == 20  # beyond half of the trials no draw is low enough
     assert (low <= curve).all()
     assert (curve <= high).all()
+
+
+def test_the_lead_of_the_best_trial_is_that_of_a_bootstrap_with_a_known_law():
+    mine, theirs = [1.0, 2.0, 2.0], [1.5, 3.0, 3.0]  # a draw of three has the best of its arm unless all miss it
+    found, miss = lead(mine, theirs), (2 / 3) ** 3
+    assert found.by_k == pytest.approx([np.mean(theirs) - np.mean(mine), (3 + 3) / 3 - (2 + 2) / 3 + 0 * miss, 0.5])
+    assert found.lower == pytest.approx(1 - miss * (1 - miss), abs=0.02)  # behind where only mine misses its best
+    assert (found.low, found.high) == (-0.5, 2.0)
 
 
 def test_the_effect_of_a_setting_is_of_ranks_and_thirds_against_noise():
@@ -129,7 +138,8 @@ def test_an_edge_is_told_only_where_the_loss_falls_significantly_towards_it():
     assert edge(0.011, 0.6, 0.01) == edge(0.95, -0.6, 0.01) == "ON THE EDGE"
     chance = {edge(0.011, 0.6, 0.06), edge(0.011, -0.6, 0.01), edge(0.95, 0.6, 0.01), edge(0.95, math.nan, math.nan)}
     assert chance == {"near an end, maybe by chance"}
-    assert edge(0.1, 0.9, 0.001) == "inside"
+    assert edge(0.017, 0.6, 0.01) == edge(0.6, -0.6, 0.01) == "ON THE EDGE"  # at 12 and 89 % of the axis
+    assert {edge(0.1, 0.9, 0.001), edge(0.6, -0.6, 0.06), edge(0.6, 0.6, 0.01), edge(0.45, -0.9, 0.01)} == {"inside"}
 
 
 def fake_training(job):
@@ -147,7 +157,7 @@ def fake_training(job):
     state = "failed" if muon and lr > 0.15 else "finished"
     settings = {"optimizer": flags.get("optimizer", "muon"), "seed": seed, "batch_tokens": 2048} | numbers
     ms = 100.0 if muon else 80.0
-    write_run(job.folder, final=final, steps=steps, status=state, spectra=False, step_ms=ms, **settings)
+    write_run(job.folder, final=final, steps=steps, status=state, spectra=False, step_ms=ms, by_token=True, **settings)
     reason = "step 7: loss nan, gradient norm nan" if state == "failed" else None
     summary = json.loads((job.folder / "summary.json").read_text()) | {"final_val_loss": final, "reason": reason}
     (job.folder / "summary.json").write_text(json.dumps(summary))
@@ -209,6 +219,8 @@ def test_a_fight_is_trained_in_two_stages_and_each_arm_fights_with_its_best_tria
         "fair-fight: 12 runs, 12 to go",  # Muon's runs of equal time are those of equal tokens
     ]
     assert len(trained) == len(set(trained)) == 28
+    seeds = [name.rpartition("-seed")[2] for name in trained[16:]]
+    assert seeds == [seed for seed in "1234" for _ in range(3)]  # the arms in turns
     fight("run", FIGHT, *FLAGS)
     assert len(trained) == 28
     plan = plan_of(tmp_path / "runs", shards_folder, **SAME)
@@ -225,22 +237,25 @@ def test_a_fight_is_trained_in_two_stages_and_each_arm_fights_with_its_best_tria
 
 def test_the_ways_to_win_are_paired_and_corrected_together(fought, shards_folder):
     results = plan_of(fought, shards_folder, **SAME).results(FIGHT)
-    by_name = {way.name: way for way in fair_page.ways(results)}
+    by_name = {way.name: way for way in fair_ways.ways(results)}
     mine, theirs = (results.outcome(f"{arm}, equal tokens").losses() for arm in ("muon", "adamw"))
     gaps = np.array([mine[seed] - theirs[seed] for seed in (1, 2, 3, 4)])
     half = stats.t.ppf(1 - 0.05 / 4 / 2, 3) * gaps.std(ddof=1) / 2  # four tests, four pairs
     first = by_name["equal tokens"]
     assert (first.test.low, first.test.high) == pytest.approx((gaps.mean() - half, gaps.mean() + half))
     assert first.winner == "muon"
-    said, gap = fair_page.fight_findings(results), -gaps.mean()
-    interval = f"corrected interval {gap - half:.3f} to {gap + half:.3f}, Holm p "
-    assert said[0].startswith(f"Equal tokens: Muon ends {gap:.3f} nats below AdamW ({interval}")
+    said, gap = fair_ways.fight_findings(results, {}), -gaps.mean()
+    assert said[0].startswith(
+        f"Muon wins in 3 of 4 ways. A 1k-parameter model trained on 262k tokens (128 steps, 1 CPU thread) ends "
+        f"with a loss {gap:.3f} nats lower with Muon than with AdamW; Muon reaches AdamW's loss with "
+    )
+    assert said[1].startswith(
+        f"Equal tokens: Muon ends {gap:.3f} nats lower ({gap - half:.3f} to {gap + half:.3f}), p "
+    )
+    assert said[5] == "Given these settings: the intervals (95 %) and p values are over 4 seeds, corrected for 4 tests."
     worse = dataclasses.replace(first, arm=first.reference, reference=first.arm)
     worse = dataclasses.replace(worse, test=dataclasses.replace(first.test, difference=0.2, low=-0.1, high=0.5))
-    assert (
-        "AdamW ends 0.200 nats above Muon, not significantly (corrected interval -0.100 to 0.500"
-        in fair_page.outcome_words(worse)
-    )
+    assert "AdamW ends 0.200 nats higher (-0.100 to 0.500), p " in fair_ways.outcome_words(worse)
     assert by_name["equal time"].test.difference == pytest.approx(gaps.mean() + 0.001 * 32)
     # Losses fall linearly from 5, so the share of the budget to the loss of the same seed follows by hand.
     logs = np.log([(5 - mine[seed]) / (5 - theirs[seed]) for seed in (1, 2, 3, 4)])
@@ -262,13 +277,31 @@ def test_both_pages_have_the_numbers(fought, shards_folder, run_main, tmp_path, 
     worst = max(o.loss for o in trials.outcomes if math.isfinite(o.loss))
     pairs = [min(a, b, worst) for a, b in itertools.combinations(losses, 2)]
     assert f"{np.mean(pairs):.4f} (" in page  # the column best of 2
-    assert "compute multiplier of Muon 1." in page
+    assert "Muon took as long as AdamW (12.8 against 12.8 s)" in page
+    assert "128 steps in equal time, the runs of equal tokens; they took 12.80 s" in page
+    assert "not equal" not in page
+    mine, theirs = (
+        plan_of(fought, shards_folder, **SAME).results(FIGHT).outcome(f"{a}, equal tokens").loss
+        for a in ("muon", "adamw")
+    )
+    rare, frequent = ((0.55 + 0.1 * decile) * (mine - theirs) for decile in (9, 0))
+    assert f"Muon minus AdamW: on the rarest tenth of the text {rare:+.3f} nats (" in page
+    assert f", on the most frequent tenth {frequent:+.3f} nats (" in page
+    assert "Finished runs: 27, in 2 suites" in page  # of 16 trials some diverged
+    assert "(6 settings tuned for AdamW, 5 for Muon)" in page
     assert "Chosen for each arm: adamw_lr, beta1, beta2, lr, momentum, tokens, warmup, weight_decay." in page
     assert "No other setting differs: schedule, clipping and validation tokens are the same." in page
     assert "Deviation" not in page
     assert "adamw: 800 tokens/s in the trials, so 160 steps in equal time; they took 12.80 s" in page
     plots = {path.name for path in (tmp_path / "plots").iterdir()}
-    assert plots == {"fair-fight_curves.png", "fair-trials_tuning.png", "fair-trials_settings.png"}
+    names = (
+        "fair-fight_curves",
+        "fair-fight_deciles",
+        "fair-trials_tuning",
+        "fair-trials_settings",
+        "fair-trials_planes",
+    )
+    assert plots == {f"{name}.png" for name in names}
     assert "run fair-fight --scale nano --arms adamw muon --trials 8 --steps 128 --seeds 1 2 3 4" in page
     assert not (tmp_path / "power.json").exists()  # of the claims, as it was
     assert run_main(experiments.main, "report", TRIALS, *where, "--trials", 8)[0] == 0
@@ -302,8 +335,8 @@ def test_a_diverged_fighter_is_counted_and_not_tested(fought, shards_folder, tmp
         if json.loads((path.parent / "config.json").read_text())["optimizer"] == "muon":
             path.write_text('{"status": "failed", "reason": "step 3: loss nan, gradient norm nan"}')
     results = plan_of(tmp_path / "runs", shards_folder, **SAME).results(FIGHT)
-    assert {way.winner for way in fair_page.ways(results)} == {"open"}
-    assert "Equal tokens: 1 run of Muon and AdamW failed, so no test." in fair_page.fight_findings(results)
+    assert {way.winner for way in fair_ways.ways(results)} == {"open"}
+    assert "Equal tokens: 1 run of Muon and AdamW failed, so no test." in fair_ways.fight_findings(results, {})
     results.outcome("muon, equal tokens").runs[0].config["tokens"] = 1
     assert [line for line in results.fairness(fair_page.by_design) if "Deviation: tokens" in line]
 
@@ -342,12 +375,31 @@ def test_one_seed_reaches_the_loss_without_a_test(fought, shards_folder):
     results = plan_of(fought, shards_folder, trials=8, seeds=(1,)).results(FIGHT)
     loss, other = (results.outcome(f"{arm}, equal tokens").loss for arm in ("muon", "adamw"))
     share = (5 - other) / (5 - loss)
-    assert fair_page.fight_findings(results)[2:] == [
-        f"Tokens to the loss of AdamW with the same seed, {other:.3f} on average: Muon reaches it after "
-        f"{share * 128 * 64:,.0f} tokens, compute multiplier {1 / share:.2f}; one seed, so no test.",
-        f"Seconds to the loss of AdamW with the same seed, {other:.3f} on average: Muon reaches it after "
-        f"{share * 12.8:.2f} s, speed-up {0.8 / share:.2f}; one seed, so no test.",
+    assert fair_ways.fight_findings(results, {}) == [
+        "No clear winner between Muon and AdamW.",
+        f"Equal tokens: Muon ends {other - loss:.3f} nats lower; one seed, so no test.",
+        f"Equal time: Muon ends {other - 0.032 - loss:.3f} nats lower; one seed, so no test; Muon took "
+        "as long as AdamW (12.8 against 12.8 s).",
+        f"Tokens to AdamW's final loss: Muon needs {100 * (1 - share):.0f} % fewer; one seed, so no test.",
+        f"Seconds to AdamW's final loss: Muon needs {100 * (share / 0.8 - 1):.0f} % more; one seed, so no test.",
     ]
+
+
+def test_times_are_judged_where_the_runs_were_steady_and_unequal_ones_are_told(fought, shards_folder, monkeypatch):
+    results = plan_of(fought, shards_folder, **SAME).results(FIGHT)
+    assert fair_ways.unequal_words(results) == []
+    monkeypatch.setattr(results_module.Outcome, "slowdown", 1.3)
+    assert {way.name for way in fair_ways.ways(results) if way.winner == "muon"} == {
+        "equal tokens",
+        "tokens to the loss",
+    }
+    said = fair_ways.fight_findings(results, {})[1:5]
+    assert ["not judged, the machine was busy" in line for line in said] == [False, True, False, True]
+    assert "(limit 1.2): not steady" in fair_ways.time_sentences(results, None)[-1]
+    seconds = property(lambda run: 12.8 * (1.05 if run.optimizer == "muon" else 1.0))
+    monkeypatch.setattr(results_module.Run, "train_seconds", seconds)
+    (said,) = fair_ways.unequal_words(results)
+    assert said.startswith("Equal time is not equal: Muon took 5.0 % longer than AdamW (13.4 against 12.8 s)")
 
 
 def test_a_run_that_does_not_reach_the_loss_of_its_own_seed_is_counted(fought, shards_folder, tmp_path):
@@ -361,10 +413,13 @@ def test_a_run_that_does_not_reach_the_loss_of_its_own_seed_is_counted(fought, s
     results = plan_of(tmp_path / "runs", shards_folder, **SAME).results(FIGHT)
     mine, theirs = (results.outcome(f"{arm}, equal tokens").losses() for arm in ("muon", "adamw"))
     assert theirs[3] < min(mine.values()) < max(mine.values()) < np.mean(list(theirs.values()))
-    way = next(way for way in fair_page.ways(results) if way.name == "tokens to the loss")
-    assert (way.times.never, way.times.n, way.winner) == (1, 4, "open")
-    reached = sorted(128 * 64 * (5 - theirs[seed]) / (5 - mine[seed]) for seed in (1, 2, 4))
-    assert way.times.median == pytest.approx(reached[1])
+    way = next(way for way in fair_ways.ways(results) if way.name == "tokens to the loss")
+    assert (way.never, way.winner) == (1, "open")
+    reached = {seed: 128 * 64 * (5 - theirs[seed]) / (5 - mine[seed]) for seed in (1, 2, 4)}
+    assert way.times == pytest.approx(reached | {3: None})
+    assert math.isnan(way.spent)
+    others = {seed: time for seed, time in way.times.items() if time is not None}
+    assert dataclasses.replace(way, times=others).spent == pytest.approx(np.mean(list(reached.values())))
 
 
 def test_arms_that_share_an_optimizer_are_told_apart(fight, tmp_path, shards_folder, monkeypatch):
@@ -375,7 +430,7 @@ def test_arms_that_share_an_optimizer_are_told_apart(fight, tmp_path, shards_fol
     results = plan_of(tmp_path / "runs", shards_folder, **chosen).results(FIGHT)
     assert [o.condition.fields.get("nesterov", True) for o in results.outcomes] == [False, True, False, True]
     assert results.outcomes[1].condition.versus == "muon-plain, equal tokens"
-    assert fair_page.ways(results)[0].test.difference == pytest.approx(-0.5)
+    assert fair_ways.ways(results)[0].test.difference == pytest.approx(-0.5)
     assert {run.config["steps"] for o in results.outcomes for run in o.finished()} == {32}
 
 
