@@ -27,6 +27,7 @@ PLOTS = ("loss_curves", "optimizer_comparison", "effective_rank_over_time", "spe
 BUDGET = 2_015_232  # tokens of the track 2m, the prior work's 123 updates of 16,384
 LEAST_SEEDS = 3
 FIGHT_RECORD = "nano-fight"  # the record whose findings the README begins with
+FIGHT_SENTENCES = 7  # the verdict, the ways to win, and what their tests hold for
 SHOWN = ("driver", "sm_clock_mhz", "memory_clock_mhz", "power_limit_watts", "cpu_mhz", "busy_cores")
 MARK = "<!-- figures: {name} -->"
 END = "<!-- end of figures -->"
@@ -383,19 +384,19 @@ def headline(folder: Path) -> str:
         f"![Effective rank of every projection under both]({where}/plots/effective_rank_over_time.png)",
     ]
     seeds = len(record["figures"]["optimizers"]["muon"]["seeds"])
-    say = "The pictures show another race, at default settings (only the learning rates were swept; compare the lead "
-    say += f"by trials) and over {record['tokens']:,} tokens, so their gap is another. There, {record['model']}, "
+    say = "The pictures show another race, with the default settings and fewer trials behind them, over "
+    say += f"{record['tokens']:,} tokens, so their gap is another. There, {record['model']}, "
     say += f"{seeds} seeds each, on {machine.label(record['machine'])}: "
     say += f"{difference_sentence(record)}. {time_sentence(record)}. {rank_sentence(record)}"
     return "\n\n".join([*pictures, *fight(folder), f"{say} [Full report]({where}/report.md)."])
 
 
 def fight(folder: Path) -> list[str]:
-    """What the published fair fight found, in its own sentences, the verdict first; none where there is none."""
+    """What the published fair fight found, in its own first sentences; none where there is none."""
     path = folder / FIGHT_RECORD / files.FINDINGS
     if not path.exists():
         return []
-    verdict, *ways = files.load_json(path)["fair-fight"]
+    verdict, *ways = files.load_json(path)["fair-fight"][:FIGHT_SENTENCES]
     said = "\n".join(f"- {sentence}" for sentence in ways)
     return [f"{verdict} From [the fair fight](runs/records/{FIGHT_RECORD}/report.md), both tuned alike:\n\n{said}"]
 

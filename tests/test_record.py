@@ -340,11 +340,15 @@ def test_the_readme_shows_every_goal_of_a_machine_met_or_not_and_nothing_else(tm
 def test_the_first_screen_repeats_what_the_fair_fight_found(tmp_path):
     assert record_pages.fight(tmp_path) == []
     (tmp_path / "nano-fight").mkdir()
-    found = {"fair-trials": ["much"], "fair-fight": ["A wins.", "Equal tokens: a wins.", "Equal time: b wins."]}
+    found = {
+        "fair-trials": ["much"],
+        "fair-fight": ["A wins.", "Equal tokens: a wins.", "Equal time: b wins."] + 6 * ["More."],
+    }
     (tmp_path / "nano-fight" / "findings.json").write_text(json.dumps(found))
     (said,) = record_pages.fight(tmp_path)
     assert said.startswith("A wins. From [the fair fight](runs/records/nano-fight/report.md)")
-    assert said.endswith("\n\n- Equal tokens: a wins.\n- Equal time: b wins.")
+    assert "\n\n- Equal tokens: a wins.\n- Equal time: b wins.\n- More." in said
+    assert said.count("More.") == 4
     assert "much" not in said
 
 
