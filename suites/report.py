@@ -22,7 +22,7 @@ from engine.cli import BadInput, make_folder
 from suites import documents, fair_page, power_table
 from suites.advice import HOLDS, NOT, OPEN, Advice, advice, effects, recipes
 from suites.claims import Claim, judge_all
-from suites.figures import figures, watched
+from suites.figures import deciles, figures, routed, shared_name, watched
 from suites.judging import DECIDED, NOT_TESTABLE, UNDECIDED, Finding
 from suites.results import TOLERANCES, Outcome, Results
 from suites.tables import conditions_table, experts_table, sizes_table, tests_table
@@ -122,11 +122,12 @@ def suite_chapters(results: Results, known: Mapping[str, Results], pictures: Seq
         numbers.append(tests_table(results))
     if results.suite.varies == "params" and (table := sizes_table(results)):
         numbers += [Section("Both optimizers side by side", []), table]
-    if results.crosses() and (table := experts_table(results)):
+    if routed(results) and (table := experts_table(results)):
         numbers += [Section("Balance of the experts at the end, every seed", []), table]
     chapters = [Chapter(results.name, numbers), Chapter("Figures", list(pictures))]
     if runs := watched(results):
-        chapters.append(Chapter("Findings in the spectra", [Section(*reply) for reply in answers(runs)]))
+        title = f"Findings in the spectra{': ' * bool(shared_name(results))}{shared_name(results)}"
+        chapters.append(Chapter(title, [Section(*reply) for reply in answers(runs)]))
     conditions: list[Table | Section] = []
     if from_sweeps := results.settings_from_sweeps(known):
         conditions.append(Section("Settings taken from sweeps", from_sweeps))
@@ -358,7 +359,7 @@ def write_suite_report(
 
 def drawings(results: Results, known: Mapping[str, Results]) -> list[Drawing]:
     fair = results.name in fair_page.FINDINGS
-    return fair_page.drawings(results, known) if fair else figures(results)
+    return [*fair_page.drawings(results, known), *deciles(results)] if fair else figures(results)
 
 
 def _advice_figures(known: Mapping[str, Results]) -> list[Drawing]:
