@@ -134,7 +134,8 @@ def training_curves(series: Sequence[Series]) -> Figure:
             runs = [run for one in series if one.panel == panel for run in one.runs]
             for level in unigram_levels(runs):
                 unigram_line(upper, level, words=False)
-            bits_axis(upper, runs)
+            if len(panels) < 3:  # more are too narrow for a second axis each
+                bits_axis(upper, runs)
         for one in compared if rows == 2 else ():
             if one.panel == panel:
                 steps, gaps = _gaps(one, by_label[one.versus])
