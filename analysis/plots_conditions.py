@@ -131,11 +131,7 @@ def training_curves(series: Sequence[Series]) -> Figure:
         if shown:
             low, high = (float(f([f(values) for values in shown])) for f in (np.nanmin, np.nanmax))
             upper.set_ylim(low - 0.04 * (high - low), high + 0.02 * (high - low))
-            runs = [run for one in series if one.panel == panel for run in one.runs]
-            for level in unigram_levels(runs):
-                unigram_line(upper, level, words=False)
-            if len(panels) < 3:  # more are too narrow for a second axis each
-                bits_axis(upper, runs)
+            _yardsticks(upper, [run for one in series if one.panel == panel for run in one.runs], len(panels))
         for one in compared if rows == 2 else ():
             if one.panel == panel:
                 steps, gaps = _gaps(one, by_label[one.versus])
@@ -159,6 +155,14 @@ def training_curves(series: Sequence[Series]) -> Figure:
         legend_below(figure, _handles(series, styles))
     figure.suptitle("Validation loss: mean over seeds (thick), every seed (thin)")
     return figure
+
+
+def _yardsticks(ax: plt.Axes, runs: Sequence[Run], panels: int) -> None:
+    """The loss of token frequencies alone, and bits per byte."""
+    for level in unigram_levels(runs):
+        unigram_line(ax, level, words=False)
+    if panels < 3:  # more are too narrow for a second axis each
+        bits_axis(ax, runs)
 
 
 def _gaps(one: Series, reference: Series) -> tuple[np.ndarray, dict[int, np.ndarray]]:
