@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from analysis.plots import WIDTH, Caption, captioned, group_labels, legend_below, optimizer_color
+from analysis.plots import WIDTH, Caption, bits_axis, captioned, group_labels, legend_below, optimizer_color
 from analysis.runs import Group, Run, group_seeds, optimizer_name
 from analysis.stats import largest_spike, learning_rate_tolerance, t_interval
 
@@ -103,6 +103,7 @@ def learning_rate_sensitivity(runs: Sequence[Run]) -> Figure:
         _ticks_at(ax, ticks, [f"{tick:g}" for tick in ticks])
     low, high = axes[0, 0].get_ylim()
     axes[0, 0].set_ylim(low - 0.1 * (high - low), high)  # room for the bars
+    bits_axis(axes[0, 0], runs)
     figure.suptitle("Sensitivity to the learning rate: dots are runs, lines join the best at each rate")
     figure.legend(handles=handles, loc="outside lower center", ncols=1)
     return figure
@@ -139,6 +140,7 @@ def ablation_bars(runs: Sequence[Run]) -> Figure:
     ax.grid(axis="y", visible=False)
     ax.set_xlim(base, high + 0.16 * (high - base))
     ax.set_xlabel("final validation loss (nats per token); the axis does not start at zero")
+    bits_axis(ax, runs, "top")
     ax.set_title("Every setting, best first")
     return figure
 
@@ -200,6 +202,7 @@ def model_scaling(runs: Sequence[Run], key: str = "params") -> Figure:
         ax.set_xscale("log")
         ticks = sorted({group.config[key] for group in groups})
         _ticks_at(ax, ticks, [f"{tick / SCALED[key].unit:.4g}" for tick in ticks])
+    bits_axis(axes[0, 0], runs)
     figure.suptitle(
         f"{SCALED[key].caption.title}: best setting of each optimizer, mean over seeds with its 95 % interval"
     )
