@@ -28,7 +28,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from analysis.pages import Picture
-from analysis.runs import Group, Run, group_seeds, optimizer_name, representative
+from analysis.runs import Group, Run, bits_per_nat, group_seeds, optimizer_name, representative
 from analysis.stats import difference, thin
 from engine.cores import free_cores
 
@@ -306,9 +306,9 @@ def loss_curves(runs: Sequence[Run]) -> Figure:
     if len(tops) == len(groups) and np.isfinite(tops).all():
         lowest = min(float(np.nanmin(line.get_ydata())) for line in axes[0, 0].lines)
         axes[0, 0].set_ylim(lowest - 0.06 * (max(tops) - lowest), max(tops))  # the first steps would hide the rest
-    unigram = {group.config["unigram_val_loss"] for group in groups if group.config.get("unigram_val_loss") is not None}
-    for level in unigram:
-        _unigram_line(axes[0, 0], level)
+    for level in unigram_levels(runs):
+        unigram_line(axes[0, 0], level)
+    bits_axis(axes[0, 0], runs)
     whole_steps(axes[1, 0])
     axes[1, 1].set_xlabel("training time (s)")
     axes[1, 0].set_ylim(bottom=0)
@@ -325,16 +325,31 @@ def loss_curves(runs: Sequence[Run]) -> Figure:
     return figure
 
 
-def _unigram_line(ax: plt.Axes, level: float) -> None:
-    """The level where it is in sight, else a word at the upper edge."""
+def unigram_levels(runs: Sequence[Run]) -> list[float]:
+    """The losses of token frequencies alone, one where all runs are validated on the same tokens."""
+    return sorted({run.config["unigram_val_loss"] for run in runs if run.config.get("unigram_val_loss") is not None})
+
+
+def unigram_line(ax: plt.Axes, level: float, words: bool = True) -> None:
+    """The level where it is in sight, else a word at the edge."""
     low, high = ax.get_ylim()
-    above = bool(level > high)
-    if not above:
+    arrow = " ↑" if level > high else " ↓" if level < low else ""
+    if not arrow:
         ax.axhline(level, color=REFERENCE_COLOR, linestyle=":", linewidth=1.2)
-    place = (0.985, high if above else level)
-    style = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "top" if above else "bottom", "fontsize": 8}
-    ax.annotate(f"token frequencies alone: {level:.2f}{' ↑' * above}", place, color=REFERENCE_COLOR, **style)
+    if words:
+        place = (0.985, float(np.clip(level, low, high)))
+        style = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "top" if level > high else "bottom"}
+        ax.annotate(f"token frequencies alone: {level:.2f}{arrow}", place, color=REFERENCE_COLOR, fontsize=8, **style)
     ax.set_ylim(low, high)
+
+
+def bits_axis(ax: plt.Axes, runs: Sequence[Run], side: str = "right") -> None:
+    """Repeat an axis in nats per token in bits per byte, on the right or on top, where the runs agree in the factor."""
+    bits = bits_per_nat(runs)
+    if np.isfinite(bits):
+        add = ax.secondary_xaxis if side == "top" else ax.secondary_yaxis
+        other = add(side, functions=(lambda nats: nats * bits, lambda found: found / bits))
+        (other.set_xlabel if side == "top" else other.set_ylabel)("bits per byte")
 
 
 def _training_loss(run: Run, against_seconds: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -19,16 +19,18 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from analysis.plots import (
     LINE_STYLES,
-    OPTIMIZER_COLORS,
     REFERENCE_COLOR,
     WIDTH,
+    bits_axis,
     captioned,
     expert_shares,
     legend_below,
     optimizer_color,
+    unigram_levels,
+    unigram_line,
     whole_steps,
 )
-from analysis.runs import Group, Run, optimizer_name
+from analysis.runs import Group, Run, condition_name, optimizer_name
 from analysis.stats import MARGIN, balance, t_interval
 
 # Okabe-Ito without the optimizers' colours, for conditions without an order.
@@ -129,6 +131,7 @@ def training_curves(series: Sequence[Series]) -> Figure:
         if shown:
             low, high = (float(f([f(values) for values in shown])) for f in (np.nanmin, np.nanmax))
             upper.set_ylim(low - 0.04 * (high - low), high + 0.02 * (high - low))
+            _yardsticks(upper, [run for one in series if one.panel == panel for run in one.runs], len(panels))
         for one in compared if rows == 2 else ():
             if one.panel == panel:
                 steps, gaps = _gaps(one, by_label[one.versus])
@@ -152,6 +155,14 @@ def training_curves(series: Sequence[Series]) -> Figure:
         legend_below(figure, _handles(series, styles))
     figure.suptitle("Validation loss: mean over seeds (thick), every seed (thin)")
     return figure
+
+
+def _yardsticks(ax: plt.Axes, runs: Sequence[Run], panels: int) -> None:
+    """The loss of token frequencies alone, and bits per byte."""
+    for level in unigram_levels(runs):
+        unigram_line(ax, level, words=False)
+    if panels < 3:  # more are too narrow for a second axis each
+        bits_axis(ax, runs)
 
 
 def _gaps(one: Series, reference: Series) -> tuple[np.ndarray, dict[int, np.ndarray]]:
@@ -185,9 +196,8 @@ def _panel_legends(
         members = [one for one in series if one.panel == panel]
         handles = [Line2D([], [], linewidth=1.8, label=f"{one.value:g}", **styles[one.label]) for one in members]
         columns = 1 + (len(handles) > 6)
-        ax.legend(
-            handles=handles, title="learning rate", loc="upper right", fontsize=8, title_fontsize=8, ncols=columns
-        )
+        style = {"fontsize": 8, "title_fontsize": 8, "frameon": True, "edgecolor": "none", "framealpha": 0.85}
+        ax.legend(handles=handles, title="learning rate", loc="upper right", ncols=columns, **style)
 
 
 def _handles(series: Sequence[Series], styles: Mapping[str, Mapping[str, Any]]) -> list[Line2D]:
@@ -196,9 +206,8 @@ def _handles(series: Sequence[Series], styles: Mapping[str, Mapping[str, Any]]) 
     panels = {one.panel for one in series}
     entries: dict[str, Mapping[str, Any]] = {}
     for one in series:
-        label = one.label.replace(f" {one.panel}", "") if len(panels) > 1 else one.label
-        if label in OPTIMIZER_COLORS:
-            label = optimizer_name(label)
+        label = one.label.replace(f" {one.panel}", "").rstrip(",") if len(panels) > 1 else one.label
+        label = condition_name(label, one.optimizer)
         if one.label in references:
             label += " (reference)"
         entries.setdefault(label, styles[one.label])
@@ -211,8 +220,9 @@ def _handles(series: Sequence[Series], styles: Mapping[str, Mapping[str, Any]]) 
     "intervals. Right: the same minus the reference, seed by seed. The grey band is 1 % of the loss: settings whose "
     "whisker stays inside it are as good as the reference for practical purposes.",
 )
-def sensitivity(series: Sequence[Series], setting: str) -> Figure:
-    """Final loss against a numeric setting, and its difference from the reference, seed by seed."""
+def sensitivity(series: Sequence[Series], setting: str, off: str = "off") -> Figure:
+    """Final loss against a numeric setting, and its difference from the reference, seed by seed; `off` is the word at a
+    value of infinity."""
     ordered = sorted((one for one in series if one.losses()), key=lambda one: one.value)
     reference = next((one for one in ordered if one.versus is None), ordered[0])
     places = _places([one.value for one in ordered])
@@ -238,9 +248,10 @@ def sensitivity(series: Sequence[Series], setting: str) -> Figure:
         ax.errorbar(x, mean, yerr=[mean - low, high - mean], color=color, capsize=3, linewidth=1.2, fmt="none")
         middle = 0.0 if zero else level
         ax.axhspan(middle - MARGIN * level, middle + MARGIN * level, **REFERENCE_BAND)
-        _numbered(ax, places, [_word(one) for one in ordered])
+        _numbered(ax, places, [f"{one.value:g}" if np.isfinite(one.value) else off for one in ordered])
         ax.set_xlabel(setting)
     axes[0].set_ylabel("final validation loss (nats per token)")
+    bits_axis(axes[0], [run for one in ordered for run in one.runs])
     axes[1].set_ylabel(f"minus {reference.label} (nats)")
     axes[1].axhline(0, color=REFERENCE_COLOR, linewidth=1.0)
     band = Patch(facecolor=REFERENCE_COLOR, alpha=0.2, label=f"1 % of the loss around {reference.label}")
@@ -251,13 +262,9 @@ def sensitivity(series: Sequence[Series], setting: str) -> Figure:
 
 
 def _places(values: Sequence[float]) -> list[float]:
-    """Where values are drawn: infinity ("off") beyond the largest."""
+    """Where values are drawn: infinity ("off", "all") beyond the largest."""
     largest = max(value for value in values if np.isfinite(value))
     return [value if np.isfinite(value) else OFF * largest for value in values]
-
-
-def _word(one: Series) -> str:
-    return f"{one.value:g}" if np.isfinite(one.value) else "off"
 
 
 def _numbered(ax: plt.Axes, places: Sequence[float], words: Sequence[str]) -> None:
@@ -329,8 +336,8 @@ def effects(found: Sequence[Effect]) -> Figure:
     "Beside each row stand the final figures: evenness (entropy of the shares over its maximum, 1 = even), the busiest "
     "expert's share over an even one, and the number of dead experts (below a tenth of an even share).",
 )
-def experts_by_seed(runs: Sequence[Run]) -> Figure:
-    """Shares of the routed tokens against steps of every seed, with the balance at the end."""
+def experts_by_seed(runs: Sequence[Run], name: str = "") -> Figure:
+    """Shares of the routed tokens against steps of every seed of a condition, with the balance at the end."""
     layers = sorted({line["layer"] for line in runs[0].experts})
     size = (min(12.0, 3.2 + 2.6 * len(layers)), 1.3 + 1.15 * len(runs))
     figure, axes = plt.subplots(len(runs), len(layers), figsize=size, sharex=True, sharey=True, squeeze=False)
@@ -369,5 +376,7 @@ def experts_by_seed(runs: Sequence[Run]) -> Figure:
     even = 1 / len(grids[0][0][1])
     bar.ax.axhline(even, color="white", linewidth=3.0)
     bar.ax.axhline(even, color="black", linewidth=1.4)
-    figure.suptitle(f"{optimizer_name(runs[0].optimizer)}: tokens of each expert (line on the bar: an even share)")
+    figure.suptitle(
+        f"{name or optimizer_name(runs[0].optimizer)}: tokens of each expert (line on the bar: an even share)"
+    )
     return figure

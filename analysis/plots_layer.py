@@ -118,7 +118,7 @@ MRI_PANELS = (
 
 @captioned(
     "MRI of one layer",
-    "The middle layer's six projections through training. Alignment is shown as its distance from chance; the update "
+    "The middle layer's projections through training. Alignment is shown as its distance from chance; the update "
     "norm as a share of the weight norm, the relative change of one step.",
 )
 def layer_mri(runs: Sequence[Run], layer: int | None = None) -> Figure:
@@ -146,7 +146,7 @@ def layer_mri(runs: Sequence[Run], layer: int | None = None) -> Figure:
             if key == "update_norm" and any(np.nanmax(line.get_ydata(), initial=0) > 0 for line in ax.lines):
                 log_axis(ax)
             ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
-    figure.suptitle(f"MRI of layer {layer}: its six projections while it trains")
+    figure.suptitle(f"MRI of layer {layer}: its projections while it trains")
     handles = [Line2D([], [], linewidth=1.8, label=PROJECTION_TITLES[n], **PROJECTION_LOOKS[n]) for n in names]
-    figure.legend(handles=handles, loc="outside lower center", ncols=6)
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(names))
     return figure

@@ -14,23 +14,34 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from analysis.plots import REFERENCE_COLOR, captioned, group_handles, legend_below, line_styles
+from analysis.plots import (
+    REFERENCE_COLOR,
+    captioned,
+    group_handles,
+    group_labels,
+    legend_below,
+    line_styles,
+    whole_steps,
+)
 from analysis.plots_spectra import (
     ORDER_COLORS,
+    PROJECTION_LOOKS,
     PROJECTION_TITLES,
     group_grid,
     log_axis,
     mean_and_band,
     run_panels,
+    with_logged,
 )
 from analysis.runs import MOMENTUM, Run, group_seeds
 
+RESIDUAL = "ns_residual"
 BELOW_REACH = 30  # how far below the reach a panel shows values: they span many decades, and are all lost alike
 
 
 def with_momentum(runs: Sequence[Run]) -> list[Run]:
     """Those of the runs that have logged momentum at an event."""
-    return [run for run in runs if any(line.get(MOMENTUM) is not None for line in run.spectra)]
+    return with_logged(runs, MOMENTUM)
 
 
 @captioned(
@@ -45,7 +56,7 @@ def momentum_spectra(runs: Sequence[Run]) -> Figure:
     the least that the run's Newton-Schulz iterations reach (under AdamW: would reach)."""
     names = runs[0].projections()
     titles = [PROJECTION_TITLES[name] for name in names]
-    figure, axes = run_panels(runs, titles, "share of the norm", "singular value", sharex="col", sharey=True)
+    figure, axes = run_panels(runs, titles, "share of the norm", "index", 1.7, sharex="col", sharey=True)
     colors, reaches, lowest = ORDER_COLORS(np.linspace(0, 1, max(2, runs[0].layers))), [], 1.0
     for row, run in enumerate(runs):
         for column, name in enumerate(names):
@@ -97,4 +108,29 @@ def momentum_over_time(runs: Sequence[Run]) -> Figure:
         ax.set_ylabel(words)
     figure.suptitle("Momentum, what updates are made of\nmean over layers, band from the lowest to the highest layer")
     legend_below(figure, group_handles(groups))
+    return figure
+
+
+@captioned(
+    "What Newton-Schulz leaves over",
+    "How far Muon's orthogonalised momentum O is from orthogonal: the Frobenius norm of O Oᵀ − I over the root of the "
+    "smaller side, where 0 is exact and 1 is no update. Lines are means over layers and seeds. Directions of the "
+    "momentum below the reach of the iterations raise it.",
+)
+def newton_schulz_residual(runs: Sequence[Run]) -> Figure:
+    """The residual against steps, a line per projection, a panel per group; of runs that have logged it."""
+    names, groups = runs[0].projections(), group_seeds(runs)
+    size = (2.4 + 3.4 * len(groups), 3.4)
+    figure, axes = plt.subplots(1, len(groups), figsize=size, sharey=True, squeeze=False)
+    for ax, group, label in zip(axes[0], groups, group_labels(groups), strict=True):
+        for name in names:
+            steps, values = group_grid(group, name, RESIDUAL)
+            defined = ~np.isnan(values).all(axis=0)
+            mean = np.nanmean(values[:, defined], axis=0)
+            ax.plot(steps[defined], mean, marker=".", label=PROJECTION_TITLES[name], **PROJECTION_LOOKS[name])
+        ax.set_title(label)
+        whole_steps(ax)
+    axes[0, 0].set_ylim(bottom=0)
+    axes[0, 0].set_ylabel("residual of Newton-Schulz")
+    axes[0, -1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

@@ -29,9 +29,9 @@ _HOW = (
     "it are pale, the optimizer made the structure and not the seed."
 )
 CAPTIONS = {
-    "entropy": Caption("Two seeds: entropy of the singular values", _HOW),
-    "left_alignment": Caption("Two seeds: alignment of update and weight", _HOW),
-    "effective_rank": Caption("Two seeds: effective rank", _HOW),
+    "entropy": Caption("Two seeds, entropy of the singular values", _HOW),
+    "left_alignment": Caption("Two seeds, alignment of update and weight", _HOW),
+    "effective_rank": Caption("Two seeds, effective rank", _HOW),
 }
 
 

@@ -6,6 +6,7 @@ The style is that of plots.py; a figure's caption is written above its function.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from analysis.plots import WIDTH, captioned, group_labels, legend_below, optimizer_color
+from analysis.plots import WIDTH, Caption, bits_axis, captioned, group_labels, legend_below, optimizer_color
 from analysis.runs import Group, Run, group_seeds, optimizer_name
 from analysis.stats import largest_spike, learning_rate_tolerance, t_interval
 
@@ -102,6 +103,7 @@ def learning_rate_sensitivity(runs: Sequence[Run]) -> Figure:
         _ticks_at(ax, ticks, [f"{tick:g}" for tick in ticks])
     low, high = axes[0, 0].get_ylim()
     axes[0, 0].set_ylim(low - 0.1 * (high - low), high)  # room for the bars
+    bits_axis(axes[0, 0], runs)
     figure.suptitle("Sensitivity to the learning rate: dots are runs, lines join the best at each rate")
     figure.legend(handles=handles, loc="outside lower center", ncols=1)
     return figure
@@ -138,6 +140,7 @@ def ablation_bars(runs: Sequence[Run]) -> Figure:
     ax.grid(axis="y", visible=False)
     ax.set_xlim(base, high + 0.16 * (high - base))
     ax.set_xlabel("final validation loss (nats per token); the axis does not start at zero")
+    bits_axis(ax, runs, "top")
     ax.set_title("Every setting, best first")
     return figure
 
@@ -146,13 +149,27 @@ def has_sizes(runs: Sequence[Run]) -> bool:
     return len({run.config.get("params") for run in runs if np.isfinite(run.final_loss)} - {None}) > 1
 
 
-@captioned(
-    "Model size",
-    "The best setting of each optimizer at each size: mean over seeds with its 95 % interval. Sizes trained on "
-    "different token budgets do not share one curve: see the table of runs.",
-)
-def model_scaling(runs: Sequence[Run]) -> Figure:
-    """Final loss, accuracy, perplexity and training time against the number of parameters, the best group per size."""
+@dataclass(frozen=True)
+class Scaled:
+    """A setting that grows: its figure's caption, the words of its axis, and the unit there."""
+
+    caption: Caption
+    words: str
+    unit: float = 1.0
+
+
+_SCALED = "The best setting of each optimizer at each value: mean over seeds with its 95 % interval."
+_BUDGETS = "Sizes trained on different token budgets do not share one curve: see the table of runs."
+SCALED = {
+    "params": Scaled(Caption("Model size", f"{_SCALED} {_BUDGETS}"), "parameters (millions)", 1e6),
+    "tokens": Scaled(Caption("Length of training", _SCALED), "training tokens (millions)", 1e6),
+    "batch_tokens": Scaled(Caption("Batch size", f"{_SCALED} All train on as many tokens."), "tokens in a batch"),
+}
+
+
+def model_scaling(runs: Sequence[Run], key: str = "params") -> Figure:
+    """Final loss, accuracy, perplexity and training time against the number of parameters, or another setting that
+    grows, the best group at each value."""
     figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 6.6), sharex=True)
     panels: tuple[tuple[str, Callable[[Run], float]], ...] = (
         ("final validation loss (nats per token)", lambda run: run.final_loss),
@@ -161,13 +178,13 @@ def model_scaling(runs: Sequence[Run]) -> Figure:
         ("training time (s)", lambda run: run.train_seconds),
     )
     handles = []
-    groups = [group for group in group_seeds(runs) if group.losses() and group.config.get("params")]
+    groups = [group for group in group_seeds(runs) if group.losses() and group.config.get(key)]
     for optimizer in dict.fromkeys(group.optimizer for group in groups):
         color = optimizer_color(optimizer)
         best: dict[int, Group] = {}
         for group in groups:
             if group.optimizer == optimizer:
-                best[group.config["params"]] = min(best.get(group.config["params"], group), group, key=lambda g: g.loss)
+                best[group.config[key]] = min(best.get(group.config[key], group), group, key=lambda g: g.loss)
         sizes = sorted(best)
         for ax, (words, value_of) in zip(axes.flat, panels, strict=True):
             values = [[value_of(run) for run in best[size].samples()] for size in sizes]
@@ -181,10 +198,13 @@ def model_scaling(runs: Sequence[Run]) -> Figure:
             ax.set_ylabel(words)
         handles.append(Line2D([], [], color=color, linewidth=1.8, marker="o", label=optimizer_name(optimizer)))
     for ax in axes[1]:
-        ax.set_xlabel("parameters (millions)")
+        ax.set_xlabel(SCALED[key].words)
         ax.set_xscale("log")
-        ticks = sorted({group.config["params"] for group in groups})
-        _ticks_at(ax, ticks, [f"{tick / 1e6:.3g}" for tick in ticks])
-    figure.suptitle("Model size: best setting of each optimizer, mean over seeds with its 95 % interval")
+        ticks = sorted({group.config[key] for group in groups})
+        _ticks_at(ax, ticks, [f"{tick / SCALED[key].unit:.4g}" for tick in ticks])
+    bits_axis(axes[0, 0], runs)
+    figure.suptitle(
+        f"{SCALED[key].caption.title}: best setting of each optimizer, mean over seeds with its 95 % interval"
+    )
     legend_below(figure, handles)
     return figure

@@ -49,13 +49,14 @@ METRIC_TITLES = {
     "update_norm": "Frobenius norm of the update",
     "grad_norm": "Frobenius norm of the gradient before clipping",
 }
-PROJECTION_TITLES = {"q": "Q", "k": "K", "v": "V", "o": "O", "up": "MLP up", "down": "MLP down"}
+PROJECTION_TITLES = {"q": "Q", "k": "K", "v": "V", "o": "O", "gate": "MLP gate", "up": "MLP up", "down": "MLP down"}
 # The Okabe-Ito colours that no optimizer has; dashed for the feed-forward projections.
 PROJECTION_LOOKS = {
     "q": {"color": "#E69F00"},
     "k": {"color": "#56B4E9"},
     "v": {"color": "#009E73"},
     "o": {"color": "#CC79A7"},
+    "gate": {"color": "#000000", "linestyle": (0, (1.2, 1.2))},
     "up": {"color": "#000000", "linestyle": (0, (5, 1.6))},
     "down": {"color": "#8C8C8C", "linestyle": (0, (5, 1.6))},
 }
@@ -79,13 +80,16 @@ def relative_rank(run: Run, proj: str) -> tuple[np.ndarray, np.ndarray]:
 def projection_panels(
     projections: Sequence[str], x_words: str, y_words: str, sharex: bool = True
 ) -> tuple[Figure, list[tuple[str, plt.Axes]]]:
-    """A 2 x 3 figure with a panel for each projection, words at the outer axes."""
-    figure, axes = plt.subplots(2, 3, figsize=(WIDTH, 5.8), sharex=sharex)
+    """A figure of two rows with a panel for each projection, words at the outer axes."""
+    figure, axes = plt.subplots(2, max(3, -(-len(projections) // 2)), figsize=(WIDTH, 5.8), sharex=sharex)
     panels = list(zip(projections, axes.flat, strict=False))
     for name, ax in panels:
         ax.set_title(PROJECTION_TITLES[name])
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
+    for ax in axes[0, len(panels) - axes.shape[1] :]:  # of an odd number the last one has nothing below it
+        ax.tick_params(labelbottom=True)
+        ax.set_xlabel(x_words)
     for ax in axes[1]:
         ax.set_xlabel(x_words)
     for ax in axes[:, 0]:
@@ -225,9 +229,9 @@ def mean_and_band(ax: plt.Axes, steps: np.ndarray, values: np.ndarray, style: Li
     ax.plot(steps, np.nanmean(values, axis=0), marker="o" if len(steps) == 1 else None, **style.line())
 
 
-def has_gap(runs: Sequence[Run]) -> bool:
-    """Whether s_5 - s_6 of the updates was logged; records before it was have no such key."""
-    return any(line.get("update_gap") is not None for run in runs for line in run.spectra)
+def with_logged(runs: Sequence[Run], key: str) -> list[Run]:
+    """The runs that have logged a metric; records before it was have no such key."""
+    return [run for run in runs if any(line.get(key) is not None for line in run.spectra)]
 
 
 @captioned(
@@ -246,7 +250,7 @@ def alignment_with_chance(runs: Sequence[Run], side: str = "left") -> Figure:
     strongest directions are arbitrary. Runs that did not log the gap have the upper row alone.
     """
     key = f"{side}_alignment"
-    names, groups, rows = runs[0].projections(), group_seeds(runs), 1 + has_gap(runs)
+    names, groups, rows = runs[0].projections(), group_seeds(runs), 1 + bool(with_logged(runs, "update_gap"))
     size = (12, 1.2 + 2.5 * rows)
     figure, axes = plt.subplots(rows, len(names), figsize=size, sharex=True, sharey="row", squeeze=False)
     for column, name in enumerate(names):
@@ -409,7 +413,7 @@ def rank_grid(runs: Sequence[Run]) -> Figure:
     """Effective rank by layer and step, mean over projections: a row per group, a column per seed, one scale."""
     groups = group_seeds(runs)
     columns = max(len(group.runs) for group in groups)
-    size = (max(5.0, 1.9 + 2.6 * columns), 1.5 + 1.9 * len(groups))
+    size = (max(5.0, 1.9 + min(2.6 * columns, 11.0)), 1.5 + 1.9 * len(groups))
     figure, axes = plt.subplots(len(groups), columns, figsize=size, sharex=True, sharey="row", squeeze=False)
     grids = {}
     for group in groups:
@@ -429,7 +433,7 @@ def rank_grid(runs: Sequence[Run]) -> Figure:
             ax.set_xlabel("step") if row == len(groups) - 1 else None
         axes[row, 0].set_ylabel(f"{label}\nlayer")
     figure.colorbar(mesh, ax=axes, label="effective rank / smaller side", pad=0.01)
-    figure.suptitle("Effective rank, mean over the six projections, every seed on one scale")
+    figure.suptitle("Effective rank, mean over the projections, every seed on one scale")
     return figure
 
 

@@ -43,7 +43,7 @@ def curve_drawings(runs: Sequence[Run]) -> list[Drawing]:
             stem = f"learning_rate_sensitivity{mark}"
             drawings.append(drawing(plots_settings.learning_rate_sensitivity, part, stem=stem, about=verdict.title))
     if plots_settings.has_sizes(runs):
-        drawings.append(drawing(plots_settings.model_scaling, runs))
+        drawings.append(drawing(plots_settings.model_scaling, runs, caption=plots_settings.SCALED["params"].caption))
     if any("lr" in run.train for run in runs):
         drawings.append(drawing(plots.learning_rate_schedules, runs))
     routed = [group.runs[0] for group in group_seeds([run for run in runs if run.experts])]
@@ -96,6 +96,8 @@ def spectra_drawings(runs: Sequence[Run]) -> list[Drawing]:
         drawings.append(drawing(plots_momentum.momentum_over_time, logged))
     if logged := plots_momentum.with_momentum(pair):
         drawings.append(drawing(plots_momentum.momentum_spectra, logged))
+    if logged := plots_spectra.with_logged(pooled, plots_momentum.RESIDUAL):
+        drawings.append(drawing(plots_momentum.newton_schulz_residual, logged))
     return [
         *drawings,
         heatmap("spectral_entropy"),

@@ -27,12 +27,17 @@ RATES = ("lr", "adamw_lr", "weight_decay", "momentum", "warmup", "min_lr", "grad
 SIZES = ("batch_tokens", "seq_len", "eval_tokens", "vocab_size", "params", "active_params", "tokens", "world_size")
 CONFIG_NUMBERS = (*RATES, *SIZES, "unigram_val_loss", "bytes_per_token")
 OPTIMIZER_NAMES = {"muon": "Muon", "adamw": "AdamW"}
-PROJECTIONS = ("q", "k", "v", "o", "up", "down")  # the six that every dense model logs, in the order they are shown
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")  # in the order they are shown; gate: of swiglu alone
 
 
 def optimizer_name(optimizer: str) -> str:
     """Of Muon, AdamW, or the class of FILE.py:CLASS."""
     return OPTIMIZER_NAMES.get(optimizer, optimizer.rpartition(":")[2])
+
+
+def condition_name(name: str, optimizer: str) -> str:
+    """'Muon as written' of 'muon as written'; names that do not begin with the optimizer stay."""
+    return optimizer_name(optimizer) + name.removeprefix(optimizer) if name.startswith(optimizer) else name
 
 
 def stem_of(optimizer: str) -> str:
@@ -312,6 +317,14 @@ def find_runs(path: Path) -> list[Path]:
 def load_runs(folders: Iterable[Path]) -> list[Run]:
     """The runs of all folders, each once."""
     return [load_run(folder) for folder in {folder.resolve(): folder for folder in folders}.values()]
+
+
+def bits_per_nat(runs: Sequence[Run]) -> float:
+    """How many bits per byte a nat per token is, NaN where the runs are not validated on the same tokens. Older runs
+    did not log the bytes of a token: those of the others hold for them too."""
+    tokens = {tuple(run.config.get(key) for key in ("data_fingerprint", "eval_tokens", "seq_len")) for run in runs}
+    sizes = {run.config["bytes_per_token"] for run in runs if run.config.get("bytes_per_token")}
+    return 1 / (sizes.pop() * math.log(2)) if len(tokens) == len(sizes) == 1 else math.nan
 
 
 def _whole_events(spectra: list[dict[str, Any]]) -> list[dict[str, Any]]:

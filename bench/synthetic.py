@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 PROJECTION_SHAPES = {"q": (8, 8), "k": (4, 8), "v": (4, 8), "o": (8, 8), "up": (16, 8), "down": (8, 16)}
+GATE = {"gate": (16, 8)}  # of swiglu alone
 
 
 def effective_rank(singular_values) -> float:
@@ -61,7 +62,8 @@ def write_run(
 
     Singular values are (1, .., 1) x (1 + 0.1 step) but for the smaller half, which shrinks by `decay` a step. With
     `by_token` the loss of decile d = 0 .. 9 is the run's times 0.55 + 0.1 d, a token has 4 bytes, and the unigram loss
-    is 4.5. With `momentum` its singular values are 1, 1/2, 1/4, .. (times 1, 2, 3, .. by layer), its range 0.05.
+    is 4.5. With `momentum` its singular values are 1, 1/2, 1/4, .. (times 1, 2, 3, .. by layer), its range 0.05,
+    and Muon's Newton-Schulz leaves 0.1, 0.2, .. by layer.
     """
     done = steps if done is None else done
     folder.mkdir(parents=True)
@@ -71,7 +73,8 @@ def write_run(
     derived |= {"unigram_val_loss": 4.5, "bytes_per_token": 4.0} if by_token else {}
     derived |= {"world_size": 1, "git_commit": "c0ffee", "torch_version": "2.13.0"}
     extra = {key: settings.pop(key) for key in list(settings) if key in derived}
-    (folder / "config.json").write_text(json.dumps(flags | settings | derived | extra), encoding="utf-8")
+    config = flags | settings | derived | extra
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     seconds = step_ms / 1e3
     with (folder / "metrics.jsonl").open("w", encoding="utf-8") as file:
         for step in range(done + 1):
@@ -94,10 +97,12 @@ def write_run(
             for step in sorted({*range(0, done + 1, 5), done}):
                 for layer in range(layers):
                     for proj in projections:
-                        r = min(PROJECTION_SHAPES[proj])
+                        r = min((PROJECTION_SHAPES | GATE)[proj])
                         s = (1 + 0.1 * step) * np.where(np.arange(r) < r // 2, 1.0, max(0.0, 1 - decay * step))
                         more = {"update_gap": None if step == 0 else 0.01} if gap else {}
                         more |= momentum_of(r, layer, step) if momentum else {}
+                        if momentum and step and config["optimizer"] == "muon":
+                            more["ns_residual"] = 0.1 * (1 + layer)
                         aligned = None if step == 0 else float(rng.uniform(0.4, 0.9))
                         file.write(json.dumps(spectral_line(step, layer, proj, s, aligned, **more)) + "\n")
     if status:

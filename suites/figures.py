@@ -1,20 +1,31 @@
-"""Which figures the page of a suite has: its conditions, curves, sensitivity, experts, and the spectra where logged.
+"""Which figures the page of a suite has: conditions, curves, sensitivity, rare tokens, experts, spectra where logged.
 
 pictures = analysis.plots.save_all(figures(results), folder, ("png",))
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from analysis import plots, plots_conditions, plots_layer, plots_seeds, plots_settings, plots_spectra
-from analysis.plots import Drawing, drawing
+from analysis import (
+    plots,
+    plots_conditions,
+    plots_layer,
+    plots_momentum,
+    plots_seeds,
+    plots_settings,
+    plots_spectra,
+    plots_tokens,
+)
+from analysis.plots import Caption, Drawing, drawing
 from analysis.plots_conditions import Series
-from analysis.runs import Group, Run, optimizer_name, stem_of
+from analysis.runs import Group, Run, condition_name, group_seeds, optimizer_name, stem_of
 from suites import plots as suite_plots
 from suites.results import Outcome, Results
+from suites.suite import AS_WRITTEN
 
 # What the axis of a sensitivity curve says; a value of 0 that means "off" is drawn beyond the largest.
 SETTING_WORDS = {
@@ -25,16 +36,25 @@ SETTING_WORDS = {
     "grad_clip": "largest gradient norm",
     "min_lr": "last rate, as a share of the peak",
     "adamw_lr": "rate of embedding, gains and router",
+    "heads_per_matrix": "heads in a matrix",
 }
-ZERO_IS_OFF = ("grad_clip",)
+ZERO_WORDS = {"grad_clip": "off", "heads_per_matrix": "all"}
+DEFAULTS = {"heads_per_matrix": 0}  # of conditions that do not set what their suite varies
+PAIR_EACH = tuple(plots_settings.SCALED)  # suites that vary one of these compare the optimizers at each value
+SCANNED = 3  # seeds of each optimizer in the quick scan
 
 
 def value_of(outcome: Outcome, setting: str) -> float | None:
     """The numeric setting that the suite varies, None where it is not a number."""
-    value = outcome.condition.fields.get(setting)
+    value = outcome.condition.fields.get(setting, DEFAULTS.get(setting))
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return math.inf if value == 0 and setting in ZERO_IS_OFF else float(value)
+    return math.inf if value == 0 and setting in ZERO_WORDS else float(value)
+
+
+def pair_name(outcome: Outcome) -> str:
+    """What the two optimizers of a pair share: '192 wide' of 'muon 192 wide', nothing of 'muon'."""
+    return outcome.name.removeprefix(outcome.optimizer).removesuffix(AS_WRITTEN).strip(" ,")
 
 
 def series(results: Results) -> list[Series]:
@@ -45,12 +65,12 @@ def series(results: Results) -> list[Series]:
         if not outcome.losses():
             continue
         panel = ""
-        if varies == "params":
-            panel = outcome.name.removeprefix(f"{outcome.optimizer} ").removesuffix(" as written")
+        if varies in PAIR_EACH:
+            panel = pair_name(outcome)
         elif varies == "lr":
             panel = optimizer_name(outcome.optimizer)
         versus = None if varies == "lr" else outcome.condition.versus
-        value = value_of(outcome, varies)
+        value = None if varies in PAIR_EACH else value_of(outcome, varies)
         found.append(Series(outcome.name, tuple(outcome.finished()), versus, panel, value))
     return found
 
@@ -59,9 +79,29 @@ def fair_runs(results: Results) -> list[Run]:
     return [run for outcome in results.outcomes if not outcome.as_written for run in outcome.finished()]
 
 
+def comparable(results: Results) -> list[Outcome]:
+    """The fair conditions whose runs can share a panel, where the suite compares optimizers: of pairs at several sizes
+    or budgets, the last that both optimizers have finished."""
+    crosses = results.crosses()
+    if crosses and results.suite.varies in PAIR_EACH:
+        return list(crosses[-1])
+    return [o for o in results.outcomes if o.finished() and not o.as_written] if crosses else []
+
+
 def watched(results: Results) -> list[Run]:
-    """The fair runs that have logged spectra, where the suite compares two optimizers."""
-    return [run for run in fair_runs(results) if run.projections()] if results.crosses() else []
+    """The comparable runs that have logged spectra."""
+    return [run for outcome in comparable(results) for run in outcome.finished() if run.projections()]
+
+
+def shared_name(results: Results) -> str:
+    """The size or budget of the comparable runs; empty where the suite has one alone."""
+    return pair_name(comparable(results)[0]) if results.suite.varies in PAIR_EACH and comparable(results) else ""
+
+
+def routed(results: Results) -> list[Outcome]:
+    """The conditions whose experts are shown: of two optimizers, and of all where the balancing varies."""
+    shown = results.outcomes if results.suite.varies == "balance" else [o for pair in results.crosses() for o in pair]
+    return [outcome for outcome in shown if any(run.experts for run in outcome.finished())]
 
 
 def figures(results: Results) -> list[Drawing]:
@@ -69,7 +109,7 @@ def figures(results: Results) -> list[Drawing]:
     conditions = series(results)
     if not conditions:
         return []
-    varies, crosses = results.suite.varies, results.crosses()
+    varies, crosses, shared = results.suite.varies, results.crosses(), shared_name(results)
 
     def of_suite(kind: str, plot: Callable[..., Figure], *arguments: Any, about: str = "", **more: Any) -> Drawing:
         return drawing(plot, *arguments, stem=f"{results.name}_{kind}", about=about, **more)
@@ -80,41 +120,72 @@ def figures(results: Results) -> list[Drawing]:
             found.append(of_suite("rates", plots_settings.learning_rate_sensitivity, results.runs()))
     else:
         found.append(of_suite("bars", suite_plots.condition_bars, results))
-    if varies == "params":
-        found.append(of_suite("sizes", plots_settings.model_scaling, fair_runs(results)))
+    if varies in PAIR_EACH:
+        caption = plots_settings.SCALED[varies].caption
+        found.append(of_suite("sizes", plots_settings.model_scaling, fair_runs(results), varies, caption=caption))
     elif varies in SETTING_WORDS and sum(one.value is not None for one in conditions) > 2:
         numeric = [one for one in conditions if one.value is not None]
-        found.append(of_suite("sensitivity", plots_conditions.sensitivity, numeric, SETTING_WORDS[varies]))
+        words = SETTING_WORDS[varies], ZERO_WORDS.get(varies, "0")
+        found.append(of_suite("sensitivity", plots_conditions.sensitivity, numeric, *words))
     if any(len(run.val["step"]) > 1 for one in conditions for run in one.runs):
-        found.append(of_suite("curves", plots_conditions.training_curves, conditions))
-    if crosses and varies != "params":
+        caption = curves_caption([run for one in conditions for run in one.runs])
+        found.append(of_suite("curves", plots_conditions.training_curves, conditions, caption=caption))
+    if crosses and varies not in PAIR_EACH:
         found.append(of_suite("losses", plots.loss_curves, fair_runs(results)))
-        if all(len(run.val["step"]) > 2 for one in conditions for run in one.runs):
-            found.append(of_suite("time_to_loss", suite_plots.time_to_loss, results, *crosses[-1]))
+    if crosses and all(len(run.val["step"]) > 2 for one in conditions for run in one.runs):
+        found.append(of_suite("time_to_loss", suite_plots.time_to_loss, results, *crosses[-1], about=shared))
     if varies == "schedule":
         found.append(of_suite("schedules", plots.learning_rate_schedules, results.runs()))
-    routed = [outcome for pair in crosses for outcome in pair if any(run.experts for run in outcome.finished())]
-    for outcome in routed:
-        kind, about = f"experts_{stem_of(outcome.optimizer)}", optimizer_name(outcome.optimizer)
+    found += deciles(results)
+    for outcome in routed(results):
         runs = [run for run in outcome.finished() if run.experts]
-        found.append(of_suite(kind, plots_conditions.experts_by_seed, runs, about=about))
+        about = condition_name(outcome.name, outcome.optimizer)
+        kind = f"experts_{stem_of(outcome.name)}"
+        found.append(of_suite(kind, plots_conditions.experts_by_seed, runs, about, about=about))
     if runs := watched(results):
-        found += spectra(runs, of_suite)
+        found += spectra(runs, functools.partial(of_suite, about=shared))
         muon, adamw = (Group(tuple(o.finished())) for o in crosses[-1])
         if len(muon.runs) > 1 and len(adamw.runs) > 1:
             for key, caption in plots_seeds.CAPTIONS.items():
                 kind = f"seeds_{key}"
-                found.append(of_suite(kind, plots_seeds.seed_grid, muon, adamw, key, caption=caption))
+                found.append(of_suite(kind, plots_seeds.seed_grid, muon, adamw, key, caption=caption, about=shared))
     return found
 
 
+def deciles(results: Results) -> list[Drawing]:
+    """The losses of frequent and rare tokens of a suite that compares optimizers."""
+    logged = plots_tokens.with_deciles([run for outcome in comparable(results) for run in outcome.finished()])
+    stem, about = f"{results.name}_deciles", shared_name(results)
+    return [drawing(plots_tokens.loss_by_decile, logged, stem=stem, about=about)] if logged else []
+
+
+def curves_caption(runs: list[Run]) -> Caption:
+    """With the loss of token frequencies alone, which the axis may not reach."""
+    caption = plots_conditions.training_curves.caption
+    if not (levels := plots.unigram_levels(runs)):
+        return caption
+    words = " or ".join(f"{level:.2f}" for level in levels)
+    more = f"Dotted where the axis reaches it: what token frequencies alone give, {words} nats."
+    return Caption(caption.title, f"{caption.how_to_read} {more}")
+
+
 def spectra(runs: list[Run], of_suite: Callable[..., Drawing]) -> list[Drawing]:
-    """The documents' four figures of the weights, effective rank, and the spectrum of the middle layer."""
-    entropy = plots_spectra.OVER_TIME_CAPTIONS["spectral_entropy"]
-    return [
+    """The rank of every run, the documents' four figures of the weights, and what the updates are made of."""
+    captions, over_time = plots_spectra.OVER_TIME_CAPTIONS, plots_spectra.metric_over_time
+    groups = group_seeds(runs)
+    found = [
+        of_suite("scan", plots_spectra.quick_scan, [run for group in groups for run in group.runs[:SCANNED]]),
+        of_suite("rank_grid", plots_spectra.rank_grid, runs),
         of_suite("norm", plots_spectra.spectral_norm_by_depth, runs),
-        of_suite("entropy", plots_spectra.metric_over_time, runs, "spectral_entropy", caption=entropy),
+        of_suite("entropy", over_time, runs, "spectral_entropy", caption=captions["spectral_entropy"]),
         of_suite("alignment", plots_spectra.alignment_with_chance, runs),
         of_suite("spectrum", plots_layer.singular_value_spectrum, runs),
-        of_suite("rank", plots_spectra.metric_over_time, runs),
+        of_suite("rank", over_time, runs),
     ]
+    if logged := plots_momentum.with_momentum(runs):
+        found.append(of_suite("momentum", plots_momentum.momentum_over_time, logged))
+        first = [group.runs[0] for group in group_seeds(logged)]
+        found.append(of_suite("momentum_spectra", plots_momentum.momentum_spectra, first))
+    if logged := plots_spectra.with_logged(runs, plots_momentum.RESIDUAL):
+        found.append(of_suite("residual", plots_momentum.newton_schulz_residual, logged))
+    return found

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from analysis.plots import WIDTH, captioned, legend_below, optimizer_color
-from analysis.runs import optimizer_name
+from analysis.plots import WIDTH, bits_axis, captioned, legend_below, optimizer_color
+from analysis.runs import condition_name, optimizer_name
 from analysis.stats import first_reaching, median_time, t_interval
 from suites.results import Outcome, Results
 
@@ -45,12 +45,13 @@ def condition_bars(results: Results) -> Figure:
     ax.set_ylim(len(shown) - 0.4, -0.6)
     ax.set_xlim(min(values) - 0.35 * spread, max(values) + 0.35 * spread)  # a wide interval may leave the panel
     ax.set_xlabel("final validation loss (nats per token): runs, mean, 95 % interval")
+    bits_axis(ax, [run for outcome in shown for run in outcome.finished()], "top")
     ax.set_title(results.suite.question)
     return figure
 
 
 def _label(outcome: Outcome, references: set[str | None]) -> str:
-    words = outcome.name + (" (reference)" if outcome.name in references else "")
+    words = condition_name(outcome.name, outcome.optimizer) + (" (reference)" if outcome.name in references else "")
     return words + (f", {outcome.failed} failed" if outcome.failed else "")
 
 
@@ -84,7 +85,8 @@ def time_to_loss(results: Results, a: Outcome, b: Outcome) -> Figure:
         ax.set_xlim(left=0)
         ax.xaxis.set_major_locator(MaxNLocator(5))
     axes[0].xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes[0].set_ylabel("validation loss reached (nats)")
+    axes[0].set_ylabel("validation loss reached (nats per token)")
+    bits_axis(axes[1], [run for outcome in (a, b) for run in outcome.finished()])
     handles = [
         Line2D([], [], color=optimizer_color(o.optimizer), linewidth=2, label=optimizer_name(o.optimizer))
         for o in (a, b)

@@ -23,7 +23,7 @@ from suites import documents, fair_page, power_table
 from suites.advice import HOLDS, NOT, OPEN, Advice, advice, effects, recipes
 from suites.claims import Claim, judge_all
 from suites.fair_ways import unequal_words
-from suites.figures import figures, watched
+from suites.figures import figures, routed, shared_name, watched
 from suites.judging import DECIDED, NOT_TESTABLE, UNDECIDED, Finding
 from suites.results import TOLERANCES, Outcome, Results
 from suites.tables import conditions_table, experts_table, sizes_table, tests_table
@@ -123,11 +123,12 @@ def suite_chapters(results: Results, known: Mapping[str, Results], pictures: Seq
         numbers.append(tests_table(results))
     if results.suite.varies == "params" and (table := sizes_table(results)):
         numbers += [Section("Both optimizers side by side", []), table]
-    if results.crosses() and (table := experts_table(results)):
+    if routed(results) and (table := experts_table(results)):
         numbers += [Section("Balance of the experts at the end, every seed", []), table]
     chapters = [Chapter(results.name, numbers), Chapter("Figures", list(pictures))]
     if runs := watched(results):
-        chapters.append(Chapter("Findings in the spectra", [Section(*reply) for reply in answers(runs)]))
+        title = f"Findings in the spectra{': ' * bool(shared_name(results))}{shared_name(results)}"
+        chapters.append(Chapter(title, [Section(*reply) for reply in answers(runs)]))
     conditions: list[Table | Section] = []
     if from_sweeps := results.settings_from_sweeps(known):
         conditions.append(Section("Settings taken from sweeps", from_sweeps))

@@ -12,7 +12,7 @@ import numpy as np
 
 from analysis.pages import Table, number
 from analysis.plots import expert_shares
-from analysis.runs import Run, optimizer_name
+from analysis.runs import Run, bits_per_nat, optimizer_name
 from analysis.stats import balance, hedges_g, p_words, t_interval, unsteadiness
 from suites.results import Outcome, Results
 
@@ -41,7 +41,7 @@ def best_loss(run: Run) -> float:
 
 
 def conditions_table(results: Results) -> Table:
-    rows = []
+    rows, bits = [], bits_per_nat(results.runs())
     for outcome in results.outcomes:
         losses = list(outcome.losses().values())
         mean, low, high = t_interval(losses)
@@ -54,7 +54,7 @@ def conditions_table(results: Results) -> Table:
             "best val. loss": number(mean_of(outcome, best_loss), ".4f"),
             "final val. loss": number(mean, ".4f"),
             "95 % interval": f"{low:.4f} to {high:.4f}" if math.isfinite(low) else "-",
-            "bits/byte": number(mean_of(outcome, lambda run: run.bits_per_byte), ".4f"),
+            "bits/byte": number(mean * bits, ".4f"),
             "std. dev.": f"{np.std(losses, ddof=1):.4f}" if len(losses) > 1 else "-",
             "accuracy": number(mean_of(outcome, accuracy), ".2f", " %"),
             "unsteadiness": number(mean_of(outcome, unsteadiness), ".3f"),
@@ -68,13 +68,14 @@ def conditions_table(results: Results) -> Table:
 
 def tests_table(results: Results) -> Table:
     """Every pair of the suite: final losses, and accuracies and step times as differences without a test."""
-    rows = []
+    rows, bits = [], bits_per_nat(results.runs())
     for test, (a, b) in zip(results.tests(), results.pairs(), strict=True):
         level = mean_of(b, lambda run: run.final_loss)
         row = {
             "difference of final loss": f"{test.name_a} - {test.name_b}",
             "n": " and ".join(str(n) for n in dict.fromkeys(test.n)),
             "nats": number(test.difference, "+.4f"),
+            "bits/byte": number(test.difference * bits, "+.4f"),
             "relative": number(100 * test.difference / level, "+.2f", " %"),
             "corrected interval": f"{test.low:+.4f} to {test.high:+.4f}" if math.isfinite(test.low) else "no test",
             "p paired": p_cell(test.p_value if test.paired else math.nan),
@@ -96,7 +97,7 @@ def _slower(a: Outcome, b: Outcome) -> float:
 
 def sizes_table(results: Results) -> Table | None:
     """S2's table: both optimizers side by side at each size, fair and as written; None where no size has both."""
-    rows = []
+    rows, bits = [], bits_per_nat(results.runs())
     for a, b in results.pairs():
         if a.optimizer == b.optimizer or not (a.finished() and b.finished()):
             continue
@@ -113,6 +114,10 @@ def sizes_table(results: Results) -> Table | None:
                 "improvement": number(100 * (accuracies[0] / accuracies[1] - 1), "+.1f", " %"),
                 **{
                     f"{optimizer_name(o.optimizer)} loss": number(value, ".4f")
+                    for o, value in zip((b, a), reversed(losses), strict=True)
+                },
+                **{
+                    f"{optimizer_name(o.optimizer)} bits/byte": number(value * bits, ".4f")
                     for o, value in zip((b, a), reversed(losses), strict=True)
                 },
                 "relative loss": number(100 * (losses[0] / losses[1] - 1), "+.2f", " %"),

@@ -13,8 +13,8 @@ from analysis.runs import Group, load_run
 from bench.synthetic import write_run
 from suites import advice, tables
 from suites.catalog import SUITES
-from suites.figures import figures, series
-from suites.report import suite_page, write_suite_report
+from suites.figures import figures, series, watched
+from suites.report import suite_chapters, suite_page, write_suite_report
 from suites.scales import SCALES
 from tests.test_suites import results_of, winners
 
@@ -162,7 +162,7 @@ def test_two_layers_are_told_apart_by_how_much_since_when_and_how_surely(tmp_pat
 
 def test_the_tables_hold_train_best_and_final_loss_accuracy_time_and_relative_difference(tmp_path):
     finals = {"muon": (3.0, 3.2), "adamw": (4.0, 4.4)}
-    results = results_of(tmp_path, "moe-long", finals, experts=4, step_ms=250.0)
+    results = results_of(tmp_path, "moe-long", finals, experts=4, step_ms=250.0, by_token=True)
     muon = dict(zip(*_cells(tables.conditions_table(results), 0), strict=True))
     assert muon["final val. loss"] == "3.1000"
     assert muon["best val. loss"] == "3.1000"
@@ -170,6 +170,7 @@ def test_the_tables_hold_train_best_and_final_loss_accuracy_time_and_relative_di
     assert (muon["accuracy"], muon["ms/step"], muon["s/run"]) == ("10.00 %", "250.0", "2.5")
     test = dict(zip(*_cells(tables.tests_table(results), 0), strict=True))
     assert test["nats"] == "-1.1000"
+    assert test["bits/byte"] == f"{-1.1 / 4 / np.log(2):+.4f}"  # a token has 4 bytes
     assert test["relative"] == f"{-110 / 4.2:+.2f} %"
     balance = tables.experts_table(results)
     assert [row[1] for row in balance.rows] == ["0", "1", "0", "1"]
@@ -199,10 +200,11 @@ def _cells(table, row):
 
 def test_sizes_side_by_side_with_the_improvement(tmp_path):
     finals = {"adamw 64 wide": (4.0, 4.1), "muon 64 wide": (3.0, 3.1)}
-    table = tables.sizes_table(results_of(tmp_path, "model-size", finals, params=5000))
+    table = tables.sizes_table(results_of(tmp_path, "model-size", finals, params=5000, by_token=True))
     row = dict(zip(*_cells(table, 0), strict=True))
     assert (row["size"], row["parameters"], row["seeds"]) == ("64 wide", "5,000", "2 and 2")
     assert (row["AdamW loss"], row["Muon loss"]) == ("4.0500", "3.0500")
+    assert row["Muon bits/byte"] == f"{3.05 / 4 / np.log(2):.4f}"
     assert row["relative loss"] == f"{100 * (3.05 / 4.05 - 1):+.2f} %"
     assert row["improvement"] == "+0.0 %"  # both have the same made-up accuracy
 
@@ -221,12 +223,91 @@ def test_every_suite_has_curves_and_the_numeric_settings_a_sensitivity_curve(tmp
 
 def test_the_page_of_two_optimizers_has_all_that_the_documents_draw(tmp_path):
     finals = {"muon": (3.0, 3.1, 2.9), "adamw": (3.5, 3.6, 3.4)}
-    drawings = figures(results_of(tmp_path, "speedrun-2m", finals, gap=True))
+    results = results_of(tmp_path, "speedrun-2m", finals, gap=True, by_token=True, momentum=True)
+    drawings = figures(results)
     kinds = {drawing.picture.stem.removeprefix("speedrun-2m_") for drawing in drawings}
-    spectral = {"norm", "entropy", "alignment", "spectrum", "rank"}
+    spectral = {"scan", "rank_grid", "norm", "entropy", "alignment", "spectrum", "rank"}
+    updates = {"momentum", "momentum_spectra", "residual"}
     seeds = {"seeds_entropy", "seeds_left_alignment", "seeds_effective_rank"}
-    assert kinds == {"bars", "curves", "losses", "time_to_loss"} | spectral | seeds
+    assert kinds == {"bars", "curves", "losses", "time_to_loss", "deciles"} | spectral | updates | seeds
     assert all(drawing.picture.how_to_read.endswith(".") for drawing in drawings)
+    muon, adamw = (outcome.finished() for outcome in results.outcomes)
+    drawn = {drawing.picture.stem.removeprefix("speedrun-2m_"): drawing.draw.args[0] for drawing in drawings}
+    assert drawn["scan"] == drawn["rank_grid"] == drawn["deciles"] == [*muon, *adamw]
+    assert drawn["residual"] == muon  # AdamW has none
+    assert drawn["momentum_spectra"] == [muon[0], adamw[0]]
+
+
+def test_spectra_of_several_sizes_are_those_of_the_largest_that_both_optimizers_finished(tmp_path):
+    finals = {f"{o} {size}": (3.0, 3.1) for size in ("64 wide", "96 wide") for o in ("muon", "adamw")}
+    finals["muon 128 wide"] = (2.9, 3.0)
+    results = results_of(
+        tmp_path, "model-size", finals, by_token=True, layers=lambda name: 2 + ("96" in name) + 2 * ("128" in name)
+    )
+    assert [run.layers for run in watched(results)] == [3, 3, 3, 3]
+    spectral = [
+        d for d in figures(results) if d.picture.stem.split("_")[1] in ("norm", "alignment", "seeds", "deciles")
+    ]
+    assert len(spectral) == 6
+    assert all(drawing.picture.title.endswith(": 96 wide") for drawing in spectral)
+    chapters = {chapter.title for chapter in suite_chapters(results, {results.name: results}, [])}
+    assert "Findings in the spectra: 96 wide" in chapters
+
+
+def test_the_experts_of_every_condition_are_shown_where_the_balancing_varies(tmp_path):
+    names = [c.name for c in SUITES["moe-balance"].plan(SCALES["nano"], winners)]
+    results = results_of(tmp_path, "moe-balance", dict.fromkeys(names, (3.0, 3.1)), experts=4, spectra=False)
+    shown = [d.picture for d in figures(results) if "_experts_" in d.picture.stem]
+    assert [picture.title.partition(": ")[2] for picture in shown] == [
+        "Muon",
+        "Muon, no balancing",
+        "AdamW",
+        "AdamW, no balancing",
+    ]
+    assert len({picture.stem for picture in shown}) == 4
+    (chapter,) = suite_chapters(results, {}, [])[:1]
+    assert len(chapter.items[-1].rows) == 8  # two seeds of each
+    other = results_of(tmp_path, "moe-momentum", {"momentum 0.9": (3.0, 3.1)}, experts=4, spectra=False)
+    assert not [d for d in figures(other) if "_experts_" in d.picture.stem]
+
+
+def test_pairs_at_several_budgets_have_panels_and_an_axis_of_the_budget(tmp_path):
+    names = [c.name for c in SUITES["batch-size"].plan(SCALES["nano"], winners)]
+    batch = {name: int(name.rpartition(" ")[2].replace(",", "")) for name in names}
+    finals = {name: (3.0 + ("adamw" in name), 3.1) for name in names}
+    results = results_of(tmp_path, "batch-size", finals, batch_tokens=batch.get, spectra=False)
+    found = {drawing.picture.stem.removeprefix("batch-size_"): drawing for drawing in figures(results)}
+    assert "losses" not in found
+    loss = found["sizes"].draw().axes[0]
+    muon, adamw = (line for line in loss.lines if list(line.get_xdata()) == sorted(set(batch.values())))
+    np.testing.assert_allclose(adamw.get_ydata() - muon.get_ydata(), 0.5)
+    curves = found["curves"].draw()
+    assert [ax.get_title() for ax in curves.axes[:2]] == [
+        f"batches of {value:,}" for value in sorted(batch.values())[::2]
+    ]
+    assert [text.get_text() for text in curves.legends[0].get_texts()] == ["Muon", "AdamW (reference)"]
+
+
+def test_all_heads_together_are_drawn_beyond_the_largest_group_of_heads(tmp_path):
+    names = [c.name for c in SUITES["muon-heads"].plan(SCALES["nano"], winners)]
+    results = results_of(tmp_path, "muon-heads", dict.fromkeys(names, (3.0, 3.1)), spectra=False)
+    (drawn,) = [d for d in figures(results) if d.picture.stem == "muon-heads_sensitivity"]
+    ax = drawn.draw().axes[0]
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["1", "2", "all"]
+    assert ax.get_xlabel() == "heads in a matrix"
+
+
+def test_the_loss_of_token_frequencies_is_a_line_where_the_curves_reach_it_and_in_the_caption(tmp_path):
+    for level, lines in ((4.5, [4.5]), (9.0, [])):
+        runs = dict.fromkeys(("momentum 0.9", "momentum 0.85"), (3.0, 3.1))
+        results = results_of(
+            tmp_path / f"{level}", "moe-momentum", runs, by_token=True, unigram_val_loss=level, spectra=False
+        )
+        (curves,) = [drawing for drawing in figures(results) if drawing.picture.stem.endswith("_curves")]
+        ax = curves.draw().axes[0]
+        assert [line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == ":"] == lines
+        assert ax.get_ylim()[1] < 4.7
+        assert f"{level:.2f} nats" in curves.picture.how_to_read
 
 
 @pytest.mark.parametrize(
@@ -286,7 +367,7 @@ def test_a_report_on_several_suites_has_a_page_for_each_and_one_of_advice(tmp_pa
     for words in (
         "How do two layers differ?",
         "time per step",
-        "Two seeds: effective rank",
+        "Two seeds, effective rank",
         "Muon ends the 2M-token run",
     ):
         assert words in text

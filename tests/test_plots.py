@@ -56,6 +56,7 @@ FIGURES = {
     "pair_grid": lambda runs: plots_spectra.pair_grid(runs[0], runs[1], "effective_rank"),
     "momentum_spectra": lambda runs: plots_momentum.momentum_spectra(runs[::2]),
     "momentum_over_time": plots_momentum.momentum_over_time,
+    "newton_schulz_residual": lambda runs: plots_momentum.newton_schulz_residual(runs[:2]),
     "singular_value_fan": lambda runs: plots_layer.singular_value_fan(runs[::2]),
     "singular_value_spectrum": plots_layer.singular_value_spectrum,
     "layer_mri": lambda runs: plots_layer.layer_mri(runs[::2]),
@@ -129,6 +130,35 @@ def test_momentum_is_drawn_in_shares_of_its_norm_with_the_reach(runs):
     np.testing.assert_allclose(above.lines[0].get_ydata(), (1 - 4.0**-8) / (1 - 0.25))
     np.testing.assert_allclose(below.lines[0].get_ydata(), 100 * 3 / 8)  # 2^-5, 2^-6 and 2^-7 over 1.155
     assert list(below.lines[0].get_xdata()) == [5, 10]
+
+
+def test_the_residual_of_newton_schulz_is_a_line_for_each_projection(runs):
+    (ax,) = plots_momentum.newton_schulz_residual(runs[:2]).axes
+    assert [line.get_label() for line in ax.lines] == ["Q", "K", "V", "O", "MLP up", "MLP down"]
+    for line in ax.lines:
+        np.testing.assert_allclose(line.get_xydata(), [(5, 0.2), (10, 0.2)])  # 0.1, 0.2 and 0.3 by layer
+
+
+def test_a_gated_model_has_a_panel_more(tmp_path):
+    names = ("q", "k", "v", "o", "gate", "up", "down")
+    run = load_run(write_run(tmp_path / "gated", projections=names, gap=True))
+    for plot in (plots_spectra.spectral_norm_by_depth, plots_spectra.alignment_with_chance):
+        shown = [ax for ax in plot([run]).axes if ax.get_visible() and ax.get_title()]
+        assert [ax.get_title() for ax in shown] == ["Q", "K", "V", "O", "MLP gate", "MLP up", "MLP down"]
+        assert all(ax.lines for ax in shown)
+
+
+def test_losses_have_an_axis_in_bits_per_byte_where_the_runs_share_their_tokens(runs, tmp_path):
+    ax = plots.loss_curves(runs).axes[0]
+    (bits,) = ax.child_axes
+    ax.figure.draw_without_rendering()
+    np.testing.assert_allclose(bits.get_ylim(), np.array(ax.get_ylim()) / 4 / np.log(2))  # a token has 4 bytes
+    assert bits.get_ylabel() == "bits per byte"
+    older = load_run(write_run(tmp_path / "older", spectra=False))  # did not log the size, has the same tokens
+    assert plots.loss_curves([*runs, older]).axes[0].child_axes
+    assert not plots.loss_curves([older]).axes[0].child_axes
+    other = load_run(write_run(tmp_path / "other", data_fingerprint="beef", by_token=True, spectra=False))
+    assert not plots.loss_curves([*runs, other]).axes[0].child_axes
 
 
 def test_runs_of_before_have_no_figures_of_momentum_or_of_token_frequency(tmp_path):
