@@ -83,7 +83,9 @@ DENSE_CLAIMS: tuple[Claim, ...] = (
         Claim(
             "Muon's updates explore better",
             ('Muon\'s orthogonal updates are more "efficient" at exploring the manifold without causing degradation.',),
-            unclear("the document does not say what it counts as exploring; alignment with the weights has a row of S1"),
+            unclear(
+                "the document does not say what it counts as exploring; alignment with the weights has a row of S1"
+            ),
         ),
     ),
     *about(

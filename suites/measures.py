@@ -344,7 +344,7 @@ def smoother(c: Context) -> Evidence:
 
 
 def _leads(c: Context, along: str) -> dict[float, dict[int, float]]:
-    """Muon's loss minus AdamW's by seed, for each value of a setting (model size) at which no run failed."""
+    """Muon's loss minus AdamW's by seed, for each value of a setting (model size) at which no run diverged."""
     found: dict[float, dict[int, float]] = {}
     for a, b in sizes(c):
         left, right = a.losses(), b.losses()

@@ -59,8 +59,8 @@ def spectral(key: str, expected: int, show: Unit) -> Measure:
 
 
 def collapses(c: Context) -> Evidence | list[Evidence]:
-    """AdamW's spectral entropy ends below Muon's and, where that is shown, below AdamW's own start. The second is tested
-    only after the first, so the two need no correction of each other (a fixed sequence of tests)."""
+    """AdamW's spectral entropy ends below Muon's and, where that is shown, below AdamW's own start. The second is
+    tested only after the first, so the two count as one test (a fixed sequence)."""
     apart = spectral("spectral_entropy", 1, ENTROPY)(c)
     if apart.verdict(c.results.family_size) != CONFIRMED:
         return apart
@@ -105,9 +105,8 @@ def drift(run: Run, key: str) -> float:
 
 
 def unevenness(run: Run) -> float:
-    """The logarithm of the gradients' r / stable rank, where r is the length of the spectrum: 0 where all singular values
-    are equal, ln r where there is one. A mean over matrices and over the events after the start. (s_1 / s_r would depend
-    on how s_r is rounded.)"""
+    """The logarithm of r / stable rank of the gradients, whose r singular values are equal where it is 0; ln r where
+    only one is not 0. A mean over matrices and over the events after the start. s_1 / s_r would depend on rounding."""
     lines = [line for line in watched(run).spectra if line.get("grad_stable_rank")]
     if not lines:
         raise Lacking("its runs logged no spectra of gradients")
@@ -170,8 +169,8 @@ def key_band(c: Context) -> Evidence:
 
 
 def same_signature(c: Context) -> Evidence:
-    """The standard deviation over Muon's seeds of a matrix's effective rank, relative, is below 1 %: the root mean square
-    over matrices."""
+    """The standard deviation of a matrix's effective rank over Muon's seeds, relative, is below 1 %: the root mean
+    square over matrices."""
     runs = [watched(run) for run in c.outcome("muon").finished()]
     ranks = [np.concatenate([run.grid(name, "effective_rank")[1][:, -1] for name in run.projections()]) for run in runs]
     show = Unit(" %", ".2f", lambda log: 100 * SAME_SPREAD * math.exp(log))

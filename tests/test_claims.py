@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from engine.files import ROOT
-from suites import mixture_claims
+from suites import advice, documents, mixture_claims
 from suites.catalog import SUITES
 from suites.claims import CLAIMS, DOCUMENT_CLAIMS
 from suites.dense_claims import STORED_RUNS
@@ -36,7 +36,27 @@ def test_every_quote_is_in_the_document_that_it_names(source):
     (path,) = SEEDS.glob(f"{DOCUMENTS[source]}_*.txt")
     text = path.read_text(encoding="utf-8")
     quotes = [quote for claim in CLAIMS if claim.source == source for quote in claim.quotes]
+    quotes += [choice.words for choice in advice.CHOICES if choice.source == source]
+    quotes += [words for suite, words in advice.OPTIMIZER_WORDS.items() if SUITES[suite].source == source]
+    quotes += [advice.NORM_WORDS] if source == "S0" else []
+    rates = [f"{rate:g}" for (suite, _), rate in advice.RATES.items() if SUITES[suite].source == source]
+    quotes += rates if source in advice.NAMES_RATES else []
+    for page, rows in documents.DEVIATIONS.items():
+        said = [quoted for _, says, _, _ in rows for quoted in re.findall(r'(?:(S\d): )?"([^"]+)"', says)]
+        quotes += [words for named, words in said if (named or page) == source]
     assert [quote for quote in quotes if quote not in text] == []
+    assert source in advice.NAMES_RATES or not any(re.search(rf"\b{rate}\b", text) for rate in rates)
+
+
+def test_a_page_says_of_a_document_what_it_quotes_or_that_it_gives_nothing():
+    for rows in documents.DEVIATIONS.values():
+        for _, says, _, _ in rows:
+            own = re.sub(r'"[^"]+"|S1:|C\.1:', "", says)
+            assert own != says or says == "not given", says
+            assert not re.search(r"\d", own), says
+    tokens = {scale.baseline["tokens"] for scale in SCALES.values()}
+    (row,) = (row for row in documents.DEVIATIONS["S3"] if row[0] == "tokens")
+    assert row[3] == f"{max(tokens) / 1e9:.1f} billion at full scale, {min(tokens):,} at nano scale"
 
 
 OF_CONDITIONS = ("best", "best_of", "lower", "higher", "as_good", "no_better", "step_time", "between", "outside")
