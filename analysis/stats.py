@@ -399,6 +399,11 @@ def spread_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> 
     """Standard deviation and its interval, from the chi-square distribution of the variance; NaN below two values."""
     if len(values) < 2:
         return math.nan, math.nan, math.nan
-    freedom, spread = len(values) - 1, float(np.std(values, ddof=1))
+    spread = float(np.std(values, ddof=1))
+    return spread, *(spread * factor for factor in spread_factors(len(values) - 1, confidence))
+
+
+def spread_factors(freedom: float, confidence: float) -> tuple[float, float]:
+    """The bounds of a standard deviation over its estimate."""
     tails = scipy_stats.chi2.ppf(((1 + confidence) / 2, (1 - confidence) / 2), freedom)
-    return spread, *(spread * math.sqrt(freedom / float(tail)) for tail in tails)
+    return tuple(math.sqrt(freedom / float(tail)) for tail in tails)  # type: ignore

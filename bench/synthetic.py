@@ -47,6 +47,7 @@ def write_run(
     steps: int = 10,
     done: int | None = None,
     status: str | None = "finished",
+    reason: str | None = None,
     spectra: bool = True,
     layers: int = 3,
     step_ms: float = 2000.0,
@@ -106,6 +107,6 @@ def write_run(
                         aligned = None if step == 0 else float(rng.uniform(0.4, 0.9))
                         file.write(json.dumps(spectral_line(step, layer, proj, s, aligned, **more)) + "\n")
     if status:
-        summary = {"status": status, "reason": None, "train_seconds": seconds * done, "peak_memory_bytes": 2**30}
+        summary = {"status": status, "reason": reason, "train_seconds": seconds * done, "peak_memory_bytes": 2**30}
         (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     return folder

@@ -28,6 +28,7 @@ HOLDS, NOT, OPEN = "holds", "does not hold", "open"
 class Choice:
     """What a document advises: the condition's name in the suite, and the document's words."""
 
+    suite: str
     setting: str
     condition: str
     source: str
@@ -35,21 +36,30 @@ class Choice:
 
 
 # S4's section 7.3 unless it says otherwise.
-CHOICES: Mapping[str, Choice] = {
-    "moe-momentum": Choice("momentum of Muon", "momentum 0.9", "S4", "momentum = 0.9"),
-    "moe-weight-decay": Choice("weight decay of Muon", "weight_decay 0.2", "S4", "weight_decay = 0.2"),
-    "moe-ns-steps": Choice("Newton-Schulz steps", "ns_steps 3", "S4", "ns_steps = 3"),
-    "moe-nesterov": Choice("Nesterov momentum", "with Nesterov", "S4", "nesterov = True"),
-    "moe-warmup": Choice("warm-up of Muon", "warmup 0.05", "S4", "warmup_ratio = 0.05"),
-    "moe-schedule": Choice("schedule of Muon", "cosine", "S4", 'lr_schedule = "cosine"'),
-    "moe-min-lr": Choice("last rate of Muon", "min_lr 0.1", "S4", "Min LR Ratio: 0.1"),
-    "moe-clip": Choice("gradient clipping", "grad_clip 1", "S4", "Max norm 1.0 (prevents divergence)"),
-    "moe-aux-ratio": Choice("rate of the rest over Muon's", "aux/Muon 1/10", "S4", "0.007 (10× lower)"),
-    "moe-adam": Choice(
-        "schedule, warm-up and decay of AdamW", "constant, no warm-up", "S4", "LR=0.001, constant, no warmup"
+MATRICES = "matrices that Muon trains"
+CHOICES = (
+    Choice(
+        "moe-muon-on", MATRICES, "Muon on the blocks", "S4", "Muon for high-dimensional parameters (attention, FFN)"
     ),
-}
-# The rates of the documents, by suite and optimizer; S0's and S2's are those of the author's code.
+    Choice("moe-muon-on", MATRICES, "Muon on every matrix", "S0", "for all 2D parameter updates"),
+    Choice("moe-momentum", "momentum of Muon", "momentum 0.9", "S4", "momentum = 0.9"),
+    Choice("moe-weight-decay", "weight decay of Muon", "weight_decay 0.2", "S4", "weight_decay = 0.2"),
+    Choice("moe-ns-steps", "Newton-Schulz steps", "ns_steps 3", "S4", "ns_steps = 3"),
+    Choice("moe-nesterov", "Nesterov momentum", "with Nesterov", "S4", "nesterov = True"),
+    Choice("moe-warmup", "warm-up of Muon", "warmup 0.05", "S4", "warmup_ratio = 0.05"),
+    Choice("moe-schedule", "schedule of Muon", "cosine", "S4", 'lr_schedule = "cosine"'),
+    Choice("moe-min-lr", "last rate of Muon", "min_lr 0.1", "S4", "Min LR Ratio: 0.1"),
+    Choice("moe-clip", "gradient clipping", "grad_clip 1", "S4", "Max norm 1.0 (prevents divergence)"),
+    Choice("moe-aux-ratio", "rate of the rest over Muon's", "aux/Muon 1/10", "S4", "0.007 (10× lower)"),
+    Choice(
+        "moe-adam",
+        "schedule, warm-up and decay of AdamW",
+        "constant, no warm-up",
+        "S4",
+        "LR=0.001, constant, no warmup",
+    ),
+)
+NAMES_RATES = ("S4",)  # documents that do; the rates of the others are those of the author's code
 RATES = {
     ("speedrun-lr", "muon"): documents.WRITTEN["S0"]["muon"]["lr"],
     ("speedrun-lr", "adamw"): documents.WRITTEN["S0"]["adamw"]["lr"],
@@ -68,6 +78,7 @@ RATE_WORDS = {
 }
 FINALS = {"speedrun-2m": "short run", "baseline": "longer run", "moe-final": "mixture of experts"}
 OPTIMIZER_WORDS = {"speedrun-2m": "Continue using Muon", "moe-final": "7% better validation loss than optimized Adam"}
+NORM_WORDS = "exceed 4.0-5.0 in Muon, consider adjusting the learning rate or momentum"
 
 
 @dataclass(frozen=True)
@@ -88,7 +99,7 @@ def advice(results: Mapping[str, Results]) -> list[Advice]:
     """Every row that the finished runs allow."""
     rows = [_optimizer(results[name]) for name in FINALS if name in results]
     rows += [_rate(results[suite], optimizer, rate) for (suite, optimizer), rate in RATES.items() if suite in results]
-    rows += [_setting(results[name], choice) for name, choice in CHOICES.items() if name in results]
+    rows += [_setting(results[choice.suite], choice) for choice in CHOICES if choice.suite in results]
     rows += [_norms(results[name]) for name in ("baseline",) if name in results]
     return [row for row in rows if row is not None]
 
@@ -112,12 +123,14 @@ def _optimizer(results: Results) -> Advice | None:
     test = _against(results, muon, adamw)
     clear = test.excludes_zero
     better = muon if test.difference < 0 else adamw
+    source, words = results.suite.source, OPTIMIZER_WORDS.get(results.name)
+    ahead = f"no advice in {source}; Muon is ahead in the author's stored runs"
     return Advice(
         setting=f"optimizer, {FINALS[results.name]}",
         use=optimizer_name(better.optimizer) if clear else "either",
         evidence=f"Muon minus AdamW, both tuned: {_numbers(test, adamw.loss)}",
         n=min(test.n),
-        document=f"Muon ({results.suite.source}: {OPTIMIZER_WORDS.get(results.name, 'no figure')})",
+        document=f"Muon ({source}: {words})" if words else ahead,
         holds=(HOLDS if better is muon else NOT) if clear else OPEN,
         reason="" if clear else "the interval holds zero",
         suite=results.name,
@@ -138,12 +151,14 @@ def _rate(results: Results, optimizer: str, theirs: float) -> Advice | None:
     interval = f", interval {math.exp(low):.2g} to {math.exp(high):.2g}" if math.isfinite(low) else ", single seed"
     tolerance = results.tolerance(optimizer, MARGIN)
     edge = "; on the edge of the grid" if results.on_edge(best) else ""
+    source = results.suite.source
+    origin = source if source in NAMES_RATES else f"the author's code for {source}"
     row = {
         "setting": f"learning rate of {OPTIMIZER_NAMES[optimizer]}, {RATE_WORDS[results.name]}",
         "use": f"{tolerance.low:.2g} to {tolerance.high:.2g}",
         "evidence": f"within 1 % of the best loss there; best {math.exp(mean):.2g}{interval}{edge}",
         "n": len(seeds),
-        "document": f"{theirs:g} ({results.suite.source})",
+        "document": f"{theirs:g} ({origin})",
         "suite": results.name,
     }
     if not min(rates) <= theirs <= max(rates):
@@ -221,7 +236,7 @@ def _norms(results: Results) -> Advice | None:
         use="watch them; act when the loss turns" if harmless else "watch them",
         evidence=f"largest norm {mean:.2f}{interval}; {above} of {len(runs)} runs pass {NORM_WARNING:g}",
         n=len(runs),
-        document="exceed 4.0-5.0 in Muon, consider adjusting the learning rate or momentum (S0)",
+        document=f"{NORM_WORDS} (S0)",
         holds=NOT if harmless else OPEN,
         reason="every run passes it and ends below AdamW all the same" if harmless else "the runs do not decide it",
         suite=results.name,
@@ -245,7 +260,7 @@ def recipes(results: Mapping[str, Results]) -> list[str]:
 def effects(results: Mapping[str, Results]) -> list[Effect]:
     """Every tested condition of the suites with a choice: its loss minus its reference's, in per cent."""
     found = []
-    for name, choice in CHOICES.items():
+    for name, choice in {choice.suite: choice for choice in CHOICES}.items():
         if name not in results:
             continue
         pairs: Sequence[tuple[Outcome, Outcome]] = results[name].pairs()

@@ -59,41 +59,104 @@ CORPORA = {
 }
 
 _RATES = ("learning rates", "not given", "one rate for AdamW's matrices and Muon's embedding", "own rate for each")
-# Rows of (what, the document says, its code ran, here).
+_TEXT_HERE = "the same at full scale; at nano scale Python's standard library, 4,096 entries"
+_MIX = ("text and tokenizer", "not given", "70 % fineweb-edu-dedup, 30 % cosmopedia-v2; 49,152 entries", _TEXT_HERE)
+# Rows of (what, the document says, its code ran, here); "" are around the document's own words.
 DEVIATIONS: Mapping[str, tuple[tuple[str, str, str, str], ...]] = {
     "S0": (
-        ("optimizer", "SVD-based orthogonalisation", "Newton-Schulz, no SVD", "Newton-Schulz"),
-        ("matrices", "2D parameters", "Q, K, V, O stacked as one matrix", "each projection by itself"),
+        ("optimizer", '"SVD-based orthogonalization"', "Newton-Schulz, no SVD", "Newton-Schulz"),
+        ("matrices", '"all 2D parameter updates"', "Q, K, V, O stacked as one matrix", "each projection by itself"),
+        _MIX,
         _RATES,
         ("weight decay", "not given", "0.2 for AdamW, none for Muon", "the same; theirs under 'as written'"),
         ("weights", "not given", "bf16 without a master copy", "fp32"),
     ),
     "S3": (
-        ("seeds", "42, 137, 256", "42 each time, hard-coded", "each seed sets weights, batches and dropout"),
-        ("tokens", "not given", "1.7 billion", "1.7 billion at full scale"),
-        ("rank tiers", "an effect of training", "not compared with the start", "given at initialisation too"),
+        (
+            "seeds",
+            '"seed42", "seed137", "seed256"',
+            "42 each time, hard-coded",
+            "each seed sets weights, batches and dropout",
+        ),
+        _MIX,
+        (
+            "tokens",
+            'not given; S1: "2B tokens of text data"',
+            "1.7 billion",
+            "1.7 billion at full scale, 524,288 at nano scale",
+        ),
+        ("rank tiers", '"perfectly preserved"', "not compared with the start", "given at initialisation too"),
         _RATES,
     ),
     "S2": (
-        ("feed-forward", "SwiGLU", "SiLU with two matrices", "SiLU with two matrices; swiglu is --ffn swiglu"),
-        ("validation", "held out", "windows that overlap the training windows", "other documents, by hash"),
-        ("positions", "RoPE", "RoPE along the heads", "RoPE along time"),
-        ("schedule", "5 % warm-up, cosine to 10 %", "counted in micro-steps: 20 %, to 0.9 of the peak", "in steps"),
-        ("rate by size", "one for all sizes", "one for all sizes", "AdamW's falls as 1 / width; theirs 'as written'"),
-        ("n", "multiple seeds", "2", "3 and more"),
+        ("text and tokenizer", '"SmolLM-Corpus (500k tokens)"', "500k tokens of cosmopedia-v2", _TEXT_HERE),
+        ("feed-forward", '"SwiGLU"', "SiLU with two matrices", "SiLU with two matrices; swiglu is --ffn swiglu"),
+        ("validation", "not given", "windows that overlap the training windows", "other documents, by hash"),
+        ("positions", '"RoPE"', "RoPE along the heads", "RoPE along time"),
+        ("schedule", "not given", "5 % warm-up, cosine to 10 %, in micro-steps: 20 %, to 0.9 of the peak", "in steps"),
+        ("rate by size", "not given", "one for all sizes", "AdamW's falls as 1 / width; theirs 'as written'"),
+        ("n", '"Multiple seeds"', "2", "3 and more"),
     ),
     "S4": (
-        ("steps", "500 of 49,152 tokens", "500 micro-steps: 125 updates", "125 updates; moe-long has 500"),
-        ("experts", "Linear, ReLU, Linear", "SiLU", "SiLU without biases; ReLU is --ffn relu"),
-        ("active parameters", "28.4 %", "46.3 %", "46.3 %"),
-        ("attention", "28.3M parameters", "3.5M", "3.5M"),
-        ("initialisation", "Kaiming uniform, LayerNorm, biases", "N(0, 0.02), RMSNorm, no biases", "as its code"),
-        ("Newton-Schulz", "X (2I - AX)", "the odd quintic", "as its code: X (2I - AX) ends at the inverse of A"),
-        ("its place", "before momentum (C.1)", "after momentum", "as its code; moe-ns-order has both"),
-        ("rest beside Muon", "a tenth of Muon's rate", "a tenth", "swept by itself; a tenth under 'as written'"),
-        ("AdamW", "one rate, beta2 0.999, decay on all but norms", "the same", "the same under 'as written'"),
-        ("dropout", "0.1 in all layers", "0.1", "0.1 on embedding and outputs; also inside blocks under 'as written'"),
-        ("precision", "mixed precision off", "off", "fp32 at full scale"),
-        ("seed", "42", "42", "three and more"),
+        (
+            "steps",
+            '"Training Steps: 500", "49,152 tokens"',
+            "500 micro-steps: 125 updates",
+            "125 updates; moe-long has 500",
+        ),
+        ("text and tokenizer", '"cosmopedia-v2", "GPT-2 BPE tokenizer"', "cosmopedia-v2", _TEXT_HERE),
+        (
+            "documents",
+            '"Training documents: 1,800", "Validation documents: 200"',
+            "2,000, split 90/10",
+            "about 1,800 and 200 at full scale, by a hash of each",
+        ),
+        ("experts", '"nn.ReLU()" between two "nn.Linear"', "SiLU", "SiLU without biases; ReLU is --ffn relu"),
+        ("active parameters", '"~28.4%"', "46.3 %", "46.3 %"),
+        ("attention", '"~28.3M parameters"', "3.5M", "3.5M"),
+        (
+            "initialisation",
+            '"Kaiming uniform initialization", "Layer norms: Weights=1, Bias=0"',
+            "N(0, 0.02), RMSNorm, no biases",
+            "as its code",
+        ),
+        (
+            "Newton-Schulz",
+            '"X_{k+1} = X_k(2I - AX_k)"',
+            "the odd quintic",
+            "as its code: X (2I - AX) ends at the inverse of A",
+        ),
+        (
+            "its place",
+            'C.1: "Apply Newton-Schulz orthogonalization", then "Apply momentum"',
+            "after momentum",
+            "as its code; moe-ns-order has both",
+        ),
+        (
+            "scale of the update",
+            "none: \"p.data.add_(grad, alpha=-group['lr'])\"",
+            "sqrt(max(1, rows / columns))",
+            "as its code; --lr-scale none",
+        ),
+        (
+            "rest beside Muon",
+            '"AdamW LR: 0.007 (10× lower)"',
+            "a tenth of Muon's rate",
+            "swept by itself; a tenth under 'as written'",
+        ),
+        (
+            "AdamW",
+            '"AdamW (all parameters)", "Beta2 (β₂): 0.999", decay "Not applied to biases and layer norms"',
+            "the same",
+            "the same under 'as written'",
+        ),
+        (
+            "dropout",
+            '"0.1 in all layers"',
+            "0.1",
+            "0.1 on embedding and outputs; also inside blocks under 'as written'",
+        ),
+        ("precision", '"Mixed Precision: Disabled"', "off", "fp32 at full scale"),
+        ("seed", '"seed=42"', "42", "three and more"),
     ),
 }

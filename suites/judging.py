@@ -10,10 +10,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from scipy import stats as scipy_stats
 
 from analysis import power
-from analysis.stats import SIGNIFICANT, Difference, p_words, spread_interval
+from analysis.stats import SIGNIFICANT, Difference, p_words, spread_factors
 from suites.results import Outcome, Results
 
 CONFIRMED, REFUTED, EQUIVALENT = "confirmed", "refuted", "equivalent"
@@ -67,39 +68,48 @@ class Context:
             raise Lacking(f"needs the runs of {name} too: report everything")
         return Context(self.others[name], self.others)
 
-    def ready(self, outcome: Outcome) -> Outcome:
-        """Lacking unless every run of a condition has finished: the survivors would flatter it."""
+    def over(self, outcome: Outcome) -> Outcome:
+        """Lacking unless every run of a condition has finished or diverged: a killed one says nothing."""
         if outcome.to_go:
             raise Lacking(f"{outcome.to_go} of {outcome.planned} runs of {outcome.name} have not finished")
-        if outcome.failed:
-            raise Lacking(f"{outcome.failed} of {outcome.planned} runs of {outcome.name} diverged")
+        if outcome.lost:
+            raise Lacking(f"{outcome.lost} of {outcome.planned} runs of {outcome.name} failed without diverging")
         return outcome
 
-    def outcome(self, name: str) -> Outcome:
+    def ready(self, outcome: Outcome) -> Outcome:
+        """Lacking unless every run of a condition has finished: the survivors would flatter it."""
+        if self.over(outcome).diverged:
+            raise Lacking(f"{outcome.diverged} of {outcome.planned} runs of {outcome.name} diverged")
+        return outcome
+
+    def ended(self, name: str) -> Outcome:
+        """A condition whose runs may have diverged."""
         found = self.results.outcome(name)
         if found is None:
             raise Lacking(f"{self.results.name} has no condition {name}")
-        return self.ready(found)
+        return self.over(found)
+
+    def outcome(self, name: str) -> Outcome:
+        return self.ready(self.ended(name))
 
 
 @dataclass(frozen=True)
 class Spread(Difference):
     """The logarithm of a standard deviation over its limit, with an interval from the chi-square distribution."""
 
-    values: tuple[float, ...]
-    limit: float
-
     @classmethod
-    def of(cls, values: Sequence[float], limit: float) -> "Spread":
+    def of(cls, values: Sequence[Sequence[float] | float], limit: float) -> "Spread":
+        """`values` by seed. Where a seed has a row of numbers, their variances are averaged, but count as one number:
+        those of one run can move together, which makes the interval the widest that it can be."""
         count = len(values)
-        spread = spread_interval(values)[0] if count > 1 else math.nan
-        log = math.log(spread / limit) if spread > 0 else -math.inf if count > 1 else math.nan
+        spread = math.sqrt(np.mean(np.var(values, axis=0, ddof=1))) if count > 1 else math.nan
+        log = math.log(spread / limit) if spread > 0 else -math.inf if spread == 0 else math.nan
         nothing = (math.nan,) * 3
-        return cls(log, *nothing, math.nan, count - 1.0, "chi-square test", (count, count), tuple(values), limit)
+        return cls(log, *nothing, math.nan, count - 1.0, "chi-square test", (count, count))
 
     def interval(self, confidence: float) -> tuple[float, float]:
-        bounds = spread_interval(self.values, confidence)[1:]
-        return tuple(math.log(bound / self.limit) if bound > 0 else -math.inf for bound in bounds)  # type: ignore
+        low, high = (self.difference + math.log(factor) for factor in spread_factors(self.freedom, confidence))
+        return low, high
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,14 +23,17 @@ from analysis.stats import (
 )
 from suites.judging import (
     CONFIRMED,
+    FEWEST_SEEDS,
     NOT_TESTABLE,
     REFUTED,
+    UNDECIDED,
     Context,
     Evidence,
     Finding,
     Lacking,
     Unit,
 )
+from suites.launcher import diverged
 from suites.results import Outcome
 
 Measure = Callable[[Context], Evidence | Sequence[Evidence] | Finding]
@@ -77,6 +80,10 @@ def log_step_time(run: Run) -> float:
     return math.log(run.step_ms)
 
 
+def log_memory(run: Run) -> float:
+    return math.log(run.memory_bytes)
+
+
 def loss_at(run: Run, share: float) -> float:
     """Validation loss after a share of the run's steps, linear between validations."""
     return float(np.interp(share * run.config["steps"], run.val["step"], run.val["val_loss"]))
@@ -103,11 +110,30 @@ def higher(a: str, b: str) -> Measure:
     """Condition a ends with a higher loss than b, or diverges where b does not."""
 
     def measure(c: Context) -> Evidence | Finding:
-        worse = c.results.outcome(a)
-        if worse is not None and worse.failed and worse.failed == worse.planned:
-            c.outcome(b)
-            return Finding(CONFIRMED, f"{a} diverged with all of {worse.planned} seeds")
-        return of_loss(c, c.outcome(a), c.outcome(b), 1)
+        worse, better = c.ended(a), c.outcome(b)
+        return broken_down(worse) or of_loss(c, worse, better, 1)
+
+    return measure
+
+
+def broken_down(worse: Outcome) -> Finding | None:
+    """What confirms without a test that a condition is the worse one: it diverged with every seed."""
+    if FEWEST_SEEDS <= worse.planned == worse.diverged:
+        return Finding(CONFIRMED, f"{worse.name} diverged with all of {worse.planned} seeds")
+    return None
+
+
+def prevents_divergence(without: str, prevented: str) -> Measure:
+    """Every run of the first condition diverges and none of the second does: counted, not tested."""
+
+    def measure(c: Context) -> Finding:
+        bare, safe = c.ended(without), c.ended(prevented)
+        numbers = "; ".join(f"{o.name}: {o.diverged} of {o.planned} runs diverged" for o in (bare, safe))
+        least = min(bare.planned, safe.planned)
+        if least < FEWEST_SEEDS:
+            raise Lacking(f"{numbers}; {FEWEST_SEEDS} seeds are the least for a verdict")
+        verdict = REFUTED if safe.diverged or not bare.diverged else CONFIRMED if broken_down(bare) else UNDECIDED
+        return Finding(verdict, numbers, f"count, n = {least}")
 
     return measure
 
@@ -118,8 +144,8 @@ def as_good(a: str, b: str) -> Measure:
 
 
 def no_better(b: str, *names: str) -> Measure:
-    """None of the conditions beats b by 1 % or more."""
-    return lambda c: [of_loss(c, c.outcome(name), c.outcome(b), 0, one_sided=True) for name in names]
+    """None of the conditions beats b by 1 % or more; one that diverged does not."""
+    return lambda c: against_all(c, c.outcome(b), [c.ended(name) for name in names], 0, one_sided=True)
 
 
 def best(name: str, among: Callable[[Outcome], bool] = lambda outcome: True) -> Measure:
@@ -130,12 +156,24 @@ def best(name: str, among: Callable[[Outcome], bool] = lambda outcome: True) -> 
         others = [a for a, b in c.results.pairs() if b.name == name and among(a)]
         if not others:
             raise Lacking(f"{name} has no such condition beside it")
-        diverged = [other.name for other in others if other.failed]
-        remark = f", {len(diverged)} of {len(others)} diverged" if diverged else ""
-        found = [of_loss(c, other, own, 1, remark=remark) for other in others if not other.failed]
-        return found or Finding(CONFIRMED, f"diverged: {', '.join(diverged)}")
+        return against_all(c, own, others, 1)
 
     return measure
+
+
+def best_of(name: str, *others: str) -> Measure:
+    """Every one of the others is worse; one that diverged is."""
+    return lambda c: against_all(c, c.outcome(name), [c.ended(other) for other in others], 1)
+
+
+def against_all(
+    c: Context, own: Outcome, others: Sequence[Outcome], expected: int, **more
+) -> Sequence[Evidence] | Finding:
+    """The losses of the others minus `own`'s; those that diverged are counted."""
+    gone = [other.name for other in others if c.over(other).diverged]
+    remark = f", {len(gone)} of {len(others)} diverged" if gone else ""
+    found = [of_loss(c, other, own, expected, remark=remark, **more) for other in others if not other.diverged]
+    return found or Finding(CONFIRMED, f"diverged: {', '.join(gone)}")
 
 
 def versus(
@@ -164,17 +202,19 @@ def step_time(expected: int, a: str = "muon", b: str = "adamw") -> Measure:
     return timed(versus(log_step_time, expected, PERCENT, a, b, method=LOG_RATIO))
 
 
-def small_overhead(most: float, at: Callable[[Context], tuple[Outcome, Outcome]]) -> Measure:
-    """Muon's step takes at most a share longer than AdamW's, for one pair of conditions."""
+def small_overhead(
+    most: float, at: Callable[[Context], tuple[Outcome, Outcome]], cost: Number = log_step_time, of: str = "step"
+) -> Measure:
+    """Muon's step takes at most a share longer than AdamW's, or another cost (its logarithm) is at most so much higher,
+    for one pair of conditions."""
+    return timed(lambda c: ratio_below(*at(c), cost, math.log1p(most), PERCENT, of))
 
-    def measure(c: Context) -> Evidence:
-        muon, adamw = at(c)
-        above = math.log1p(most)
-        test = difference(muon.values(lambda run: log_step_time(run) - above), adamw.values(log_step_time))
-        what = f"step of {muon.name} over that of {adamw.name}, limit {PERCENT(above)}"
-        return Evidence(what=what, test=test, expected=-1, show=PERCENT, against=above, method=LOG_RATIO)
 
-    return timed(measure)
+def ratio_below(a: Outcome, b: Outcome, log_number: Number, limit: float, show: Unit, of: str) -> Evidence:
+    """A number of a over that of b is below a limit, given by its logarithm."""
+    test = difference(a.values(lambda run: log_number(run) - limit), b.values(log_number))
+    what = f"{of} of {a.name} over that of {b.name}, limit {show(limit)}"
+    return Evidence(what=what, test=test, expected=-1, show=show, against=limit, method=LOG_RATIO)
 
 
 def muon_and_adamw(c: Context) -> tuple[Outcome, Outcome]:
@@ -270,18 +310,17 @@ def trend(setting: str, expected: int, least: float = -math.inf) -> Measure:
 
 
 def opposite(suite: str, muon: tuple[str, str], adamw: tuple[str, str]) -> Measure:
-    """The step from the second to the first setting costs Muon more than it costs AdamW, whose pair is of this suite:
-    the difference of the two differences, seed by seed."""
+    """The step from the second to the first setting costs Muon loss, gains AdamW some, whose pair is of this suite, and
+    costs Muon more than AdamW: the difference of the two differences, seed by seed."""
 
-    def measure(c: Context) -> Evidence:
-        other = c.suite(suite)
-        losses = [o.losses() for o in (*map(other.outcome, muon), *map(c.outcome, adamw))]
+    def measure(c: Context) -> list[Evidence]:
+        theirs, ours = tuple(map(c.suite(suite).outcome, muon)), tuple(map(c.outcome, adamw))
+        losses = [o.losses() for o in (*theirs, *ours)]
         seeds = set.intersection(*map(set, losses))
         values = {s: losses[0][s] - losses[1][s] - (losses[2][s] - losses[3][s]) for s in seeds}
-        costs = [float(np.mean([losses[i][s] - losses[i + 1][s] for s in seeds])) for i in (0, 2)] if seeds else []
-        remark = f" (Muon {costs[0]:+.3f}, AdamW {costs[1]:+.3f})" if seeds else ""
-        what = f"({muon[0]} - {muon[1]}) of Muon minus ({adamw[0]} - {adamw[1]}) of AdamW"
-        return per_seed(what, values, 1, NATS, method="difference of differences", remark=remark)
+        both = per_seed("of Muon minus of AdamW", values, 1, NATS, method="difference of differences")
+        parts = [(of_loss(c, *theirs, 1), "Muon"), (of_loss(c, *ours, -1), "AdamW")]
+        return [*(replace(part, what=f"{name}: {part.what}") for part, name in parts), both]
 
     return measure
 
@@ -292,8 +331,15 @@ def sizes(c: Context) -> list[tuple[Outcome, Outcome]]:
 
 
 def accuracy_at(place: int, expected: int) -> Measure:
-    """Muon's accuracy minus AdamW's at one of the sizes."""
-    return lambda c: compare(c, *sizes(c)[place], accuracy, expected, POINTS)
+    """Muon's accuracy minus AdamW's at one of the sizes; the side that diverges with every seed is behind."""
+
+    def measure(c: Context) -> Evidence | Finding:
+        muon, adamw = sizes(c)[place]
+        ahead, behind = (muon, adamw) if expected > 0 else (adamw, muon)
+        c.ready(ahead)
+        return broken_down(c.over(behind)) or compare(c, muon, adamw, accuracy, expected, POINTS)
+
+    return measure
 
 
 def at_largest(c: Context) -> tuple[Outcome, Outcome]:
@@ -306,13 +352,11 @@ def smoother(c: Context) -> Evidence:
 
 
 def _leads(c: Context, along: str) -> dict[float, dict[int, float]]:
-    """Muon's loss minus AdamW's by seed, for each value of a setting (model size) at which no run failed."""
+    """Muon's loss minus AdamW's by seed, for each value of a setting (model size) at which no run diverged."""
     found: dict[float, dict[int, float]] = {}
     for a, b in sizes(c):
         left, right = a.losses(), b.losses()
-        if a.to_go or b.to_go:
-            c.ready(a if a.to_go else b)
-        if not a.failed and not b.failed and left.keys() & right.keys():
+        if not c.over(a).diverged and not c.over(b).diverged and left.keys() & right.keys():
             both = {seed: left[seed] - right[seed] for seed in left.keys() & right.keys()}
             found[float(a.runs[0].config[along])] = both
     return dict(sorted(found.items()))
@@ -356,12 +400,14 @@ def largest_breaks_down(c: Context) -> Evidence | Finding:
 
     Sizes have different token budgets, so their losses do not compare directly.
     """
-    largest = sizes(c)[-1][1]
-    if largest.failed and largest.failed == largest.planned:
-        return Finding(CONFIRMED, f"{largest.name} diverged with all of {largest.planned} seeds")
+    muon, largest = sizes(c)[-1]
+    c.ready(muon)
+    if finding := broken_down(c.over(largest)):
+        return finding
+    c.ready(largest)
     leads = list(_leads(c, "params").values())
-    if largest.failed or len(leads) < 2:
-        raise Lacking(f"{largest.failed} of {largest.planned} runs of {largest.name} diverged")
+    if len(leads) < 2:
+        raise Lacking("needs two sizes at which no run diverged")
     small, large = leads[-2:]
     behind = {seed: small[seed] - large[seed] for seed in small.keys() & large.keys()}
     method, remark = "difference of differences", _budgets(c)
@@ -374,9 +420,11 @@ def none_diverges(source: str) -> Measure:
     def measure(c: Context) -> Finding:
         begun = [r for r in c.others.values() if r.suite.source == source and r.finished()]
         runs = {run.path: run for r in begun for run in r.runs()}  # suites share runs
-        failed = sum(run.status == "failed" for run in runs.values())
+        failed = sum(diverged(run.summary) for run in runs.values())
         if to_go := sum(r.to_go for r in begun):
             raise Lacking(f"{to_go} runs of {source}'s suites have not finished")
+        if lost := sum(outcome.lost for r in begun for outcome in r.outcomes):
+            raise Lacking(f"{lost} runs of {source}'s suites failed without diverging")
         verdict = REFUTED if failed else CONFIRMED
         return Finding(verdict, f"{failed} of {len(runs)} runs diverged", f"count, n = {len(runs)}")
 

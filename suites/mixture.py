@@ -15,7 +15,7 @@ from suites.suite import OPTIMIZERS, SUITES, Condition, Winners, as_written, at_
     "Which learning rate is best for Muon on the mixture of experts?",
     source="S4",
     varies="lr",
-    extra_tests=5,
+    extra_tests=2,
     beside=("moe-lr-adam", "moe-lr-muon-short"),
 )
 def moe_lr_muon(scale: Scale, winners: Winners) -> list[Condition]:
@@ -27,9 +27,11 @@ def moe_lr_muon(scale: Scale, winners: Winners) -> list[Condition]:
     "Does Muon's range of good rates depend on the length of the run?",
     source="S4",
     varies="lr",
+    extra_tests=3,
+    beside=("moe-lr-adam-short",),
 )
 def moe_lr_muon_short(scale: Scale, winners: Winners) -> list[Condition]:
-    return at_rates({**scale.moe, **scale.moe_short}, "muon", scale.rates["moe-lr-muon"])
+    return at_rates({**scale.moe, **scale.moe_short}, "muon", scale.rates["moe-lr-muon"], theirs=0.07)
 
 
 @suite(
@@ -40,6 +42,16 @@ def moe_lr_muon_short(scale: Scale, winners: Winners) -> list[Condition]:
 )
 def moe_lr_adam(scale: Scale, winners: Winners) -> list[Condition]:
     return at_rates(scale.moe, "adamw", scale.rates["moe-lr-adam"], theirs=0.001)
+
+
+@suite(
+    "moe-lr-adam-short",
+    "Which learning rate is best for AdamW in the shorter runs, the only ones of which S4 gives its losses?",
+    source="S4",
+    varies="lr",
+)
+def moe_lr_adam_short(scale: Scale, winners: Winners) -> list[Condition]:
+    return at_rates({**scale.moe, **scale.moe_short}, "adamw", scale.rates["moe-lr-adam"], theirs=0.001)
 
 
 def moe_base(scale: Scale, winners: Winners, optimizer: str) -> Fields:
@@ -225,7 +237,7 @@ ADAM_CHOICES: dict[str, Fields] = {
     source="S4",
     varies="condition",
     needs=("moe-lr-adam",),
-    extra_tests=2,
+    extra_tests=6,
     beside=("moe-schedule", "moe-warmup"),
 )
 def moe_adam(scale: Scale, winners: Winners) -> list[Condition]:
@@ -268,7 +280,7 @@ MUON_ABLATIONS = (
     varies="optimizer",
     confirms=True,
     needs=("moe-lr-muon", "moe-lr-adam", *MUON_ABLATIONS, "moe-adam"),
-    extra_tests=8,
+    extra_tests=9,
 )
 def moe_final(scale: Scale, winners: Winners) -> list[Condition]:
     """Muon with the winner of each ablation against AdamW with the winners of its own sweeps. So weight decay and

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from analysis.stats import Tolerance, best_rate, learning_rate_tolerance
-from suites.judging import UNDECIDED, Context, Evidence, Finding, Lacking
+from suites.judging import CONFIRMED, REFUTED, UNDECIDED, Context, Evidence, Finding, Lacking
 from suites.measures import DECADES, HUNDREDTHS, LOG_RATIO, TIMES, Measure, best, per_seed
 
 
@@ -22,10 +22,7 @@ def outside(low: float, high: float, name: str) -> Measure:
 
 def _by_seed(c: Context, optimizer: str) -> dict[int, tuple[list[float], list[float]]]:
     """Rates and losses of each seed that finished at every rate that no seed diverged at; NaN where one did."""
-    tried = [o for o in c.results.outcomes if o.optimizer == optimizer]
-    for outcome in tried:
-        if outcome.to_go:
-            c.ready(outcome)
+    tried = [c.over(o) for o in c.results.outcomes if o.optimizer == optimizer]
     steady = [o.losses() for o in tried if not o.failed]
     seeds = sorted(set.intersection(*map(set, steady))) if steady else []
     rates = [float(o.condition.fields["lr"]) for o in tried]
@@ -45,7 +42,8 @@ def _is_open(found: Mapping[int, Tolerance]) -> bool:
 def _wider(
     c: Context, share: float, wide: tuple[str, Context, str], narrow: tuple[str, Context, str]
 ) -> Evidence | Finding:
-    """The first range is wider than the second, in decades, seed by seed."""
+    """The first range is wider than the second, in decades, seed by seed. Where the grid ends inside a range, that one
+    is wider than it seems, so it cannot be shown to be the narrower one."""
     found = {name: _tolerances(sweep, optimizer, share) for name, sweep, optimizer in (wide, narrow)}
     words = ", ".join(
         f"{name} {'at least ' * _is_open(own)}{np.mean([t.decades for t in own.values()] or [math.nan]):.2f}"
@@ -55,9 +53,10 @@ def _wider(
     gaps = {seed: first[seed].decades - second[seed].decades for seed in first.keys() & second.keys()}
     what = f"within {100 * share:g} %: {words} decades; difference"
     evidence = per_seed(what, gaps, 1, DECADES, method=LOG_RATIO)
-    if _is_open(second):
-        tests = c.results.family_size
-        numbers = f"{evidence.numbers(tests)}; the grid of {narrow[0]} ends inside its range"
+    tests = c.results.family_size
+    narrower = {CONFIRMED: narrow[0], REFUTED: wide[0]}.get(evidence.verdict(tests))
+    if narrower is not None and _is_open(found[narrower]):
+        numbers = f"{evidence.numbers(tests)}; the grid of {narrower} ends inside its range"
         return Finding(UNDECIDED, numbers, evidence.test_words(tests))
     return evidence
 

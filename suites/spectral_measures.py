@@ -13,8 +13,20 @@ import numpy as np
 
 from analysis.runs import Run
 from analysis.stats import MARGIN, balance, common_slope, slope, tail_index
-from suites.judging import Context, Evidence, Lacking, Spread, Unit
-from suites.measures import HUNDREDTHS, LOG_RATIO, TIMES, Measure, Number, compare, per_seed, sizes, versus
+from suites.judging import CONFIRMED, Context, Evidence, Lacking, Spread, Unit
+from suites.measures import (
+    HUNDREDTHS,
+    LOG_RATIO,
+    TIMES,
+    Measure,
+    Number,
+    compare,
+    muon_and_adamw,
+    per_seed,
+    ratio_below,
+    sizes,
+    versus,
+)
 
 NEAR_ONE = math.log(2)  # a norm between a half and two counts as near one
 BALANCED = 0.95  # of the greatest entropy of the experts' shares
@@ -22,6 +34,7 @@ SAME_SPREAD = 0.01  # relative deviation between seeds that counts as the same
 BAND = (12 / 21, 16 / 21)  # S3's layers 12 to 16 of 22, as shares of the depth
 ALIKE = 0.05  # difference of two such entropies that counts as none
 SHARES = Unit("", ".4f")
+ENTROPY = Unit("", ".4f")
 
 
 def event_mean(run: Run, key: str, projections: Sequence[str] | None = None, column: int = -1) -> float:
@@ -45,9 +58,24 @@ def spectral(key: str, expected: int, show: Unit) -> Measure:
     return versus(last(key), expected, show)
 
 
-def norm_ratio(expected: int) -> Measure:
-    """Muon's mean spectral norm over AdamW's."""
-    return versus(lambda run: math.log(last("spectral_norm")(run)), expected, TIMES, method=LOG_RATIO)
+def collapses(c: Context) -> Evidence | list[Evidence]:
+    """AdamW's spectral entropy ends below Muon's and, where that is shown, below AdamW's own start. The second is
+    tested only after the first, so the two count as one test (a fixed sequence)."""
+    apart = spectral("spectral_entropy", 1, ENTROPY)(c)
+    if apart.verdict(c.results.family_size) != CONFIRMED:
+        return apart
+    starts = {run.config["seed"]: event_mean(run, "spectral_entropy", column=0) for run in c.outcome("adamw").runs}
+    falls = {seed: end - starts[seed] for seed, end in c.outcome("adamw").values(last("spectral_entropy")).items()}
+    return [apart, per_seed("adamw since the first step", falls, -1, ENTROPY)]
+
+
+def norm_ratio(times: float = 1.0) -> Measure:
+    """So many times Muon's mean spectral norm is below AdamW's."""
+
+    def log_norm(run: Run) -> float:
+        return math.log(last("spectral_norm")(run))
+
+    return lambda c: ratio_below(*muon_and_adamw(c), log_norm, -math.log(times), TIMES, "spectral norm")
 
 
 def norm_near_one(c: Context) -> Evidence:
@@ -76,20 +104,21 @@ def drift(run: Run, key: str) -> float:
     return float(np.polyfit(steps / steps[-1], values, 1)[0] / values[0])
 
 
-def condition_number(run: Run) -> float:
-    """The logarithm of the gradients' condition number, a mean over matrices and over the events after the start."""
-    lines = [line for line in watched(run).spectra if line.get("grad_condition")]
+def unevenness(run: Run) -> float:
+    """The logarithm of r / stable rank of the gradients, whose r singular values are equal where it is 0; ln r where
+    only one is not 0. A mean over matrices and over the events after the start. s_1 / s_r would depend on rounding."""
+    lines = [line for line in watched(run).spectra if line.get("grad_stable_rank")]
     if not lines:
         raise Lacking("its runs logged no spectra of gradients")
-    return float(np.mean([math.log(line["grad_condition"]) for line in lines]))
+    return float(np.mean([math.log(len(line["singular_values"]) / line["grad_stable_rank"]) for line in lines]))
 
 
 def conditioning_grows(c: Context) -> Evidence:
     """AdamW's gradients are worse conditioned in larger models: by this factor per tenfold of parameters."""
-    found = {float(b.runs[0].config["params"]): c.ready(b).values(condition_number) for _, b in sizes(c) if b.runs}
+    found = {float(b.runs[0].config["params"]): c.ready(b).values(unevenness) for _, b in sizes(c) if b.runs}
     if len(found) < 2:
         raise Lacking("a trend needs two sizes")
-    what = "condition number of AdamW's gradients, per tenfold of parameters"
+    what = "r / stable rank of AdamW's gradients, per tenfold of parameters"
     return per_seed(what, slope(found), 1, TIMES, method="trend")
 
 
@@ -140,19 +169,13 @@ def key_band(c: Context) -> Evidence:
 
 
 def same_signature(c: Context) -> Evidence:
-    """How far effective rank, matrix by matrix, is from its mean over Muon's seeds (root mean square, relative)."""
+    """The standard deviation of a matrix's effective rank over Muon's seeds, relative, is below 1 %: the root mean
+    square over matrices."""
     runs = [watched(run) for run in c.outcome("muon").finished()]
     ranks = [np.concatenate([run.grid(name, "effective_rank")[1][:, -1] for name in run.projections()]) for run in runs]
-    n = len(runs)
-    if n < 2:
-        raise Lacking("needs several seeds")
-    away = (np.log(ranks) - np.mean(np.log(ranks), axis=0)) * math.sqrt(n / (n - 1))
-    values = {
-        run.config["seed"]: float(np.sqrt(np.mean(row**2)) - SAME_SPREAD) for run, row in zip(runs, away, strict=True)
-    }
-    show = HUNDREDTHS
-    what = f"deviation of a matrix's effective rank between seeds, limit {show(SAME_SPREAD)}"
-    return per_seed(what, values, -1, show, against=SAME_SPREAD)
+    show = Unit(" %", ".2f", lambda log: 100 * SAME_SPREAD * math.exp(log))
+    what = f"standard deviation of a matrix's effective rank between seeds, limit {show(0)}"
+    return Evidence(what=what, test=Spread.of(np.log(ranks), SAME_SPREAD), expected=-1, show=show)
 
 
 def steady(number: Number, words: str) -> Measure:

@@ -342,6 +342,27 @@ def test_advice_on_a_rate_gives_its_range_and_what_the_documents_rate_costs(tmp_
     assert row.use.startswith(f"{low:.2g} to ")
 
 
+def test_advice_names_where_it_comes_from(tmp_path):
+    finals = {"muon": (3.0, 3.01, 2.99), "adamw": (3.5, 3.52, 3.49)}
+    made = [results_of(tmp_path, name, finals, spectra=False) for name in ("baseline", "moe-final")]
+    rates = {
+        name: (x, x + 0.01, x - 0.01)
+        for name, x in (("muon lr 0.01", 3.2), ("muon lr 0.02", 3.0), ("muon lr 0.05", 3.3))
+    }
+    made.append(results_of(tmp_path, "lr-sensitivity", rates, spectra=False))
+    blocks = {"Muon on the blocks": (3.0, 3.01, 2.99), "Muon on every matrix": (3.2, 3.22, 3.19)}
+    made.append(results_of(tmp_path, "moe-muon-on", blocks, spectra=False))
+    said = [(row.suite, row.document, row.holds) for row in advice.advice({r.name: r for r in made})]
+    assert said == [
+        ("baseline", "no advice in S3; Muon is ahead in the author's stored runs", advice.HOLDS),
+        ("moe-final", "Muon (S4: 7% better validation loss than optimized Adam)", advice.HOLDS),
+        ("lr-sensitivity", "0.01 (the author's code for S2)", advice.NOT),
+        ("moe-muon-on", "Muon for high-dimensional parameters (attention, FFN) (S4)", advice.HOLDS),
+        ("moe-muon-on", "for all 2D parameter updates (S0)", advice.NOT),
+    ]
+    assert [effect.label for effect in advice.effects({"moe-muon-on": made[-1]})] == ["Muon on every matrix"]
+
+
 def test_a_report_on_several_suites_has_a_page_for_each_and_one_of_advice(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(

@@ -46,7 +46,7 @@ def test_a_slower_core_takes_longer_in_proportion_to_its_best_product(monkeypatc
 
 def test_claims_have_six_seeds_and_128_steps_at_nano_scale_and_the_plan_fits_165_minutes(tmp_path, shards_folder):
     nano, claimed = SCALES["nano"], {claim.suite for claim in CLAIMS}
-    claimed.add("moe-lr-muon-short")  # a claim of moe-lr-muon compares the two
+    claimed.add("moe-lr-adam")  # a claim of moe-lr-muon compares the two
     assert {name for name, suite in SUITES.items() if suite.claimed} == claimed
     planner = Planner(Selection(suite="everything", scale="nano", runs_dir=tmp_path, data=shards_folder))
     later = planner.estimate(planner.stages())
