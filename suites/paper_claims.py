@@ -3,6 +3,7 @@
 "track 3" is that of github.com/KellerJordan/modded-nanogpt.
 """
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -60,17 +61,19 @@ def keeps(part: str, share: float, expected: int) -> Measure:
 def speed_up_shrinks(c: Context) -> list[Evidence]:
     """Muon reaches AdamW's final loss in fewer tokens where runs are shortest, and in a larger share of them along the
     tokens. Muon's schedule is not over then, which hides the same part of its speed-up at each length."""
-    shares: dict[float, Mapping[int, float]] = {}
+    shares: dict[float, Mapping[int, float]] = {}  # by tokens per parameter
     for muon, adamw in sizes(c):
-        shares[float(c.ready(muon).runs[0].config["tokens"])] = spent_until("tokens", 1.0, muon, c.ready(adamw))[0]
+        config = c.ready(muon).runs[0].config
+        shares[config["tokens"] / config["params"]] = spent_until("tokens", 1.0, muon, c.ready(adamw))[0]
     if len(shares) < 2:
         raise Lacking("a trend needs two lengths")
-    shortest, of_longest = shares[min(shares)], np.log10(max(shares) / min(shares))
-    rise = {seed: of_longest * value for seed, value in slope(shares).items()}
+    few, many = min(shares), max(shares)
+    rise = {seed: math.log10(many / few) * value for seed, value in slope(shares).items()}
     what = "Muon's tokens to AdamW's final loss over AdamW's"
+    trend = f"{what}, {many:.3g} a parameter over {few:.3g} along the line through all"
     return [
-        per_seed(f"{what}, shortest runs", shortest, -1, TIMES, method=LOG_RATIO),
-        per_seed(f"{what}, longest over shortest along the line through all", rise, 1, TIMES, method="trend"),
+        per_seed(f"{what}, {few:.3g} a parameter", shares[few], -1, TIMES, method=LOG_RATIO),
+        per_seed(trend, rise, 1, TIMES, method="trend"),
     ]
 
 

@@ -8,6 +8,7 @@ otherwise; alignment is counted above its chance level.
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from suites.measures import (
     sizes,
     versus,
 )
+from suites.suite import AS_WRITTEN, OPTIMIZERS
 
 NEAR_ONE = math.log(2)  # a norm between a half and two counts as near one
 BALANCED = 0.95  # of the greatest entropy of the experts' shares
@@ -55,7 +57,22 @@ def last(key: str) -> Number:
 
 def spectral(key: str, expected: int, show: Unit) -> Measure:
     """A metric at the end of Muon's runs minus that of AdamW's."""
-    return versus(last(key), expected, show)
+    return beside_written(versus(last(key), expected, show), last(key), show)
+
+
+def beside_written(measure: Measure, number: Number, show: Unit) -> Measure:
+    """A measure of one number that also tells, without a test, its means under a document's own settings."""
+
+    def told(c: Context) -> Evidence:
+        evidence, means = measure(c), []
+        for optimizer in OPTIMIZERS:
+            outcome = c.results.outcome(f"{optimizer} {AS_WRITTEN}")
+            values = [number(run) for run in outcome.finished() if run.projections()] if outcome else []
+            means += [f"{optimizer} {show(float(np.mean(values)))}"] if values else []
+        words = f"; {AS_WRITTEN}: {', '.join(means)}" if len(means) == len(OPTIMIZERS) else ""
+        return replace(evidence, remark=evidence.remark + words)
+
+    return told
 
 
 def collapses(c: Context) -> Evidence | list[Evidence]:
@@ -75,7 +92,10 @@ def norm_ratio(times: float = 1.0) -> Measure:
     def log_norm(run: Run) -> float:
         return math.log(last("spectral_norm")(run))
 
-    return lambda c: ratio_below(*muon_and_adamw(c), log_norm, -math.log(times), TIMES, "spectral norm")
+    def measure(c: Context) -> Evidence:
+        return ratio_below(*muon_and_adamw(c), log_norm, -math.log(times), TIMES, "spectral norm")
+
+    return beside_written(measure, log_norm, Unit("", ".2f", math.exp))
 
 
 def norm_near_one(c: Context) -> Evidence:

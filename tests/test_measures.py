@@ -198,6 +198,21 @@ def test_a_collapse_is_a_fall_since_the_first_step(start, muon, adamw, verdict):
     assert (f"adamw since the first step: {adamw - start:.4f}" in finding.numbers) == (muon > adamw)
 
 
+def test_a_spectral_row_tells_what_runs_as_written_show_and_judges_the_fair_ones():
+    def runs(optimizer, norm):
+        return [run(optimizer, s, spectra=lines(2, q={"spectral_norm": norm * (1 + e)})) for s, e in enumerate(NOISE)]
+
+    fair = {"muon": runs("muon", 4.0), "adamw": runs("adamw", 2.0)}
+    written = {"muon as written": runs("muon", 1.0), "adamw as written": runs("adamw", 8.0)}
+    statement = "AdamW's spectral norms blow up past Muon's"
+    finding = row(statement, results("speedrun-2m", fair | written))
+    assert finding.verdict == row(statement, results("speedrun-2m", fair)).verdict == REFUTED
+    assert finding.numbers.endswith("; as written: muon 1.00, adamw 8.00")
+    assert "as written" not in row(statement, results("speedrun-2m", fair)).numbers
+    written["adamw as written"] = [run("adamw", s) for s in range(3)]  # without spectra
+    assert "as written" not in row(statement, results("speedrun-2m", fair | written)).numbers
+
+
 @pytest.mark.parametrize(("muon", "adamw", "verdict"), [(0.0, 0.5, CONFIRMED), (0.5, 0.0, REFUTED)])
 def test_a_heavy_tail_is_hills_index(muon, adamw, verdict):
     """The largest five are exp(t) times the others: their mean logarithm over the sixth is t."""

@@ -141,7 +141,7 @@ def test_a_speed_up_that_shrinks_with_the_tokens(tmp_path, leads, shrinks):
     assert finding.verdict == shrinks
     if shrinks == CONFIRMED:  # Muon falls from 5 to 3 - lead, so it is at 3 after 2 / (2 + lead) of the way
         shares = [math.log(2 / (2 + lead)) for lead in leads]
-        assert f"shortest runs: {math.exp(shares[0]):.3g} times" in finding.numbers
+        assert f"over AdamW's, 360 a parameter: {math.exp(shares[0]):.3g} times" in finding.numbers
         slope = sum(x * y for x, y in zip((-1.5, -0.5, 0.5, 1.5), shares, strict=True)) / 5  # per doubling
         assert f"through all: {math.exp(3 * slope):.3g} times" in finding.numbers
 
