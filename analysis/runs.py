@@ -19,7 +19,7 @@ import numpy as np
 
 from engine import files
 from engine.cli import BadInput
-from engine.identity import NOT_COMPARED
+from engine.identity import ADDED_LATER, NOT_COMPARED, PUBLISHED_WITHOUT
 
 MOST_LAYERS = 10_000  # a greater number is damage, and arrays of that size would be allocated
 LARGEST = 2**53  # floats do not hold every whole number beyond
@@ -241,7 +241,8 @@ class Run:
 
     def experiment(self) -> dict[str, Any]:
         """Everything but the seed that decides the result: runs that agree in it are repetitions."""
-        kept = {key: value for key, value in self.settings().items() if key not in NOT_COMPARED}
+        complete = ADDED_LATER | PUBLISHED_WITHOUT | self.settings()
+        kept = {key: value for key, value in complete.items() if key not in NOT_COMPARED}
         code = {key: value for key, value in self.config.items() if key in ("optimizer_code", "init_fingerprint")}
         return kept | code | {key: self.config.get(key) for key in ("data_fingerprint", "steps")}
 

@@ -384,9 +384,8 @@ def headline(folder: Path) -> str:
         f"![Effective rank of every projection under both]({where}/plots/effective_rank_over_time.png)",
     ]
     seeds = len(record["figures"]["optimizers"]["muon"]["seeds"])
-    say = "The pictures show another race, with the default settings and fewer trials behind them, over "
-    say += f"{record['tokens']:,} tokens, so their gap is another. There, {record['model']}, "
-    say += f"{seeds} seeds each, on {machine.label(record['machine'])}: "
+    say = f"The pictures show other runs, of the default settings: {record['model']}, {record['tokens']:,} tokens, "
+    say += f"{seeds} seeds each, on {machine.label(record['machine'])}. There, "
     say += f"{difference_sentence(record)}. {time_sentence(record)}. {rank_sentence(record)}"
     return "\n\n".join([*pictures, *fight(folder), f"{say} [Full report]({where}/report.md)."])
 

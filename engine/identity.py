@@ -32,6 +32,8 @@ NOT_COMPARED = (NOT_LEARNED - {"eval_tokens"}) | {"seed"}
 ADDED_LATER = {"decay_on": "blocks", "muon_on": "blocks", "ns_before_momentum": False, "inner_dropout": 0.0}
 ADDED_LATER |= {"normalize_rows": False, "decay_rule": "plain", "heads_per_matrix": 0, "optimizer_options": None}
 ADDED_LATER |= {"left_lr": None}
+# Settings that are newer than published runs, at the value those runs have: left out of the names of suites' runs.
+PUBLISHED_WITHOUT = {"doc_mask": False, "packing": "stream", "sample_every": 0}
 
 
 def config_hash(config: dict[str, Any], leave_out: Iterable[str] = NOT_LEARNED) -> str:

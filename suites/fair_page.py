@@ -17,7 +17,7 @@ from analysis.plots_tokens import loss_by_decile, with_deciles
 from engine.own_optimizer import is_own, options_of
 from suites.arms import value_of
 from suites.fair import EQUAL_TIME, EQUAL_TOKENS, FIGHT, TRIALS
-from suites.fair_plots import fight_curves, setting_effects, trial_planes, tuning_curves
+from suites.fair_plots import PLANE, fight_curves, setting_effects, trial_planes, tuning_curves
 from suites.fair_ways import decile_sentence, fight_findings, lead_sentences, time_sentences, ways_table
 from suites.results import Outcome, Results
 from suites.tables import conditions_table, p_cell
@@ -189,7 +189,8 @@ def drawings(results: Results, known: Mapping[str, Results]) -> list[Drawing]:
     if trials is not None and any(math.isfinite(o.loss) for o in trials.outcomes):
         found.append(drawing(tuning_curves, trials, stem=f"{TRIALS}_tuning"))
         found.append(drawing(setting_effects, trials, stem=f"{TRIALS}_settings"))
-        found.append(drawing(trial_planes, trials, stem=f"{TRIALS}_planes"))
+        if any({*PLANE} <= {*trials.space(arm)} for arm in trials.arms()):
+            found.append(drawing(trial_planes, trials, stem=f"{TRIALS}_planes"))
     return found
 
 
@@ -213,5 +214,5 @@ NOTES = (
     "'Worst - best third' is the greatest minus the least median loss over the thirds of a setting's values, which "
     "chance makes positive too: 'noise alone' is its mean over random orders of the losses. ON THE EDGE: the best "
     "trial is in the outer 15 % of the range, and the loss falls significantly towards that end, so widen the range. "
-    "Near an end: within 5 %, as a tenth of the best trials are without any effect.",
+    "Near an end: within 5 %, where one best trial in ten lies by chance.",
 )

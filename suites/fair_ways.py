@@ -48,7 +48,13 @@ class Way:
     def winner(self) -> str:
         if not (self.test.tested and self.test.excludes_zero and self.judged):
             return "open"
-        return (self.arm if self.test.difference < 0 else self.reference).arm
+        return "open" if self.with_more_time else (self.arm if self.test.difference < 0 else self.reference).arm
+
+    @property
+    def with_more_time(self) -> bool:
+        """Whether the side that ends lower in equal time had more of it."""
+        more = -math.copysign(1, self.test.difference) * math.expm1(_log_seconds(self).difference)
+        return self.name == EQUAL_TIME and more > UNEQUAL
 
     @property
     def never(self) -> int:
@@ -182,9 +188,11 @@ def verdict(own: list[Way], trials: Results | None) -> str:
     after = "A" if trials is None else f"After {len(trials.of_arm(first.arm.arm))} tuning trials each, a"
     saved = next((way for way in own if way.name == TO_A_LOSS["tokens"] and way.test.tested), None)
     more = "" if saved is None else f"; {arm} reaches {reference}'s loss with {saved.gain(bounds=False)} tokens"
-    model = f"{_short(config['params'])}-parameter model trained on {_short(first.arm.finished()[0].budget)} tokens"
+    model = (
+        f"model of {_short(config['params'])} parameters, trained on {_short(first.arm.finished()[0].budget)} tokens"
+    )
     return (
-        f"{head} {after} {model} ({config['steps']} steps, {where}) ends with a loss {first.gain(bounds=False)} with "
+        f"{head} {after} {model} ({config['steps']} steps, {where}), ends with a loss {first.gain(bounds=False)} with "
         f"{arm} than with {reference}{more}."
     )
 
@@ -218,7 +226,7 @@ def outcome_words(way: Way) -> str:
     else:
         said += f", {p_words(test.p_holm)}{'' if test.excludes_zero else ', open: the interval holds 0'}"
     if way.name == EQUAL_TIME:
-        said += f"; {longer(way)}"
+        said += f"; {longer(way)}{', so this stays open' if way.test.excludes_zero and way.with_more_time else ''}"
     return said if way.judged else f"{said}; not judged, the machine was busy"
 
 

@@ -68,11 +68,18 @@ def series(results: Results) -> list[Series]:
         if varies in PAIR_EACH:
             panel = pair_name(outcome)
         elif varies == "lr":
-            panel = optimizer_name(outcome.optimizer)
+            panel = optimizer_name(outcome.optimizer) if outcome.arm == outcome.optimizer else outcome.arm
         versus = None if varies == "lr" else outcome.condition.versus
         value = None if varies in PAIR_EACH else value_of(outcome, varies)
         found.append(Series(outcome.name, tuple(outcome.finished()), versus, panel, value))
     return found
+
+
+def swept(results: Results) -> dict[str, list[Run]]:
+    """The runs of a sweep that share a figure: all, or those of one arm where arms share an optimizer."""
+    arms = {outcome.arm for outcome in results.outcomes} - {outcome.optimizer for outcome in results.outcomes}
+    found = {arm: [run for o in results.of_arm(arm) for run in o.runs] for arm in results.arms() if arm in arms}
+    return {arm: runs for arm, runs in (found or {"": results.runs()}).items() if plots_settings.has_rates(runs)}
 
 
 def fair_runs(results: Results) -> list[Run]:
@@ -116,8 +123,9 @@ def figures(results: Results) -> list[Drawing]:
 
     found = []
     if varies == "lr":
-        if plots_settings.has_rates(results.runs()):
-            found.append(of_suite("rates", plots_settings.learning_rate_sensitivity, results.runs()))
+        for arm, runs in swept(results).items():
+            kind = f"rates_{stem_of(arm)}" if arm else "rates"
+            found.append(of_suite(kind, plots_settings.learning_rate_sensitivity, runs, about=arm))
     else:
         found.append(of_suite("bars", suite_plots.condition_bars, results))
     if varies in PAIR_EACH:
@@ -133,7 +141,8 @@ def figures(results: Results) -> list[Drawing]:
     if crosses and varies not in PAIR_EACH:
         found.append(of_suite("losses", plots.loss_curves, fair_runs(results)))
     if crosses and all(len(run.val["step"]) > 2 for one in conditions for run in one.runs):
-        found.append(of_suite("time_to_loss", suite_plots.time_to_loss, results, *crosses[-1], about=shared))
+        pair = crosses[-1 if varies in PAIR_EACH else 0]
+        found.append(of_suite("time_to_loss", suite_plots.time_to_loss, results, *pair, about=shared))
     if varies == "schedule":
         found.append(of_suite("schedules", plots.learning_rate_schedules, results.runs()))
     found += deciles(results)

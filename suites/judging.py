@@ -232,4 +232,10 @@ def judge(found: Sequence[Evidence], tests: int) -> Finding:
 
 def _most_contrary(found: Sequence[Evidence]) -> Evidence:
     """The part that speaks most against the claim: the difference that is smallest in the claim's direction."""
-    return min(found, key=lambda e: e.expected * e.test.difference if e.expected else -abs(e.test.difference))
+
+    def towards(e: Evidence) -> float:
+        if e.expected or e.one_sided:
+            return (e.expected or 1) * e.test.difference
+        return -abs(e.test.difference)
+
+    return min(found, key=towards)

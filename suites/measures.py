@@ -14,6 +14,7 @@ import numpy as np
 from analysis.runs import Run
 from analysis.stats import (
     MARGIN,
+    STEADY,
     difference,
     finite_only,
     first_reaching,
@@ -144,12 +145,12 @@ def as_good(a: str, b: str) -> Measure:
 
 
 def no_better(b: str, *names: str) -> Measure:
-    """None of the conditions beats b by 1 % or more; one that diverged does not."""
+    """None of the conditions beats b by 1 % or more; one that diverged with every seed does not."""
     return lambda c: against_all(c, c.outcome(b), [c.ended(name) for name in names], 0, one_sided=True)
 
 
 def best(name: str, among: Callable[[Outcome], bool] = lambda outcome: True) -> Measure:
-    """Every condition (of `among`) that is tested against `name` is worse; one that diverged is."""
+    """Every condition (of `among`) that is tested against `name` is worse; one that diverged with every seed is."""
 
     def measure(c: Context) -> Sequence[Evidence] | Finding:
         own = c.outcome(name)
@@ -162,18 +163,18 @@ def best(name: str, among: Callable[[Outcome], bool] = lambda outcome: True) -> 
 
 
 def best_of(name: str, *others: str) -> Measure:
-    """Every one of the others is worse; one that diverged is."""
+    """Every one of the others is worse; one that diverged with every seed is."""
     return lambda c: against_all(c, c.outcome(name), [c.ended(other) for other in others], 1)
 
 
 def against_all(
     c: Context, own: Outcome, others: Sequence[Outcome], expected: int, **more
 ) -> Sequence[Evidence] | Finding:
-    """The losses of the others minus `own`'s; those that diverged are counted."""
-    gone = [other.name for other in others if c.over(other).diverged]
+    """The losses of the others minus `own`'s; those that diverged with every seed are counted."""
+    gone = [other for other in others if broken_down(c.over(other))]
     remark = f", {len(gone)} of {len(others)} diverged" if gone else ""
-    found = [of_loss(c, other, own, expected, remark=remark, **more) for other in others if not other.diverged]
-    return found or Finding(CONFIRMED, f"diverged: {', '.join(gone)}")
+    found = [of_loss(c, other, own, expected, remark=remark, **more) for other in others if other not in gone]
+    return found or Finding(CONFIRMED, f"diverged: {', '.join(other.name for other in gone)}")
 
 
 def versus(
@@ -184,17 +185,20 @@ def versus(
 
 
 def timed(measure: Measure) -> Measure:
-    """Times count on a GPU alone: elsewhere the number is shown without a verdict."""
+    """Times count on a GPU that did nothing else: otherwise the number is shown without a verdict."""
 
-    def on_gpu(c: Context) -> Evidence | Sequence[Evidence] | Finding:
-        found = measure(c)
-        if isinstance(found, Evidence) and any(run.config.get("device") != "cuda" for run in c.results.runs()):
-            tests = c.results.family_size
-            numbers = f"{found.numbers(tests)}, on a CPU shared with other runs: needs a GPU"
-            return Finding(NOT_TESTABLE, numbers, found.test_words(tests))
+    def judged(c: Context) -> Evidence | Sequence[Evidence] | Finding:
+        found, tests = measure(c), c.results.family_size
+        if not isinstance(found, Evidence):
+            return found
+        numbers, words = found.numbers(tests), found.test_words(tests)
+        if any(run.config.get("device") != "cuda" for run in c.results.runs()):
+            return Finding(NOT_TESTABLE, f"{numbers}, on a CPU shared with other runs: needs a GPU", words)
+        if any(outcome.slowdown > STEADY for outcome in c.results.outcomes):
+            return Finding(UNDECIDED, f"{numbers}; the machine was busy", words)
         return found
 
-    return on_gpu
+    return judged
 
 
 def step_time(expected: int, a: str = "muon", b: str = "adamw") -> Measure:

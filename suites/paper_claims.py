@@ -49,7 +49,7 @@ def keeps(part: str, share: float, expected: int) -> Measure:
         above = {seed: some[seed] - (1 - share) * adamw[seed] - share * whole[seed] for seed in seeds}
         gains = [sum(adamw[seed] - losses[seed] for seed in seeds) for losses in (some, whole)]
         remark = f" (it makes {100 * gains[0] / gains[1]:.0f} % of the gain)" if gains[1] > 0 else ""
-        what = f"{part} minus AdamW less {share:g} of the gain"
+        what = f"{part} minus (AdamW minus {share:g} of the gain)"
         return [
             of_loss(c, outcomes[1], outcomes[0], -1),
             per_seed(what, above, expected, NATS, method="linear contrast", remark=remark),
@@ -60,11 +60,13 @@ def keeps(part: str, share: float, expected: int) -> Measure:
 
 def speed_up_shrinks(c: Context) -> list[Evidence]:
     """Muon reaches AdamW's final loss in fewer tokens where runs are shortest, and in a larger share of them along the
-    tokens. Muon's schedule is not over then, which hides the same part of its speed-up at each length."""
+    tokens. Muon's schedule is not over then, which we take to hide about the same share at each length."""
     shares: dict[float, Mapping[int, float]] = {}  # by tokens per parameter
+    never = 0
     for muon, adamw in sizes(c):
         config = c.ready(muon).runs[0].config
-        shares[config["tokens"] / config["params"]] = spent_until("tokens", 1.0, muon, c.ready(adamw))[0]
+        ratios, late = spent_until("tokens", 1.0, muon, c.ready(adamw))
+        shares[config["tokens"] / config["params"]], never = ratios, never + late
     if len(shares) < 2:
         raise Lacking("a trend needs two lengths")
     few, many = min(shares), max(shares)
@@ -73,25 +75,31 @@ def speed_up_shrinks(c: Context) -> list[Evidence]:
     trend = f"{what}, {many:.3g} a parameter over {few:.3g} along the line through all"
     return [
         per_seed(f"{what}, {few:.3g} a parameter", shares[few], -1, TIMES, method=LOG_RATIO),
-        per_seed(trend, rise, 1, TIMES, method="trend"),
+        per_seed(trend, rise, 1, TIMES, method="trend", remark=f", never in {never} runs" if never else ""),
     ]
 
 
 def rare_loss(run: Run) -> float:
     """The last validation's loss, averaged over the rarest deciles of tokens."""
-    return float(np.mean(_last_deciles(run)[-RARE_DECILES:]))
+    return _mean_of(_last_deciles(run)[-RARE_DECILES:])
 
 
 def rare_minus_frequent(run: Run) -> float:
     """The last validation's loss on the rarest deciles of tokens minus that on the most frequent ones."""
-    return rare_loss(run) - float(np.mean(_last_deciles(run)[:RARE_DECILES]))
+    return rare_loss(run) - _mean_of(_last_deciles(run)[:RARE_DECILES])
 
 
 def _last_deciles(run: Run) -> np.ndarray:
     losses = run.val.get("val_loss_by_decile")
-    if losses is None or not np.isfinite(losses[-1]).all():
+    if losses is None:
         raise Lacking("the runs have not logged their losses by decile")
     return losses[-1]
+
+
+def _mean_of(deciles: np.ndarray) -> float:
+    if not np.isfinite(deciles).all():
+        raise Lacking("a decile of token frequency has no tokens")
+    return float(np.mean(deciles))
 
 
 FIVE_STEPS = "Polar Express, 5 steps"

@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable
 
 from suites.fair import TRIALS
-from suites.paper_claims import BATCH, EXACTNESS, HEADS, NORMUON, PARTS, RARE, RATIO, TRACK_3
+from suites.paper_claims import BATCH, EXACTNESS, FIVE_STEPS, HEADS, NORMUON, PARTS, RARE, RATIO, TRACK_3
 from suites.scales import Fields, Scale
-from suites.suite import OPTIMIZERS, Condition, Plan, Winners, suite
+from suites.suite import OPTIMIZERS, Condition, Plan, Winners, suite, width_of
 
 LARGE_BATCH = 4  # times the batch of the short run
 SHAPE = ("model", "d_model", "layers", "heads", "kv_heads", "d_ff")
@@ -31,9 +31,10 @@ def sweep(name: str, question: str, source: str) -> Callable[[Plan], Plan]:
 
 
 def tuned(scale: Scale, winners: Winners, optimizer: str = "muon") -> Fields:
-    """The short run with the optimizer's best trial, without spectra."""
-    best = winners(TRIALS, optimizer)
-    return {**best, **scale.dense, "spectra_every": 0, "optimizer": optimizer, "lr": best["lr"]}
+    """The short run with the settings of the optimizer's best trial, without spectra."""
+    best, budget = winners(TRIALS, optimizer), scale.fight.budget(1)
+    settings = {key: value for key, value in best.items() if key not in budget}
+    return {**settings, **scale.dense, "spectra_every": 0, "optimizer": optimizer, "lr": best["lr"]}
 
 
 def against_adamw(adamw: Fields, muon: Fields, label: str = "") -> list[Condition]:
@@ -46,7 +47,8 @@ def times(rate: float, factor: float) -> float:
 
 @retest("muon-parts", "Which projections gain by Muon?", PARTS, varies="muon_on", extra_tests=2)
 def muon_parts(scale: Scale, winners: Winners) -> list[Condition]:
-    """What Muon leaves trains as under AdamW alone: at the same rate, with the same betas."""
+    """What Muon leaves trains at AdamW's rate of the blocks and with its betas, which all conditions share; decay and
+    warm-up are Muon's."""
     adamw = tuned(scale, winners, "adamw")
     betas = {key: adamw[key] for key in ("beta1", "beta2") if key in adamw}
     muon, left = {**tuned(scale, winners), **betas}, {"left_lr": adamw["lr"]}
@@ -60,14 +62,17 @@ def muon_parts(scale: Scale, winners: Winners) -> list[Condition]:
 
 @retest("muon-exactness", "Does it matter how exact the polar factor is?", EXACTNESS, varies="ns_coefficients")
 def muon_exactness(scale: Scale, winners: Winners) -> list[Condition]:
-    base, five = tuned(scale, winners), "Polar Express, 5 steps"
+    base = tuned(scale, winners)
     tried = {
-        five: {},
+        FIVE_STEPS: {},
         "quintic, 5 steps": {"ns_coefficients": "quintic"},
         "cubic, 5 steps": {"ns_coefficients": "cubic"},
         "exact, by SVD": {"ns_method": "svd"},
     }
-    return [Condition(name, {**base, **fields}, None if name == five else five) for name, fields in tried.items()]
+    return [
+        Condition(name, {**base, **fields}, None if name == FIVE_STEPS else FIVE_STEPS)
+        for name, fields in tried.items()
+    ]
 
 
 @retest("muon-heads", "Should Muon take heads together, in groups, or one by one?", HEADS, varies="heads_per_matrix")
@@ -134,17 +139,11 @@ def tokens_per_parameter(scale: Scale, winners: Winners) -> list[Condition]:
     smallest, conditions = next(iter(scale.sizes.values())), []
     shape = {key: smallest[key] for key in SHAPE if key in smallest}
     adamw, muon = ({**tuned(scale, winners, optimizer), **shape} for optimizer in ("adamw", "muon"))
-    adamw["lr"] = times(adamw["lr"], _width(scale.dense) / _width(smallest))
+    adamw["lr"] = times(adamw["lr"], width_of(scale.dense) / width_of(smallest))
     for ratio, budget in scale.lengths.items():
         more = {**budget, "eval_every": max(1, budget["tokens"] // budget["batch_tokens"] // 16)}
         conditions += against_adamw({**adamw, **more}, {**muon, **more}, f", {ratio} a parameter")
     return conditions
-
-
-def _width(fields: Fields) -> int:
-    import model
-
-    return fields.get("d_model") or model.SIZES[fields["model"]].d_model
 
 
 def large_batch(scale: Scale, fields: Fields) -> Fields:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from engine.cli import AT_LEAST_1, BadInput, Count, Limit
-from engine.identity import MEASUREMENT, NOT_LEARNED, config_hash
+from engine.identity import MEASUREMENT, NOT_LEARNED, PUBLISHED_WITHOUT, config_hash
 from engine.own_optimizer import class_name
 from engine.ranks import Rank
 from settings import Settings, identity, resolve
@@ -28,11 +28,7 @@ from suites.fair import FIGHT, TRIALS, chosen_fight
 from suites.launcher import OVER, Job, LaterStages
 from suites.results import Results
 from suites.scales import SCALES, Fields, Scale
-from suites.suite import GROUPS, MOST_GROWTH, Condition, grown
-
-# Settings that are newer than published runs, at the value those runs have: left out of the hash, so names stay;
-# those that checkpoints lack too are in engine/identity.py.
-PUBLISHED_WITHOUT = {"doc_mask": False, "packing": "stream", "sample_every": 0}
+from suites.suite import GROUPS, MOST_GROWTH, RETESTS, Condition, grown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +184,7 @@ class Planner:
         if given is None:
             return suite.seeds_at(self.scale)
         group = self.chosen.suite in GROUPS
-        exact = suite.confirms == (False if group else SUITES[self.chosen.suite].confirms)
+        exact = suite.confirms == (self.chosen.suite == RETESTS if group else SUITES[self.chosen.suite].confirms)
         others = (seed for seed in itertools.count() if seed not in given)
         return given if exact else tuple(itertools.islice(others, 1 if suite.one_seed else len(given)))
 

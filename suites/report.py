@@ -21,7 +21,9 @@ from engine import files
 from engine.cli import BadInput, make_folder
 from suites import documents, fair_page, power_table
 from suites.advice import HOLDS, NOT, OPEN, Advice, advice, effects, recipes
+from suites.arms import ARMS
 from suites.claims import Claim, judge_all
+from suites.fair import TRIALS
 from suites.fair_ways import unequal_words
 from suites.figures import figures, routed, shared_name, watched
 from suites.judging import DECIDED, NOT_TESTABLE, UNDECIDED, Finding
@@ -130,9 +132,13 @@ def suite_chapters(results: Results, known: Mapping[str, Results], pictures: Seq
         title = f"Findings in the spectra{': ' * bool(shared_name(results))}{shared_name(results)}"
         chapters.append(Chapter(title, [Section(*reply) for reply in answers(runs)]))
     conditions: list[Table | Section] = []
-    if from_sweeps := results.settings_from_sweeps(known):
+    from_sweeps = results.settings_from_sweeps(known)
+    if TRIALS in results.suite.needs and TRIALS in known and (edges := fair_page.on_edges(known[TRIALS])):
+        from_sweeps.append(f"ON THE EDGE of the range of {TRIALS}, so a wider one may do better: {', '.join(edges)}.")
+    if from_sweeps:
         conditions.append(Section("Settings taken from sweeps", from_sweeps))
-    if fairness := results.fairness():
+    tuned = (lambda o: ARMS[o.optimizer].space) if TRIALS in results.suite.needs else (lambda o: ())
+    if fairness := results.fairness(tuned):
         conditions.append(Section("Fairness", fairness))
     if rows := documents.DEVIATIONS.get(results.suite.source):
         conditions.append(Section("What the document says, and what runs here", []))

@@ -237,7 +237,7 @@ class Results:
         for name in self.suite.needs:
             for arm in others[name].arms() if name in others else ():
                 best = others[name].best(arm)
-                if best is not None and arm in self.arms():
+                if best is not None and arm in {*self.arms(), *(o.name for o in self.outcomes)}:
                     edge = ", ON THE EDGE OF THE GRID" if others[name].on_edge(best) else ""
                     lines.append(f"From {name}: {best.name}{edge} (mean loss {best.loss:.4f}).")
         return lines

@@ -35,8 +35,7 @@ BALANCED = 0.95  # of the greatest entropy of the experts' shares
 SAME_SPREAD = 0.01  # relative deviation between seeds that counts as the same
 BAND = (12 / 21, 16 / 21)  # S3's layers 12 to 16 of 22, as shares of the depth
 ALIKE = 0.05  # difference of two such entropies that counts as none
-SHARES = Unit("", ".4f")
-ENTROPY = Unit("", ".4f")
+SHARES = ENTROPY = Unit("", ".4f")
 
 
 def event_mean(run: Run, key: str, projections: Sequence[str] | None = None, column: int = -1) -> float:
@@ -192,6 +191,8 @@ def same_signature(c: Context) -> Evidence:
     """The standard deviation of a matrix's effective rank over Muon's seeds, relative, is below 1 %: the root mean
     square over matrices."""
     runs = [watched(run) for run in c.outcome("muon").finished()]
+    if len(runs) < 2:
+        raise Lacking("needs several seeds")
     ranks = [np.concatenate([run.grid(name, "effective_rank")[1][:, -1] for name in run.projections()]) for run in runs]
     show = Unit(" %", ".2f", lambda log: 100 * SAME_SPREAD * math.exp(log))
     what = f"standard deviation of a matrix's effective rank between seeds, limit {show(0)}"

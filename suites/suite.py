@@ -171,12 +171,16 @@ def as_written(base: Fields, source: str, label: str = "", **measured: Any) -> l
 def width_scaled(scale: Scale, winners: Winners, size: Fields) -> Callable[[str], float]:
     """The rates of lr-sensitivity for a model of another size: AdamW's rate falls as 1 / width; Muon's stays, because
     its update is scaled by the matrix's shape. So no size trains at a rate tuned for another."""
-    import model
-
-    searched, width = (f.get("d_model") or model.SIZES[f["model"]].d_model for f in (scale.search, size))
+    searched, width = width_of(scale.search), width_of(size)
 
     def rate(optimizer: str) -> float:
         found = winners("lr-sensitivity", optimizer)["lr"]
         return found if optimizer == "muon" else float(f"{found * searched / width:.4g}")
 
     return rate
+
+
+def width_of(fields: Fields) -> int:
+    import model
+
+    return fields.get("d_model") or model.SIZES[fields["model"]].d_model

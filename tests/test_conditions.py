@@ -9,7 +9,7 @@ import pytest
 from analysis import plots, plots_conditions, plots_seeds
 from analysis.plots_conditions import Effect, Series
 from analysis.questions import layers_apart
-from analysis.runs import Group, load_run
+from analysis.runs import Group, load_run, stem_of
 from bench.synthetic import write_run
 from suites import advice, tables
 from suites.catalog import SUITES
@@ -286,6 +286,17 @@ def test_pairs_at_several_budgets_have_panels_and_an_axis_of_the_budget(tmp_path
         f"batches of {value:,}" for value in sorted(batch.values())[::2]
     ]
     assert [text.get_text() for text in curves.legends[0].get_texts()] == ["Muon", "AdamW (reference)"]
+
+
+def test_halves_of_muon_are_swept_apart(tmp_path):
+    names = [c.name for c in SUITES["muon-momentum-lr"].plan(SCALES["nano"], winners)]
+    rates = {name: float(name.rpartition(" ")[2]) for name in names}
+    finals = {name: (3.0 + rates[name] + ("without" in name), 3.1) for name in names}
+    results = results_of(tmp_path, "muon-momentum-lr", finals, lr=rates.get, spectra=False)
+    drawn = {drawing.picture.stem: drawing for drawing in figures(results)}
+    halves = ["Muon without momentum", "momentum, not orthogonalised"]
+    assert [stem for stem in drawn if "rates" in stem] == [f"muon-momentum-lr_rates_{stem_of(half)}" for half in halves]
+    assert list(dict.fromkeys(one.panel for one in series(results))) == halves
 
 
 def test_all_heads_together_are_drawn_beyond_the_largest_group_of_heads(tmp_path):

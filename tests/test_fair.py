@@ -246,7 +246,7 @@ def test_the_ways_to_win_are_paired_and_corrected_together(fought, shards_folder
     assert first.winner == "muon"
     said, gap = fair_ways.fight_findings(results, {}), -gaps.mean()
     assert said[0].startswith(
-        f"Muon wins in 3 of 4 ways. A 1k-parameter model trained on 262k tokens (128 steps, 1 CPU thread) ends "
+        f"Muon wins in 3 of 4 ways. A model of 1k parameters, trained on 262k tokens (128 steps, 1 CPU thread), ends "
         f"with a loss {gap:.3f} nats lower with Muon than with AdamW; Muon reaches AdamW's loss with "
     )
     assert said[1].startswith(
@@ -400,6 +400,20 @@ def test_times_are_judged_where_the_runs_were_steady_and_unequal_ones_are_told(f
     monkeypatch.setattr(results_module.Run, "train_seconds", seconds)
     (said,) = fair_ways.unequal_words(results)
     assert said.startswith("Equal time is not equal: Muon took 5.0 % longer than AdamW (13.4 against 12.8 s)")
+
+
+def test_an_arm_with_more_time_has_not_won_in_equal_time(fought, shards_folder, monkeypatch):
+    results = plan_of(fought, shards_folder, **SAME).results(FIGHT)
+
+    def equal_time():
+        return next(way for way in fair_ways.ways(results) if way.name == "equal time")
+
+    assert equal_time().test.difference < 0
+    for longer, winner in ((1.0, "muon"), (1.05, "open"), (1.01, "muon"), (0.9, "muon")):
+        seconds = property(lambda run, factor=longer: 12.8 * (factor if run.optimizer == "muon" else 1.0))
+        monkeypatch.setattr(results_module.Run, "train_seconds", seconds)
+        assert equal_time().winner == winner
+        assert fair_ways.outcome_words(equal_time()).endswith("so this stays open") == (winner == "open")
 
 
 def test_a_run_that_does_not_reach_the_loss_of_its_own_seed_is_counted(fought, shards_folder, tmp_path):

@@ -29,7 +29,15 @@ def run(
     val |= {"val_accuracy": np.full(len(losses), accuracy), "train_seconds": steps}
     config = {"optimizer": optimizer, "seed": seed, "steps": len(losses) - 1, "device": "cpu"} | config
     summary = {"status": "failed" if reason else "finished", "reason": reason, "peak_memory_bytes": memory}
-    return Run(Path(f"{optimizer}-{seed}"), config, summary, {"train_loss": np.array(train)}, val, list(spectra), [])
+    return Run(
+        Path(f"{optimizer}-{seed}"),
+        config,
+        summary,
+        {"train_loss": np.array(train), "step_ms": np.ones(len(train) or 1)},
+        val,
+        list(spectra),
+        [],
+    )
 
 
 def results(suite, conditions, against=None):

@@ -58,6 +58,8 @@ def test_both_optimizers_train_as_their_best_trial_did():
         for c in SUITES[name].plan(SCALES["nano"], best):
             assert (c.fields["model"], c.fields["beta1"], c.fields["warmup"]) == ("nano", 0.6, 0.05), name
             assert (c.fields["tokens"] > 1, c.fields["spectra_every"]) == (True, 0)
+    full = [c.fields for name in NAMES for c in SUITES[name].plan(SCALES["full"], best)]
+    assert {fields.get("eval_every") for fields in full} & {1} == set()  # a trial validates once, at its end
 
 
 def test_what_muon_leaves_trains_at_adamws_rate_of_the_blocks_and_with_its_betas():

@@ -181,6 +181,7 @@ def test_a_grid_does_not_grow_towards_rates_that_diverge(tmp_path, shards_folder
         ("baseline", (0, 1, 5), {"baseline": (0, 1, 5), "speedrun-lr": (2, 3, 4)}),
         ("moe-final", (9,), {"moe-final": (9,), "moe-adam": (0,), "moe-lr-adam": (0,)}),
         ("everything", (1, 0), {"moe-momentum": (1, 0), "moe-lr-muon": (1, 0), "baseline": (2, 3)}),
+        ("retests", (6, 7), {"muon-rows": (6, 7), "batch-size-lr": (0, 1), "fair-trials": (0,)}),
         ("moe-final", None, {"moe-final": FRESH_SEEDS, "moe-lr-muon": (0, 1, 2, 3, 4, 5)}),
     ],
 )

@@ -271,3 +271,10 @@ def test_a_real_lead_is_found():
     found = [family(simulated_suite(rng, 0.2)) for _ in range(50)]
     assert np.mean([test.excludes_zero for tests in found for test in tests]) > 0.9
     assert all(test.difference < 0 for tests in found for test in tests)
+
+
+def test_runs_of_before_and_after_a_new_setting_are_seeds_of_one_group(tmp_path):
+    folders = [write_run(tmp_path / "old"), write_run(tmp_path / "new", seed=1, left_lr=None, doc_mask=False)]
+    folders.append(write_run(tmp_path / "other", seed=2, left_lr=0.1))
+    groups = group_seeds([load_run(folder) for folder in folders])
+    assert [len(group.runs) for group in groups] == [2, 1]
