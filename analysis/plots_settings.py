@@ -167,6 +167,7 @@ SCALED = {
 }
 
 
+@captioned(SCALED["params"].caption.title, SCALED["params"].caption.how_to_read)
 def model_scaling(runs: Sequence[Run], key: str = "params") -> Figure:
     """Final loss, accuracy, perplexity and training time against the number of parameters, or another setting that
     grows, the best group at each value."""

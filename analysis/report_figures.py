@@ -43,7 +43,7 @@ def curve_drawings(runs: Sequence[Run]) -> list[Drawing]:
             stem = f"learning_rate_sensitivity{mark}"
             drawings.append(drawing(plots_settings.learning_rate_sensitivity, part, stem=stem, about=verdict.title))
     if plots_settings.has_sizes(runs):
-        drawings.append(drawing(plots_settings.model_scaling, runs, caption=plots_settings.SCALED["params"].caption))
+        drawings.append(drawing(plots_settings.model_scaling, runs))
     if any("lr" in run.train for run in runs):
         drawings.append(drawing(plots.learning_rate_schedules, runs))
     routed = [group.runs[0] for group in group_seeds([run for run in runs if run.experts])]
