@@ -395,14 +395,6 @@ def balance(shares: Sequence[float]) -> Balance:
     return Balance(entropy / math.log(len(p)), float(p.max() * len(p)), int((p * len(p) < DEAD_SHARE).sum()))
 
 
-def spread_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:
-    """Standard deviation and its interval, from the chi-square distribution of the variance; NaN below two values."""
-    if len(values) < 2:
-        return math.nan, math.nan, math.nan
-    spread = float(np.std(values, ddof=1))
-    return spread, *(spread * factor for factor in spread_factors(len(values) - 1, confidence))
-
-
 def spread_factors(freedom: float, confidence: float) -> tuple[float, float]:
     """The bounds of a standard deviation over its estimate."""
     tails = scipy_stats.chi2.ppf(((1 + confidence) / 2, (1 - confidence) / 2), freedom)

@@ -45,14 +45,14 @@ class Axis:
         low, high = self._coordinate(self.low), self._coordinate(self.high)
         at = low + place * (high - low)
         if self.along == "log of 1 - value":
-            return round(1 - _three_digits(math.exp(-at)), 9)
-        return _three_digits(at if self.along == "value" else math.exp(at))
+            return round(1 - three_digits(math.exp(-at)), 9)
+        return three_digits(at if self.along == "value" else math.exp(at))
 
     def on_edge(self, value: float) -> bool:
         return not EDGE <= self.place(value) <= 1 - EDGE
 
 
-def _three_digits(value: float) -> float:
+def three_digits(value: float) -> float:
     return float(f"{value:.3g}")
 
 

@@ -14,7 +14,6 @@ import numpy as np
 from analysis.runs import Run
 from analysis.stats import (
     MARGIN,
-    STEADY,
     difference,
     finite_only,
     first_reaching,
@@ -194,7 +193,7 @@ def timed(measure: Measure) -> Measure:
         numbers, words = found.numbers(tests), found.test_words(tests)
         if any(run.config.get("device") != "cuda" for run in c.results.runs()):
             return Finding(NOT_TESTABLE, f"{numbers}, on a CPU shared with other runs: needs a GPU", words)
-        if any(outcome.slowdown > STEADY for outcome in c.results.outcomes):
+        if any(outcome.busy for outcome in c.results.outcomes):
             return Finding(UNDECIDED, f"{numbers}; the machine was busy", words)
         return found
 

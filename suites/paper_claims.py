@@ -90,10 +90,9 @@ def rare_minus_frequent(run: Run) -> float:
 
 
 def _last_deciles(run: Run) -> np.ndarray:
-    losses = run.val.get("val_loss_by_decile")
-    if losses is None:
+    if "val_loss_by_decile" not in run.val:
         raise Lacking("the runs have not logged their losses by decile")
-    return losses[-1]
+    return run.val["val_loss_by_decile"][-1]
 
 
 def _mean_of(deciles: np.ndarray) -> float:

@@ -9,6 +9,7 @@ fight, on fresh seeds; where a variant asks for another rate, a sweep of its own
 import math
 from collections.abc import Callable
 
+from suites.arms import three_digits
 from suites.fair import TRIALS
 from suites.paper_claims import BATCH, EXACTNESS, FIVE_STEPS, HEADS, NORMUON, PARTS, RARE, RATIO, TRACK_3
 from suites.scales import Fields, Scale
@@ -39,10 +40,6 @@ def tuned(scale: Scale, winners: Winners, optimizer: str = "muon") -> Fields:
 
 def against_adamw(adamw: Fields, muon: Fields, label: str = "") -> list[Condition]:
     return [Condition(f"muon{label}", muon, f"adamw{label}"), Condition(f"adamw{label}", adamw)]
-
-
-def times(rate: float, factor: float) -> float:
-    return float(f"{rate * factor:.3g}")
 
 
 @retest("muon-parts", "Which projections gain by Muon?", PARTS, varies="muon_on", extra_tests=2)
@@ -102,7 +99,7 @@ HALVES: dict[str, Fields] = {
 @sweep("muon-momentum-lr", "Which rate suits each half of Muon?", TRACK_3)
 def muon_momentum_lr(scale: Scale, winners: Winners) -> list[Condition]:
     base = tuned(scale, winners)
-    rates = [times(base["lr"], factor) for factor in (1 / 4, 1 / 2, 1, 2)]
+    rates = [three_digits(base["lr"] * factor) for factor in (1 / 4, 1 / 2, 1, 2)]
     return [
         Condition(f"{half} lr {rate:g}", {**base, **fields, "lr": rate}, arm=half)
         for half, fields in HALVES.items()
@@ -139,7 +136,7 @@ def tokens_per_parameter(scale: Scale, winners: Winners) -> list[Condition]:
     smallest, conditions = next(iter(scale.sizes.values())), []
     shape = {key: smallest[key] for key in SHAPE if key in smallest}
     adamw, muon = ({**tuned(scale, winners, optimizer), **shape} for optimizer in ("adamw", "muon"))
-    adamw["lr"] = times(adamw["lr"], width_of(scale.dense) / width_of(smallest))
+    adamw["lr"] = three_digits(adamw["lr"] * width_of(scale.dense) / width_of(smallest))
     for ratio, budget in scale.lengths.items():
         more = {**budget, "eval_every": max(1, budget["tokens"] // budget["batch_tokens"] // 16)}
         conditions += against_adamw({**adamw, **more}, {**muon, **more}, f", {ratio} a parameter")
@@ -159,7 +156,7 @@ def batch_size_lr(scale: Scale, winners: Winners) -> list[Condition]:
         Condition(f"{optimizer} lr {rate:g}", {**large_batch(scale, fields), "lr": rate})
         for optimizer in OPTIMIZERS
         for fields in (tuned(scale, winners, optimizer),)
-        for rate in (times(fields["lr"], factor) for factor in (1, math.sqrt(LARGE_BATCH), LARGE_BATCH))
+        for rate in (three_digits(fields["lr"] * factor) for factor in (1, math.sqrt(LARGE_BATCH), LARGE_BATCH))
     ]
 
 

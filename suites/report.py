@@ -16,7 +16,7 @@ from analysis.pages import Chapter, Page, Picture, Section, Table, counted, numb
 from analysis.plots import Drawing, drawing
 from analysis.questions import answers
 from analysis.runs import optimizer_name
-from analysis.stats import STEADY, Contrast, p_words
+from analysis.stats import Contrast, p_words
 from engine import files
 from engine.cli import BadInput, make_folder
 from suites import documents, fair_page, power_table
@@ -280,7 +280,7 @@ def build_page(
 
 def busy_words(results: Results) -> list[str]:
     """The sentence on times that do not count, if there are any."""
-    busy = [outcome for outcome in results.outcomes if outcome.slowdown > STEADY]
+    busy = [outcome for outcome in results.outcomes if outcome.busy]
     if not busy:
         return []
     worst = max(busy, key=lambda outcome: outcome.slowdown)

@@ -82,8 +82,13 @@ class Outcome:
         return max(times) / min(times) if times else math.nan
 
     @property
+    def busy(self) -> bool:
+        """Whether its runs' times do not count: next to other work some seeds take longer than others."""
+        return self.slowdown > STEADY
+
+    @property
     def steady(self) -> bool:
-        """Whether its runs' times count: next to other work some seeds would take longer than others."""
+        """Whether they do; not before a run has finished."""
         return self.slowdown <= STEADY
 
     @property

@@ -25,7 +25,7 @@ from analysis.stats import (
     mean_over_seeds,
     median_time,
     slope,
-    spread_interval,
+    spread_factors,
     t_interval,
     tail_index,
     thin,
@@ -222,10 +222,8 @@ def test_the_balance_of_experts_by_hand():
 
 
 def test_the_interval_of_a_spread_is_that_of_chi_square():
-    spread, low, high = spread_interval([1.0, 2.0, 3.0])
-    assert spread == pytest.approx(1.0)
-    assert (low, high) == pytest.approx((math.sqrt(2 / 7.3778), math.sqrt(2 / 0.050636)), rel=1e-4)  # of the table
-    assert math.isnan(spread_interval([1.0])[0])
+    expected = math.sqrt(2 / 7.3778), math.sqrt(2 / 0.050636)  # of the table, two degrees of freedom
+    assert spread_factors(2, 0.95) == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_standard_error_gives_the_interval_at_any_confidence():
