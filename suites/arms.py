@@ -69,7 +69,7 @@ class Arm:
 
 # What every arm tunes next to the rate of its block matrices. Decay is so wide because AdamW's best may be 1.0.
 SHARED = {
-    "adamw_lr": Axis(0.001, 0.1),
+    "adamw_lr": Axis(0.001, 0.3),
     "weight_decay": Axis(0.003, 3.0),
     "warmup": Axis(0.0, 0.3, "value"),
 }

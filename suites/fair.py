@@ -48,20 +48,28 @@ def fair_trials(scale: Scale, winners: Winners) -> list[Condition]:
     needs=(TRIALS,),
 )
 def fair_fight(scale: Scale, winners: Winners) -> list[Condition]:
+    """Equal tokens; when these are over, equal time by their speeds, unless no run of some arm has finished."""
     fight = scale.fight
-    names = [arm.name for arm in fight.arms]
-    steps = equal_time(fight.steps, {name: winners.seconds_per_token(TRIALS, name) for name in names})
-    return [
-        Condition(
-            f"{arm.name}, {way}",
-            {**fight.fields, **arm.fixed, **winners(TRIALS, arm.name), **fight.budget(steps_of[arm.name], VALIDATIONS)},
-            None if arm.name == names[0] else f"{names[0]}, {way}",
-            arm.name,
-            arm.space,
-        )
-        for way, steps_of in ((EQUAL_TOKENS, dict.fromkeys(names, fight.steps)), (EQUAL_TIME, steps))
-        for arm in fight.arms
-    ]
+    first = fight.arms[0].name
+
+    def conditions(way: str, steps_of: Mapping[str, int]) -> list[Condition]:
+        budgets = {name: fight.budget(steps, VALIDATIONS) for name, steps in steps_of.items()}
+        return [
+            Condition(
+                f"{arm.name}, {way}",
+                {**fight.fields, **arm.fixed, **winners(TRIALS, arm.name), **budgets[arm.name]},
+                None if arm.name == first else f"{first}, {way}",
+                arm.name,
+                arm.space,
+            )
+            for arm in fight.arms
+        ]
+
+    tokens = conditions(EQUAL_TOKENS, {arm.name: fight.steps for arm in fight.arms})
+    speeds = winners.seconds_per_token(FIGHT, tokens)
+    if len(speeds) < len(fight.arms):
+        return tokens
+    return tokens + conditions(EQUAL_TIME, equal_time(fight.steps, speeds))
 
 
 def equal_time(steps: int, seconds_per_token: Mapping[str, float]) -> dict[str, int]:

@@ -142,7 +142,7 @@ def chapters(results: Results, known: Mapping[str, Results], pictures: Sequence[
     else:
         table = ways_table(results)
         fight = [answer, *([table] if table else [])]
-        fight.append(Section("Equal time, and whether times count", time_sentences(results, trials)))
+        fight.append(Section("Equal time, and whether times count", time_sentences(results)))
         if deciles := decile_sentence(results):
             fight.append(Section("Rare and frequent tokens, at equal tokens", deciles))
         found = [Chapter(FIGHT, fight), Chapter("Figures", list(pictures))]
@@ -202,7 +202,7 @@ NOTES = (
     "Every arm gets the same number of trials, drawn from the space declared for it before any was trained, on one "
     "seed; the best one is trained on fresh seeds. A diverged trial counts as the worst trial of any arm.",
     "Equal tokens: final losses, paired by seed. Equal time: each arm has the steps that take as long as the slowest "
-    "arm's, by its speed in the trials, and a schedule that ends with them. Times are judged where the runs were "
+    "arm's, by its speed at equal tokens, and a schedule that ends with them. Times are judged where the runs were "
     "steady: the slowest step of one condition's seeds at most 1.2 times the fastest.",
     "Tokens and seconds to the loss: when each equal-token run first has the final loss of the reference's run with "
     "the same seed, its schedule not yet over. The ratio is the reference's whole budget over that: of tokens, the "

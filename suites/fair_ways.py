@@ -1,7 +1,7 @@
 """Who wins the fair fight: the ways to win, their tests, and the sentences on them.
 
     for way in ways(results): print(way.winner)
-    fight_findings(results, known); time_sentences(results, trials)
+    fight_findings(results, known); time_sentences(results)
 
 Differences are of the final validation loss in nats, or of logarithms of tokens and seconds. Times are judged where the
 runs were steady (Outcome.steady); whether nothing else ran, only who started them knows.
@@ -252,19 +252,18 @@ def _log_seconds(way: Way) -> Difference:
     return difference(*(o.values(lambda run: math.log(run.train_seconds)) for o in (way.arm, way.reference)))
 
 
-def time_sentences(results: Results, trials: Results | None) -> list[str]:
+def time_sentences(results: Results) -> list[str]:
     """The speeds behind the equal-time budgets, the seconds they took, and whether they count."""
     lines, slowdowns = [], []
     for arm in results.arms():
         outcome, other = (results.outcome(f"{arm}, {way}") for way in (EQUAL_TIME, EQUAL_TOKENS))
-        if outcome is None or not outcome.finished():
+        if outcome is None or other is None or not (outcome.finished() and other.finished()):
             continue
-        speed = "" if trials is None else f"{1 / trials.seconds_per_token(arm):,.0f} tokens/s in the trials, so "
         seconds = mean_of(outcome, lambda run: run.train_seconds)
         steps = outcome.finished()[0].config["steps"]
-        reused = other is not None and [run.path for run in outcome.runs] == [run.path for run in other.runs]
-        same = ", the runs of equal tokens" if reused else ""
-        lines.append(f"{arm}: {speed}{steps} steps in equal time{same}; they took {seconds:.2f} s (mean).")
+        same = ", the same runs" if [run.path for run in outcome.runs] == [run.path for run in other.runs] else ""
+        speed = f"{1 / other.seconds_per_token:,.0f} tokens/s at equal tokens"
+        lines.append(f"{arm}: {speed}, so {steps} steps in equal time{same}; they took {seconds:.2f} s (mean).")
     for way in ways(results):
         if way.name == EQUAL_TIME:
             test = _log_seconds(way)

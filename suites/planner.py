@@ -10,6 +10,7 @@ import dataclasses
 import fnmatch
 import functools
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,10 +230,13 @@ class Planner:
             raise BadInput(f"{name}: every setting of {arm} has a failed run, so there is no best one")
         return best.condition.fields
 
-    def seconds_per_token(self, name: str, arm: str) -> float:
-        """Training seconds, the median over the arm's finished runs."""
-        self(name, arm)  # so all runs are over, and some have finished
-        return self.results(name).seconds_per_token(arm)
+    def seconds_per_token(self, name: str, conditions: Sequence[Condition]) -> dict[str, float]:
+        """As `suite.Winners`; without the arms of which no run finished."""
+        planned = self._planned(name, conditions)
+        if any(job.state() not in OVER for p in planned for job in p.jobs):
+            return {}
+        seconds = {o.arm: o.seconds_per_token for o in self._load(name, planned).outcomes}
+        return {arm: value for arm, value in seconds.items() if math.isfinite(value)}
 
     def estimate(self, stages: Sequence[Sequence[str]]) -> LaterStages:
         """The size of stages whose settings are not known yet. Runs that suites share count once."""
@@ -272,9 +276,9 @@ class Unknown:
     def __call__(self, suite: str, arm: str) -> Fields:
         return UnknownRates()
 
-    def seconds_per_token(self, suite: str, arm: str) -> float:
+    def seconds_per_token(self, suite: str, conditions: Sequence[Condition]) -> dict[str, float]:
         """Of every arm another, so that equal time is not taken for equal tokens."""
-        return 1 / (1 + 0.1 * [one.name for one in self.scale.fight.arms].index(arm))
+        return {arm: 1 / (1 + 0.1 * i) for i, arm in enumerate(dict.fromkeys(c.arm for c in conditions))}
 
 
 class UnknownRates(dict[str, Any]):

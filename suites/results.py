@@ -76,6 +76,12 @@ class Outcome:
         return self.values(lambda run: run.final_loss)
 
     @property
+    def seconds_per_token(self) -> float:
+        """Of training, the median over its runs; NaN before one has finished."""
+        seconds = [1 / run.tokens_per_second for run in self.finished()]
+        return float(np.median(seconds)) if seconds else math.nan
+
+    @property
     def slowdown(self) -> float:
         """A step of its slowest run over one of its fastest; NaN before a run has finished."""
         times = list(self.values(lambda run: run.step_ms).values())
@@ -181,11 +187,6 @@ class Results:
     def space(self, arm: str) -> Mapping[str, Axis]:
         """The range of each setting that was tuned for the arm."""
         return self.of_arm(arm)[0].condition.space
-
-    def seconds_per_token(self, arm: str) -> float:
-        """Of training, the median over the arm's finished runs."""
-        runs = [run for outcome in self.of_arm(arm) for run in outcome.finished()]
-        return float(np.median([1 / run.tokens_per_second for run in runs]))
 
     def best(self, arm: str) -> Outcome | None:
         """The arm's condition with the least mean loss."""

@@ -8,7 +8,7 @@ of a suite share model, batches, initialisation, validation tokens and weight de
 document's own settings.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,14 +18,14 @@ from suites.scales import Fields, Scale
 
 
 class Winners(Protocol):
-    """What the finished runs of other suites have shown of an arm."""
+    """What finished runs have shown of an arm."""
 
     def __call__(self, suite: str, arm: str) -> Fields:
         """The settings of the arm's best condition."""
         ...
 
-    def seconds_per_token(self, suite: str, arm: str) -> float:
-        """Training seconds, the median over the arm's runs."""
+    def seconds_per_token(self, suite: str, conditions: Sequence["Condition"]) -> Mapping[str, float]:
+        """Training seconds of the arm of each condition, the median over its runs; empty before all are over."""
         ...
 
 

@@ -54,7 +54,7 @@ def winners(suite, optimizer):
     return found | {"schedule": "cosine", "grad_clip": 1.0, "min_lr": 0.1} | WINNERS.get(optimizer, WINNERS["muon"])
 
 
-winners.seconds_per_token = lambda suite, arm: {"muon": 2e-4, "adamw": 1.6e-4}[arm]
+winners.seconds_per_token = lambda suite, conditions: {"muon": 2e-4, "adamw": 1.6e-4}
 
 
 def test_every_experiment_of_the_documents_is_a_suite():
