@@ -2,8 +2,9 @@
 
     run_here(jobs, free_slots(None)); jobs[0].state()
 
-A run is one process, `train.py --resume`, so an interrupted run continues where it was. The process inherits a lock: if
-a launcher was killed and its runs are still alive, the next launcher waits for them instead of starting them twice.
+A run is one process, `train.py --resume`, so an interrupted run continues where it was; without a GPU a fork of one
+that has imported PyTorch. It inherits a lock: if a launcher was killed and its runs are still alive, the next launcher
+waits for them instead of starting them twice.
 """
 
 import contextlib
@@ -26,12 +27,14 @@ from tqdm import tqdm
 from engine import files
 from engine.cli import BadInput
 from engine.cores import own_cores
+from suites.forked import Forked
 
 MOST_DEATHS = 3  # exits of a run without a summary, after which it is not started again
 BAD_INPUT = 2  # the exit code that a second try cannot change
 OVER = ("finished", "failed")
 DEATH = "-- ended without a summary, exit code "
 POLL_SECONDS = 0.5
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # the environment of a run without a GPU
 TRAIN = files.ROOT / "train.py"
 NOT_FINITE = re.compile(r"step \d+: loss ")  # begins the reason of a run that diverged (train.py)
 
@@ -134,11 +137,15 @@ def _held(path: Path) -> Iterator[int | None]:
         os.close(descriptor)
 
 
-def start(job: Job, environment: dict[str, str]) -> subprocess.Popen[bytes] | None:
+def start(job: Job, environment: dict[str, str]) -> subprocess.Popen[bytes] | Forked | None:
     """Start the run's process; None if another process trains this run already, a launcher's or one started by hand."""
     with _held(job.lock) as lock:
         if lock is None or _trains_by_itself(job):
             return None
+        if environment == ONE_THREAD:
+            process = Forked(job.command()[1:], environment, job.log, lock)
+            process.start()
+            return process
         with job.log.open("ab") as log:
             return subprocess.Popen(
                 job.command(),
@@ -183,7 +190,7 @@ def free_slots(jobs: int | None) -> list[dict[str, str]]:
     with one thread. `jobs` overrides their number."""
     gpus = _free_gpus()
     if gpus is None:
-        slots = [{"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}] * len(own_cores())
+        slots = [ONE_THREAD] * len(own_cores())
     elif not gpus:
         raise BadInput("every GPU has more than a tenth of its memory in use; wait, or set CUDA_VISIBLE_DEVICES")
     else:
@@ -228,7 +235,7 @@ def run_here(jobs: Sequence[Job], slots: Sequence[dict[str, str]], later: LaterS
     """Train every job that is not over, in order, one per slot at a time; Interrupted after Ctrl-C or SIGTERM, when
     each run has written its checkpoint. A second signal kills the runs."""
     waiting = [job for job in jobs if job.state() not in OVER]
-    running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}  # by slot
+    running: dict[int, tuple[Job, subprocess.Popen[bytes] | Forked]] = {}  # by slot
     stops: list[int] = []  # signals that this process has received
     sent: set[tuple[int, signal.Signals]] = set()  # (process id, signal) passed on to the runs
     before = {

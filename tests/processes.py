@@ -39,3 +39,7 @@ def steps_logged(folder):
 
 def children_of(pid):
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def descendants_of(pid):
+    return [found for child in children_of(pid) for found in (child, *descendants_of(child))]

@@ -23,7 +23,7 @@ from kernels import configs
 from model import KERNELS
 from settings import Settings, chosen_kernels, resolve
 from suites import launcher, planner
-from tests.processes import children_of, steps_logged
+from tests.processes import descendants_of, steps_logged
 
 SLIVER = ("run", "moe-lr-muon", "--scale", "nano", "--tokens", "8192", "--seeds", "0")
 RUNS, STEPS = 2, 4  # the rates 0.01 and 0.02
@@ -53,13 +53,14 @@ def assert_complete(tmp_path):
 def test_a_suite_killed_in_the_middle_loses_and_repeats_nothing(tmp_path, shards_folder, runs_die_too, run_main):
     words = command(tmp_path, shards_folder, jobs=("--jobs", "1"))
     suite = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL)
-    wait_until(lambda: list(tmp_path.glob("*/summary.json")) and children_of(suite.pid))
-    children = children_of(suite.pid)
+    wait_until(lambda: list(tmp_path.glob("*/summary.json")) and len(list(tmp_path.glob("*/metrics.jsonl"))) == RUNS)
+    processes = descendants_of(suite.pid)
+    assert len(processes) >= 2  # the one that forks, and a run
     suite.kill()
     suite.wait()
     if runs_die_too:
-        for child in children:
-            os.kill(child, signal.SIGKILL)
+        for process in processes:
+            os.kill(process, signal.SIGKILL)
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/summary.json")}
     again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stdout + again.stderr
@@ -69,12 +70,13 @@ def test_a_suite_killed_in_the_middle_loses_and_repeats_nothing(tmp_path, shards
     assert re.findall(r"(\d+) to go", third) == ["0"]
 
 
-def test_an_interrupted_suite_stops_its_runs_and_can_be_continued(tmp_path, shards_folder):
-    suite = subprocess.Popen(
-        command(tmp_path, shards_folder), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_suite_stops_its_runs_and_can_be_continued(tmp_path, shards_folder, number):
+    """The signal reaches every process of the group, as Ctrl-C and `timeout` send it."""
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    suite = subprocess.Popen(command(tmp_path, shards_folder), cwd=ROOT, start_new_session=True, **silent)
     wait_until(lambda: len(list(tmp_path.glob("*/metrics.jsonl"))) >= 2)
-    suite.send_signal(signal.SIGINT)
+    os.killpg(suite.pid, number)
     _, err = suite.communicate(timeout=60)
     assert suite.returncode == 130
     assert "interrupted; run the same command to continue" in err
