@@ -129,11 +129,12 @@ def train_with_growth(
     later: LaterStages,
     arguments: RunArguments,
 ) -> list[Job]:
-    """Train a stage, then what the grids of its sweeps have grown by meanwhile; returns all of its runs."""
+    """Train a stage, then what its suites have grown by meanwhile, as grids and equal time do; returns all of its
+    runs."""
     while True:
         train_stage(stage, jobs, slots, later, arguments)
         more = jobs_of(planner, stage)
-        if len(more) == len(jobs):
+        if {job.name for job in more} <= {job.name for job in jobs}:
             return jobs
         jobs, arguments = more, replace(arguments, retry=False)
         for sentence in filter(None, map(planner.grown_sentence, stage)):

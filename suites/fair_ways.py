@@ -255,6 +255,11 @@ def _log_seconds(way: Way) -> Difference:
 def time_sentences(results: Results) -> list[str]:
     """The speeds behind the equal-time budgets, the seconds they took, and whether they count."""
     lines, slowdowns = [], []
+    if not any(o.name.endswith(EQUAL_TIME) for o in results.outcomes):
+        lines.append(
+            "No runs of equal time: their steps follow from the speeds at equal tokens, when these are over and each "
+            "arm has a finished run."
+        )
     for arm in results.arms():
         outcome, other = (results.outcome(f"{arm}, {way}") for way in (EQUAL_TIME, EQUAL_TOKENS))
         if outcome is None or other is None or not (outcome.finished() and other.finished()):

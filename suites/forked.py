@@ -1,90 +1,100 @@
-"""Run scripts as forks of a process that has imported PyTorch: a training starts in 1 second instead of 7.
+"""Fork the runs of a CPU from a process that has imported what they need, so that each begins at once.
 
-    process = Forked(words, environment, log, lock); process.start(); process.poll()
+    forks = Forks(TRAIN); run = forks.start(arguments, environment, log, lock); run.poll(); forks.close()
 
-That process is multiprocessing's fork server. It imports and computes nothing, so its forks inherit neither threads nor
-random numbers. It lives until the last of them has ended, whatever becomes of the process that asked for them.
+That process is suites/nursery.py. It computes nothing, so that no run inherits threads or random numbers, and has a
+session of its own, so that no signal to the launcher's group reaches it. All runs have the code of the moment when it
+started, and record that commit. It ends with the launcher; the runs go on.
 """
 
 import contextlib
-import multiprocessing
+import json
 import os
-import runpy
-import signal
+import select
+import socket
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from multiprocessing import forkserver, reduction
 from pathlib import Path
-from typing import Any
 
-from engine import files
+from engine.cli import RunFailed
+from suites import nursery
 
-FORKING = multiprocessing.get_context("forkserver")
-# What runs import; train.py first, since it says how libgomp's threads wait. Every optimizer imports torch._dynamo.
-FORKING.set_forkserver_preload(["train", "torch._dynamo", "experiments"])
+LOST = 255  # the exit code of a run that ends when its nursery has gone
 
 
-class Forked(FORKING.Process):
-    """`words`, a script and its arguments, run by Python in its own session, with the methods of subprocess.Popen that
-    a launcher needs. The log gets its output; it holds `lock`, a file descriptor, as long as it lives."""
+class Forks:
+    """A nursery, seen from the launcher: starts `main()` of a script in forks, and knows how they ended. All of them
+    have the environment that libraries read when they are imported, `environment`, in common."""
 
-    def __init__(self, words: Sequence[str], environment: Mapping[str, str], log: Path, lock: int) -> None:
-        arguments = (list(words), os.getcwd(), {**os.environ, **environment}, log.absolute(), _Inherited(lock))
-        super().__init__(target=_run, args=arguments)
-        self.environment = environment
+    def __init__(self, script: Path, environment: Mapping[str, str]) -> None:
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, nursery.__file__, str(script), str(theirs.fileno())],
+                env={**os.environ, **environment},
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+            )
+        self.codes: dict[int, int] = {}
 
-    def start(self) -> None:
-        _serve(self.environment)
-        super().start()
+    def start(self, arguments: Sequence[str], environment: Mapping[str, str], log: int, lock: int) -> "Fork":
+        """A fork with these arguments, in this folder; its output goes to the descriptor `log`, and it holds `lock` as
+        long as it lives. RunFailed where the nursery has ended, as at an error in the script, which it has printed."""
+        told = {"arguments": list(arguments), "folder": os.getcwd(), "environment": {**os.environ, **environment}}
+        with contextlib.suppress(BrokenPipeError):
+            socket.send_fds(self.socket, [json.dumps(told).encode()], [log, lock])
+        while True:
+            message = self._receive()
+            if message is None:
+                raise RunFailed(f"the process that starts the runs has ended, exit code {self.process.wait()}")
+            if "code" not in message:
+                return Fork(self, message["pid"])
+
+    def look(self) -> None:
+        """Note the exit codes that have come."""
+        while select.select([self.socket], [], [], 0)[0] and self._receive() is not None:
+            pass
+
+    def _receive(self) -> dict[str, int] | None:
+        """The next message, None at the end; an exit code is noted."""
+        try:
+            message = json.loads(self.socket.recv(nursery.MOST_BYTES) or "null")
+        except ConnectionResetError:
+            return None
+        if message is not None and "code" in message:
+            self.codes[message["pid"]] = message["code"]
+        return message
+
+    def close(self) -> None:
+        """End the nursery, not the runs."""
+        self.socket.close()
+        self.process.wait()
+
+
+class Fork:
+    """A run, with the methods of subprocess.Popen that a launcher needs."""
+
+    def __init__(self, forks: Forks, pid: int) -> None:
+        self.forks, self.pid = forks, pid
 
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None while it runs."""
-        return self.exitcode
+        self.forks.look()
+        if self.pid not in self.forks.codes and self.forks.process.poll() is not None and not _lives(self.pid):
+            self.forks.codes[self.pid] = LOST
+        return self.forks.codes.get(self.pid)
 
     def send_signal(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, number)
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
 
-class _Inherited:
-    """A file descriptor that a fork has too."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __reduce__(self) -> tuple:
-        return _detached, (reduction.DupFd(self.number),)
-
-
-def _detached(copy: Any) -> int:
-    return copy.detach()
-
-
-def _serve(environment: Mapping[str, str]) -> None:
-    """Start the fork server if there is none. Libraries read the environment when they are imported. SIGTERM to a whole
-    group is the launcher's to pass on, and blocked in the server, which must live to tell how the runs end."""
-    before, path = dict(os.environ), os.pathsep.join(filter(None, (str(files.ROOT), os.environ.get("PYTHONPATH"))))
-    os.environ.update({**environment, "PYTHONPATH": path})
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+def _lives(pid: int) -> bool:
     try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def _run(words: list[str], folder: str, environment: dict[str, str], log: Path, lock: int) -> None:
-    """In the fork: become what a new process would be, then run the script. `lock` stays open."""
-    os.setsid()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(environment)
-    with contextlib.suppress(OSError):  # another system than Linux
-        Path("/proc/self/comm").write_text(Path(words[0]).name, encoding="utf-8")  # for top and pgrep
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for descriptor in (1, 2):
-        os.dup2(output, descriptor)
-    sys.argv = words
-    runpy.run_path(words[0], run_name="__main__")
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

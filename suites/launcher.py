@@ -27,7 +27,7 @@ from tqdm import tqdm
 from engine import files
 from engine.cli import BadInput
 from engine.cores import own_cores
-from suites.forked import Forked
+from suites.forked import Fork, Forks
 
 MOST_DEATHS = 3  # exits of a run without a summary, after which it is not started again
 BAD_INPUT = 2  # the exit code that a second try cannot change
@@ -68,9 +68,11 @@ class Job:
     def lock(self) -> Path:
         return self.runs_dir / "logs" / f"{self.name}.lock"
 
+    def arguments(self) -> list[str]:
+        return [*self.flags, "--runs-dir", str(self.runs_dir), "--name", self.name, "--resume", "--no-plots"]
+
     def command(self) -> list[str]:
-        where = ("--runs-dir", str(self.runs_dir), "--name", self.name)
-        return [sys.executable, str(TRAIN), *self.flags, *where, "--resume", "--no-plots"]
+        return [sys.executable, str(TRAIN), *self.arguments()]
 
     def summary(self) -> dict[str, Any]:
         path = self.folder / files.SUMMARY
@@ -137,16 +139,15 @@ def _held(path: Path) -> Iterator[int | None]:
         os.close(descriptor)
 
 
-def start(job: Job, environment: dict[str, str]) -> subprocess.Popen[bytes] | Forked | None:
-    """Start the run's process; None if another process trains this run already, a launcher's or one started by hand."""
+def start(job: Job, environment: dict[str, str], forks: Forks | None = None) -> subprocess.Popen[bytes] | Fork | None:
+    """Start the run's process, a fork where there are `forks`; None if another process trains this run already, a
+    launcher's or one started by hand."""
     with _held(job.lock) as lock:
         if lock is None or _trains_by_itself(job):
             return None
-        if environment == ONE_THREAD:
-            process = Forked(job.command()[1:], environment, job.log, lock)
-            process.start()
-            return process
         with job.log.open("ab") as log:
+            if forks is not None:
+                return forks.start(job.arguments(), environment, log.fileno(), lock)
             return subprocess.Popen(
                 job.command(),
                 env=os.environ | environment,
@@ -235,7 +236,7 @@ def run_here(jobs: Sequence[Job], slots: Sequence[dict[str, str]], later: LaterS
     """Train every job that is not over, in order, one per slot at a time; Interrupted after Ctrl-C or SIGTERM, when
     each run has written its checkpoint. A second signal kills the runs."""
     waiting = [job for job in jobs if job.state() not in OVER]
-    running: dict[int, tuple[Job, subprocess.Popen[bytes] | Forked]] = {}  # by slot
+    running: dict[int, tuple[Job, subprocess.Popen[bytes] | Fork]] = {}  # by slot
     stops: list[int] = []  # signals that this process has received
     sent: set[tuple[int, signal.Signals]] = set()  # (process id, signal) passed on to the runs
     before = {
@@ -243,6 +244,7 @@ def run_here(jobs: Sequence[Job], slots: Sequence[dict[str, str]], later: LaterS
         for number in (signal.SIGINT, signal.SIGTERM)
     }
     progress = SuiteProgress(jobs, later)
+    forks = Forks(TRAIN, ONE_THREAD) if waiting and ONE_THREAD in slots else None
     try:
         while (waiting and not stops) or running:
             stop = signal.SIGKILL if len(stops) > 1 else signal.SIGTERM
@@ -265,7 +267,7 @@ def run_here(jobs: Sequence[Job], slots: Sequence[dict[str, str]], later: LaterS
                     job = waiting.pop(0)
                     if job.state() in OVER:
                         progress.ended(job)  # finished by a process that outlived an earlier launcher
-                    elif (process := start(job, slots[slot])) is None:
+                    elif (process := start(job, slots[slot], forks)) is None:
                         elsewhere.append(job)
                     else:
                         running[slot] = job, process
@@ -274,6 +276,8 @@ def run_here(jobs: Sequence[Job], slots: Sequence[dict[str, str]], later: LaterS
             time.sleep(POLL_SECONDS)
     finally:
         progress.close()
+        if forks is not None:
+            forks.close()
         for number, handler in before.items():
             signal.signal(number, handler)
     if stops:

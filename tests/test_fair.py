@@ -261,7 +261,9 @@ def test_equal_time_is_planned_when_each_arm_has_a_speed(fought, shards_folder, 
         if "tokens" in p.condition.name
     }
     (tmp_path / "runs" / jobs["muon, equal tokens"][0].name / "summary.json").unlink()
-    assert [p.condition.name for p in plan_of(tmp_path / "runs", shards_folder, **SAME).plan(FIGHT)] == list(jobs)
+    plan = plan_of(tmp_path / "runs", shards_folder, **SAME)
+    assert [p.condition.name for p in plan.plan(FIGHT)] == list(jobs)
+    assert fair_ways.time_sentences(plan.results(FIGHT))[0].startswith("No runs of equal time: their steps follow from")
     for job in jobs["muon, equal tokens"]:
         reason = {"status": "failed", "reason": "step 3: loss nan, gradient norm nan"}
         (tmp_path / "runs" / job.name / "summary.json").write_text(json.dumps(reason))

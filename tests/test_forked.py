@@ -1,7 +1,5 @@
 """Runs as forks: what they are given, how they end, and that they train as a new process does."""
 
-import json
-import multiprocessing.forkserver
 import os
 import signal
 import time
@@ -11,83 +9,113 @@ import pytest
 import torch
 
 from engine import files
-from suites import launcher
-from suites.forked import Forked
+from engine.cli import RunFailed
+from suites import forked, launcher
+from suites.forked import Forks
 from tests.conftest import SMALL_MODEL
 
-LOOK = """
-import os, sys
-print(sys.argv[1:], os.environ["X"], os.getcwd(), os.getsid(0) == os.getpid(), __name__, flush=True)
-os.system("echo of a child")
-print("an error", file=sys.stderr)
-sys.exit(3)
+SCRIPT = """
+import os, sys, time
+
+def main():
+    if sys.argv[1] == "wait":
+        os.write(1, b"ready")
+        time.sleep(60)
+    print(sys.argv[1:], os.environ["X"], os.getcwd(), os.getsid(0) == os.getpid(), flush=True)
+    os.system("echo of a child")
+    print("an error", file=sys.stderr)
+    return 3
 """
-WAIT = "import os, time\nos.write(1, b'ready')\ntime.sleep(60)\n"
+DEADLINE = 60
 
 
 @pytest.fixture
-def forked(tmp_path):
-    """Start a script as a fork that holds `lock`; returns the process and the log."""
+def nursery(tmp_path):
+    """start(arguments ...) forks a script that holds `lock`; returns the fork and its log."""
+    script, log = tmp_path / "script.py", tmp_path / "log.txt"
+    script.write_text(SCRIPT)
+    forks = Forks(script, launcher.ONE_THREAD)
 
-    def start(code, *arguments):
-        script, log = tmp_path / "script.py", tmp_path / "log.txt"
-        script.write_text(code)
+    def start(*arguments):
         lock = os.open(tmp_path / "lock", os.O_CREAT | os.O_RDWR)
         assert files.lock(lock, tmp_path / "lock")
-        process = Forked([str(script), *arguments], {**launcher.ONE_THREAD, "X": "y"}, log, lock)
-        process.start()
+        with log.open("ab") as file:
+            fork = forks.start(arguments, {"X": "y"}, file.fileno(), lock)
         os.close(lock)
-        return process, log
+        return fork, log
 
-    return start
-
-
-def wait_for(process):
-    process.join(60)
-    return process.poll()
+    start.forks = forks
+    yield start
+    forks.close()
 
 
-def test_a_fork_is_what_a_new_process_would_be(forked, tmp_path, monkeypatch):
+def wait_for(condition):
+    end = time.monotonic() + DEADLINE
+    while (found := condition()) in (None, ""):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return found
+
+
+def is_locked(path):
+    lock = os.open(path, os.O_RDWR)
+    try:
+        return not files.lock(lock, path)
+    finally:
+        os.close(lock)
+
+
+def test_a_fork_is_what_a_new_process_would_be(nursery, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = dict(os.environ)
-    process, log = forked(LOOK, "--a", "b")
-    assert wait_for(process) == 3
-    said = f"['--a', 'b'] y {tmp_path} True __main__\nof a child\nan error\n"
-    assert log.read_text() == said
+    fork, log = nursery("--a", "b")
+    assert wait_for(fork.poll) == 3
+    assert log.read_text() == f"['--a', 'b'] y {tmp_path} True\nof a child\nan error\n"
     assert dict(os.environ) == before
-    server = multiprocessing.forkserver._forkserver._forkserver_pid
-    threads = [line for line in Path(f"/proc/{server}/status").read_text().splitlines() if line.startswith("Threads:")]
-    assert threads == ["Threads:\t1"]  # a fork would lose the others, with what they hold
+    status = Path(f"/proc/{nursery.forks.process.pid}/status").read_text().splitlines()
+    assert "Threads:\t1" in status  # a fork would lose the others, with what they hold
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_fork_holds_its_lock_until_a_signal_ends_it(forked, tmp_path, number):
-    process, log = forked(WAIT)
-    while not log.exists() or not log.read_text():
-        time.sleep(0.02)
-    lock = os.open(tmp_path / "lock", os.O_RDWR)
-    assert not files.lock(lock, tmp_path / "lock")
-    assert process.poll() is None
-    assert Path(f"/proc/{process.pid}/comm").read_text() == "script.py\n"
-    process.send_signal(number)
-    assert wait_for(process) == -number
-    process.send_signal(number)  # as Popen, it lets a process be that is gone
-    assert files.lock(lock, tmp_path / "lock")
-    os.close(lock)
+def test_a_fork_holds_its_lock_until_a_signal_ends_it(nursery, tmp_path, number):
+    fork, log = nursery("wait")
+    wait_for(log.read_text)
+    assert is_locked(tmp_path / "lock")
+    assert fork.poll() is None
+    fork.send_signal(number)
+    assert wait_for(fork.poll) == -number
+    fork.send_signal(number)  # as Popen's, to a process that has ended: nothing
+    assert not is_locked(tmp_path / "lock")
+
+
+def test_a_fork_outlives_its_nursery_and_is_seen_to_end(nursery, tmp_path):
+    fork, log = nursery("wait")
+    wait_for(log.read_text)
+    nursery.forks.process.kill()
+    nursery.forks.process.wait()
+    assert fork.poll() is None
+    assert is_locked(tmp_path / "lock")
+    fork.send_signal(signal.SIGKILL)
+    assert wait_for(fork.poll) == forked.LOST
+    with pytest.raises(RunFailed, match="the process that starts the runs has ended, exit code -9"):
+        nursery("wait")
+
+
+def test_a_script_that_cannot_be_imported_ends_in_a_sentence(tmp_path):
+    (tmp_path / "script.py").write_text("import no_such_module")
+    forks = Forks(tmp_path / "script.py", launcher.ONE_THREAD)
+    with (tmp_path / "log").open("ab") as log, pytest.raises(RunFailed, match="has ended, exit code 1"):
+        forks.start([], {}, log.fileno(), log.fileno())
+    forks.close()
 
 
 def test_a_fork_trains_as_a_new_process_does(tmp_path, shards_folder):
     flags = (*SMALL_MODEL, "--data", str(shards_folder), "--tokens", "1024", "--eval-every", "2")
-    for name, environment in (("forked", launcher.ONE_THREAD), ("new", {})):
+    weights = {}
+    for name in ("forked", "new"):
         job = launcher.Job(name, flags, steps=4, tokens=1024, runs_dir=tmp_path)
-        process = launcher.start(job, environment)
-        assert isinstance(process, Forked) == (name == "forked")
-        while process.poll() is None:
-            time.sleep(0.05)
-        assert process.poll() == 0, job.log.read_text()
-    weights = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=False)["model"] for name in ("forked", "new")]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-    lines = [[json.loads(x) for x in (tmp_path / n / "metrics.jsonl").open()] for n in ("forked", "new")]
-    losses = [[line["val_loss"] for line in one if line["kind"] == "val"] for one in lines]
-    assert losses[0] == losses[1]
+        launcher.run_here([job], [launcher.ONE_THREAD if name == "forked" else {}])
+        assert job.state() == "finished"
+        weights[name] = torch.load(job.folder / "checkpoint.pt", weights_only=False)["model"]
+    assert weights["forked"].keys() == weights["new"].keys()
+    assert all(torch.equal(weight, weights["new"][key]) for key, weight in weights["forked"].items())
