@@ -179,6 +179,8 @@ def verdict(own: list[Way], trials: Results | None) -> str:
     head = f"No clear winner between {arm} and {reference}."
     if len(won) == 1:
         share = "" if len(wins) == len(own) else f" in {len(wins)} of {len(own)} ways"
+        if busy := [way.name for way in own if not way.judged]:
+            share += f"; {' and '.join(busy)} {'is' if len(busy) == 1 else 'are'} not judged"
         head = f"{called(wins[0].arm if won == {first.arm.arm} else first.reference)} wins{share}."
     if not first.test.tested:
         return head

@@ -324,6 +324,9 @@ def test_times_are_judged_where_the_runs_were_steady_and_unequal_ones_are_told(f
     }
     said = fair_ways.fight_findings(results, {})[1:5]
     assert ["not judged, the machine was busy" in line for line in said] == [False, True, False, True]
+    assert fair_ways.fight_findings(results, {})[0].startswith(
+        "Muon wins in 2 of 4 ways; equal time and seconds to the loss are not judged. A model of"
+    )
     assert "(limit 1.2): not steady" in fair_ways.time_sentences(results)[-1]
     seconds = property(lambda run: 12.8 * (1.05 if run.optimizer == "muon" else 1.0))
     monkeypatch.setattr(results_module.Run, "train_seconds", seconds)
