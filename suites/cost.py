@@ -20,7 +20,7 @@ from settings import EVENTS_PER_RUN
 # that share a machine cost each other.
 CORE_FLOPS = 100e9
 SHARE_OF_PRODUCT = 0.45  # CORE_FLOPS is this share of the rate of that core's fp32 product, 220 GFLOP/s
-START_SECONDS = 5.0  # to import torch, warm up, write the last checkpoint
+START_SECONDS = 1.5  # to fork, warm up, write the last checkpoint
 VOCABULARY = 4096  # of the shards for nano models
 SHAPE = ("layers", "d_model", "heads", "kv_heads", "d_ff", "ffn", "seq_len", "experts", "top_k")
 
