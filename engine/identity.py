@@ -5,7 +5,6 @@
 This is the one table of settings that do not count; importing it does not import torch.
 """
 
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -55,7 +54,6 @@ def check_same_run(name: str, old: dict[str, Any], new: dict[str, Any]) -> None:
     raise BadInput(f"--resume {name}: its settings differ ({differences}); repeat them or choose another name")
 
 
-@functools.cache
 def provenance() -> dict[str, Any]:
     """Commit and versions that a run's config.json records; None where something is absent."""
     versions = {}

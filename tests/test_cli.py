@@ -153,9 +153,9 @@ def test_no_other_repositorys_commit_is_recorded_as_ours(tmp_path, monkeypatch):
     other.mkdir()
     in_repository(tmp_path / "other")
     monkeypatch.setattr(identity, "ROOT", ours)
-    assert identity.provenance.__wrapped__()["git_commit"] is None  # unpacked inside another repository
+    assert identity.provenance()["git_commit"] is None  # unpacked inside another repository
     in_repository(other)
     commit = in_repository(ours)
-    assert identity.provenance.__wrapped__()["git_commit"] == commit
+    assert identity.provenance()["git_commit"] == commit
     monkeypatch.setenv("GIT_DIR", str(other / ".git"))
-    assert identity.provenance.__wrapped__()["git_commit"] == commit
+    assert identity.provenance()["git_commit"] == commit

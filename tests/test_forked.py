@@ -101,6 +101,26 @@ def test_a_fork_outlives_its_nursery_and_is_seen_to_end(nursery, tmp_path):
         nursery("wait")
 
 
+def test_forks_record_the_commit_of_the_moment_when_their_code_was_imported(tmp_path):
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "__init__.py").touch()
+    head = "Path(__file__).with_name('HEAD').read_text()"
+    code = f"from pathlib import Path\ndef provenance(): return {{'git_commit': {head}}}"
+    (tmp_path / "engine" / "identity.py").write_text(code)
+    (tmp_path / "engine" / "HEAD").write_text("first")
+    (tmp_path / "script.py").write_text(
+        "from engine.identity import provenance\ndef main(): print(provenance()['git_commit'])"
+    )
+    forks = Forks(tmp_path / "script.py", launcher.ONE_THREAD)
+    with (tmp_path / "log").open("ab") as log:
+        for head in ("first", "second"):
+            (tmp_path / "engine" / "HEAD").write_text(head)
+            fork = forks.start([], {}, log.fileno(), log.fileno())
+            assert wait_for(fork.poll) == 0
+    forks.close()
+    assert (tmp_path / "log").read_text() == "first\nfirst\n"
+
+
 def test_a_script_that_cannot_be_imported_ends_in_a_sentence(tmp_path):
     (tmp_path / "script.py").write_text("import no_such_module")
     forks = Forks(tmp_path / "script.py", launcher.ONE_THREAD)
