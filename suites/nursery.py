@@ -24,9 +24,10 @@ MOST_BYTES = 2**20  # of a message; an environment is 10 kB
 def main(script: Path, connection: socket.socket) -> NoReturn:
     sys.path[:0] = str(script.parent), str(Path(__file__).parent.parent)
     identity = importlib.import_module("engine.identity")
-    identity.provenance = functools.partial(dict, identity.provenance())  # of this code, whatever is committed meanwhile
+    identity.provenance = functools.partial(dict, identity.provenance())  # of this code, whatever is committed later
     module = importlib.import_module(script.stem)
-    importlib.import_module("torch._dynamo")  # every optimizer does
+    if "torch" in sys.modules:
+        importlib.import_module("torch._dynamo")  # every optimizer does
     told = serve(connection)
     os.chdir(told["folder"])
     os.environ.clear()

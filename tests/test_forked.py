@@ -129,13 +129,14 @@ def test_a_script_that_cannot_be_imported_ends_in_a_sentence(tmp_path):
     forks.close()
 
 
-def test_a_fork_trains_as_a_new_process_does(tmp_path, shards_folder):
-    flags = (*SMALL_MODEL, "--data", str(shards_folder), "--tokens", "1024", "--eval-every", "2")
-    weights = {}
-    for name in ("forked", "new"):
-        job = launcher.Job(name, flags, steps=4, tokens=1024, runs_dir=tmp_path)
-        launcher.run_here([job], [launcher.ONE_THREAD if name == "forked" else {}])
-        assert job.state() == "finished"
-        weights[name] = torch.load(job.folder / "checkpoint.pt", weights_only=False)["model"]
-    assert weights["forked"].keys() == weights["new"].keys()
-    assert all(torch.equal(weight, weights["new"][key]) for key, weight in weights["forked"].items())
+def test_a_fork_trains_as_this_process_does(tmp_path, shards_folder, train_small):
+    flags = ("--tokens", "1024", "--eval-every", "4", "--spectra-every", "0")
+    job = launcher.Job(
+        "fork", (*SMALL_MODEL, "--data", str(shards_folder), *flags), steps=4, tokens=1024, runs_dir=tmp_path
+    )
+    launcher.run_here([job], [launcher.ONE_THREAD])
+    code, here, _, _ = train_small("here", *flags)
+    assert (job.state(), code) == ("finished", 0)
+    forked, ours = (torch.load(f / "checkpoint.pt", weights_only=False)["model"] for f in (job.folder, here))
+    assert forked.keys() == ours.keys()
+    assert all(torch.equal(weight, ours[key]) for key, weight in forked.items())
