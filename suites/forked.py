@@ -1,6 +1,6 @@
 """Fork the runs of a CPU from a process that has imported what they need, so that each begins at once.
 
-    forks = Forks(TRAIN); run = forks.start(arguments, environment, log, lock); run.poll(); forks.close()
+    forks = Forks(TRAIN, environment); run = forks.start(arguments, log, lock); run.poll(); forks.close()
 
 That process is suites/nursery.py. It computes nothing, so that no run inherits threads or random numbers, and has a
 session of its own, so that no signal to the launcher's group reaches it. All runs have the code of the moment when it
@@ -25,7 +25,7 @@ LOST = 255  # the exit code of a run that ends when its nursery has gone
 
 class Forks:
     """A nursery, seen from the launcher: starts `main()` of a script in forks, and knows how they ended. All of them
-    have the environment that libraries read when they are imported, `environment`, in common."""
+    are in this folder and have this environment and `environment`, which libraries read when they are imported."""
 
     def __init__(self, script: Path, environment: Mapping[str, str]) -> None:
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -39,12 +39,11 @@ class Forks:
             )
         self.codes: dict[int, int] = {}
 
-    def start(self, arguments: Sequence[str], environment: Mapping[str, str], log: int, lock: int) -> "Fork":
-        """A fork with these arguments, in this folder; its output goes to the descriptor `log`, and it holds `lock` as
+    def start(self, arguments: Sequence[str], log: int, lock: int) -> "Fork":
+        """A fork with these arguments; its output goes to the descriptor `log`, and it holds `lock` as
         long as it lives. RunFailed where the nursery has ended, as at an error in the script, which it has printed."""
-        told = {"arguments": list(arguments), "folder": os.getcwd(), "environment": {**os.environ, **environment}}
         with contextlib.suppress(BrokenPipeError):
-            socket.send_fds(self.socket, [json.dumps(told).encode()], [log, lock])
+            socket.send_fds(self.socket, [json.dumps(list(arguments)).encode()], [log, lock])
         while True:
             message = self._receive()
             if message is None:

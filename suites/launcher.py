@@ -147,7 +147,7 @@ def start(job: Job, environment: dict[str, str], forks: Forks | None = None) -> 
             return None
         with job.log.open("ab") as log:
             if forks is not None:
-                return forks.start(job.arguments(), environment, log.fileno(), lock)
+                return forks.start(job.arguments(), log.fileno(), lock)
             return subprocess.Popen(
                 job.command(),
                 env=os.environ | environment,

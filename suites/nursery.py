@@ -2,8 +2,8 @@
 
     python suites/nursery.py train.py 5            # 5 is the descriptor of a socket; suites/forked.py is its other end
 
-A message has a run's arguments, folder and environment, and the descriptors of its log and of its lock; the answer is
-its process, later its exit code.
+A message has a run's arguments and the descriptors of its log and of its lock; the answer is its process, later its
+exit code. Folder and environment are those of this process.
 """
 
 import contextlib
@@ -15,10 +15,10 @@ import select
 import socket
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 LOOK_SECONDS = 0.1  # for runs that have ended
-MOST_BYTES = 2**20  # of a message; an environment is 10 kB
+MOST_BYTES = 2**20  # of a message
 
 
 def main(script: Path, connection: socket.socket) -> NoReturn:
@@ -28,17 +28,13 @@ def main(script: Path, connection: socket.socket) -> NoReturn:
     module = importlib.import_module(script.stem)
     if "torch" in sys.modules:
         importlib.import_module("torch._dynamo")  # every optimizer does
-    told = serve(connection)
-    os.chdir(told["folder"])
-    os.environ.clear()
-    os.environ.update(told["environment"])
-    sys.argv = [str(script), *told["arguments"]]
+    sys.argv = [str(script), *serve(connection)]
     sys.exit(module.main())
 
 
-def serve(connection: socket.socket) -> dict[str, Any]:
+def serve(connection: socket.socket) -> list[str]:
     """Fork for every message and tell how the forks end, until the launcher has gone; returns in a fork, with its
-    message."""
+    arguments."""
 
     def tell(**message: int) -> None:
         try:

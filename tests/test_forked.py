@@ -30,17 +30,18 @@ DEADLINE = 60
 
 
 @pytest.fixture
-def nursery(tmp_path):
+def nursery(tmp_path, monkeypatch):
     """start(arguments ...) forks a script that holds `lock`; returns the fork and its log."""
     script, log = tmp_path / "script.py", tmp_path / "log.txt"
     script.write_text(SCRIPT)
-    forks = Forks(script, launcher.ONE_THREAD)
+    monkeypatch.chdir(tmp_path)
+    forks = Forks(script, {**launcher.ONE_THREAD, "X": "y"})
 
     def start(*arguments):
         lock = os.open(tmp_path / "lock", os.O_CREAT | os.O_RDWR)
         assert files.lock(lock, tmp_path / "lock")
         with log.open("ab") as file:
-            fork = forks.start(arguments, {"X": "y"}, file.fileno(), lock)
+            fork = forks.start(arguments, file.fileno(), lock)
         os.close(lock)
         return fork, log
 
@@ -65,8 +66,7 @@ def is_locked(path):
         os.close(lock)
 
 
-def test_a_fork_is_what_a_new_process_would_be(nursery, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_fork_is_what_a_new_process_would_be(nursery, tmp_path):
     before = dict(os.environ)
     fork, log = nursery("--a", "b")
     assert wait_for(fork.poll) == 3
@@ -115,7 +115,7 @@ def test_forks_record_the_commit_of_the_moment_when_their_code_was_imported(tmp_
     with (tmp_path / "log").open("ab") as log:
         for head in ("first", "second"):
             (tmp_path / "engine" / "HEAD").write_text(head)
-            fork = forks.start([], {}, log.fileno(), log.fileno())
+            fork = forks.start([], log.fileno(), log.fileno())
             assert wait_for(fork.poll) == 0
     forks.close()
     assert (tmp_path / "log").read_text() == "first\nfirst\n"
@@ -125,7 +125,7 @@ def test_a_script_that_cannot_be_imported_ends_in_a_sentence(tmp_path):
     (tmp_path / "script.py").write_text("import no_such_module")
     forks = Forks(tmp_path / "script.py", launcher.ONE_THREAD)
     with (tmp_path / "log").open("ab") as log, pytest.raises(RunFailed, match="has ended, exit code 1"):
-        forks.start([], {}, log.fileno(), log.fileno())
+        forks.start([], log.fileno(), log.fileno())
     forks.close()
 
 
