@@ -42,7 +42,8 @@ class Arguments:
     out: Path = Path("runs/report")
     """Folder for report.html, report.md and plots/; an earlier report there is replaced."""
     layers: tuple[int, int] | None = None
-    """Compare the spectra of these two layers, as in --layers 3 9 (default: the two that differ most)."""
+    """Compare the spectra of these two layers and draw each, as in --layers 3 9 (default: the two that differ most,
+    and the middle layer drawn)."""
     watch: float | None = None
     """Rewrite the report at this interval in seconds (default 30) until all runs are over."""
 
@@ -221,7 +222,7 @@ def write_report(
     layers: tuple[int, int] | None = None,
 ) -> Path:
     """Draw the figures, or `only` those, and write both pages; returns the path of report.html."""
-    pictures = draw(runs, out / "plots", ("png", "svg"), only)
+    pictures = draw(runs, out / "plots", ("png", "svg"), only, layers or ())
     return write_pages(build_page(runs, pictures, layers), out, refresh_seconds)
 
 

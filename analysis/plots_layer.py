@@ -42,7 +42,7 @@ def middle_layer(run: Run) -> int:
 
 @captioned(
     "Singular values while training",
-    "Every singular value of the middle layer is a line. A fan that opens upwards grows a few strong directions; lines "
+    "Every singular value of one layer is a line. A fan that opens upwards grows a few strong directions; lines "
     "that dive have lost directions.",
 )
 def singular_value_fan(runs: Sequence[Run], layer: int | None = None) -> Figure:
@@ -76,8 +76,7 @@ def singular_value_fan(runs: Sequence[Run], layer: int | None = None) -> Figure:
 
 @captioned(
     "Singular values at the end",
-    "Every singular value of the middle layer, largest first, against the initial ones. A flat line is an orthogonal "
-    "matrix.",
+    "Every singular value of one layer, largest first, against the initial ones. A flat line is an orthogonal matrix.",
 )
 def singular_value_spectrum(runs: Sequence[Run], layer: int | None = None) -> Figure:
     """All singular values of one layer (default: the middle one) by index, at initialisation and at the last event."""
@@ -118,7 +117,7 @@ MRI_PANELS = (
 
 @captioned(
     "MRI of one layer",
-    "The middle layer's projections through training. Alignment is shown as its distance from chance; the update "
+    "The projections of one layer through training. Alignment is shown as its distance from chance; the update "
     "norm as a share of the weight norm, the relative change of one step.",
 )
 def layer_mri(runs: Sequence[Run], layer: int | None = None) -> Figure:

@@ -6,8 +6,10 @@ A figure is drawn only where the runs have data for it, and with at most as many
 settings, the best of each optimizer and model come first. Captions are in plots*.py, above each figure's function.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+
+from matplotlib.figure import Figure
 
 from analysis import plots, plots_layer, plots_momentum, plots_settings, plots_spectra, plots_tokens
 from analysis.pages import Picture
@@ -62,8 +64,9 @@ def watched(runs: Sequence[Run]) -> list[Run]:
     return max(shapes.values(), key=len, default=[])
 
 
-def spectra_drawings(runs: Sequence[Run]) -> list[Drawing]:
-    """Figures of the weights; `runs` as `watched` returns them."""
+def spectra_drawings(runs: Sequence[Run], layers: Sequence[int] = ()) -> list[Drawing]:
+    """Figures of the weights, those of one layer for each of `layers` (default: the middle one); `runs` as `watched`
+    returns them."""
     if not runs:
         return []
     groups = group_seeds(runs)
@@ -77,6 +80,17 @@ def spectra_drawings(runs: Sequence[Run]) -> list[Drawing]:
     def heatmap(key: str) -> Drawing:
         caption = plots_spectra.HEATMAP_CAPTIONS[key]
         return drawing(plots_spectra.metric_heatmap, rows, key, stem=f"{key}_heatmap", caption=caption)
+
+    shown = [layer for layer in layers if layer < runs[0].layers] or [plots_layer.middle_layer(runs[0])]
+    of_one = (
+        (plots_layer.singular_value_fan, pair),
+        (plots_layer.singular_value_spectrum, pooled),
+        (plots_layer.layer_mri, pair),
+    )
+
+    def of_layer(layer: int, plot: Callable[..., Figure], some: Sequence[Run]) -> Drawing:
+        stem, about = (f"{plot.__name__}_{layer}", f"layer {layer}") if len(shown) > 1 else ("", "")
+        return drawing(plot, some, layer, stem=stem, about=about)
 
     drawings = [
         drawing(plots_spectra.alignment_with_chance, pooled),
@@ -107,18 +121,20 @@ def spectra_drawings(runs: Sequence[Run]) -> list[Drawing]:
         heatmap("spectral_norm"),
         heatmap("weight_norm"),
         heatmap("update_norm"),
-        drawing(plots_layer.singular_value_fan, pair),
-        drawing(plots_layer.singular_value_spectrum, pooled),
-        drawing(plots_layer.layer_mri, pair),
+        *(of_layer(layer, plot, some) for layer in shown for plot, some in of_one),
     ]
 
 
 def draw(
-    runs: Sequence[Run], folder: Path, formats: Sequence[str] = ("png",), only: Collection[str] | None = None
+    runs: Sequence[Run],
+    folder: Path,
+    formats: Sequence[str] = ("png",),
+    only: Collection[str] | None = None,
+    layers: Sequence[int] = (),
 ) -> list[Picture]:
     """Save every figure the runs have data for, or `only` those, as folder/<stem>.png (and .svg); returns the
-    pictures."""
-    drawings = curve_drawings(runs) + spectra_drawings(watched(runs))
+    pictures. `layers` as in spectra_drawings."""
+    drawings = curve_drawings(runs) + spectra_drawings(watched(runs), layers)
     drawings = [one for one in drawings if only is None or one.picture.stem in only]
     make_folder(folder, exist_ok=True)
     for old in (*folder.glob("*.png"), *folder.glob("*.svg")):

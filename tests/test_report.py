@@ -98,7 +98,12 @@ def test_two_layers_are_compared_on_request(run_main, no_drawing, tmp_path):
     run = write_run(tmp_path / "run", layers=4)
     code, _, _ = run_main(report.main, run, "--out", tmp_path / "r", "--layers", 1, 3)
     assert code == 0
-    assert "layers 1 and 3 are" in (tmp_path / "r" / "report.md").read_text()
+    page = (tmp_path / "r" / "report.md").read_text()
+    assert "layers 1 and 3 are" in page
+    for layer in (1, 3):
+        for plot in ("singular_value_fan", "singular_value_spectrum", "layer_mri"):
+            assert f"](plots/{plot}_{layer}.png)" in page
+    assert "plots/layer_mri.png" not in page
     for pair in ((1, 4), (2, 2)):
         code, _, error = run_main(report.main, run, "--out", tmp_path / "r", "--layers", *pair)
         assert code == 2
