@@ -152,6 +152,9 @@ def run(s: Settings, config: ModelConfig, shards: Shards, rank: Rank) -> int:
 
             # Folder. An interrupted run continues from its last checkpoint.
             loaded = folder.last_checkpoint(describe(s, shards, model, rank.count, speed.name, yardstick))
+            if folder.is_over:
+                folder.out.say(f"{folder}: finished already; nothing to do")
+                return 0
             if fresh := loaded is None:
                 folder.open(-1)
             else:

@@ -41,6 +41,7 @@ class RunFolder:
         self.out = Output(speaks=rank.index == 0)
         self.config: dict[str, Any] = {}
         self.is_open = False
+        self.is_over = False  # finished, and its checkpoint deleted
         self.metrics: JsonlWriter | None = None  # rank 0 opens them
         self.live: LiveView | None = None
         self.summary: dict[str, Any] = {}
@@ -50,7 +51,8 @@ class RunFolder:
         return str(self.path)
 
     def last_checkpoint(self, config: dict[str, Any]) -> dict[str, Any] | None:
-        """Lock the folder and return its newest complete checkpoint, the same on every rank; None to start afresh.
+        """Lock the folder and return its newest complete checkpoint, the same on every rank; None to start afresh, or
+        where `is_over`.
 
         Names a damaged checkpoint and renames it to *.damaged. BadInput if the name is taken, another process trains
         this run, the folder is not a run's or belongs to a run with other settings than `config`, ranks read
@@ -60,9 +62,12 @@ class RunFolder:
         exists = self._exists()
         mine = not exists or self.rank.index != 0 or self._take_lock()
         contents, damaged = load_checkpoint(self.path, self.out.say) if exists and mine else (None, [])
+        self.is_over = exists and contents is None and self._finished()
         self._agree(contents, mine)
         if contents is not None:
             check_same_run(self.path.name, contents["config"], config)
+        elif self.is_over:
+            check_same_run(self.path.name, files.load_json(self.path / files.CONFIG), config)
         elif self.resume:
             self.out.say(f"{self}: no checkpoint to resume from, starting at the beginning")
         if self.rank.index == 0:
@@ -94,7 +99,8 @@ class RunFolder:
 
     def _agree(self, contents: dict[str, Any] | None, mine: bool) -> None:
         """BadInput on every rank unless rank 0 has the lock and all read the same checkpoint, or none."""
-        step, locked_out = float(-1 if contents is None else contents["step"]), float(not mine)
+        nothing = -2 if self.is_over else -1
+        step, locked_out = float(nothing if contents is None else contents["step"]), float(not mine)
         if self.rank.count > 1:  # no rank continues before all have looked
             shared = torch.tensor((step, -step, locked_out), device=self.device)
             dist.all_reduce(shared, op=dist.ReduceOp.MAX)
@@ -204,6 +210,9 @@ class RunFolder:
     def has_summary(self) -> bool:
         """Whether the run ended, in whatever way."""
         return (self.path / files.SUMMARY).exists()
+
+    def _finished(self) -> bool:
+        return self.has_summary() and files.load_json(self.path / files.SUMMARY).get("status") == "finished"
 
     def summarize(self, status: str, reason: str | None, progress: Progress, speed: Speed) -> None:
         """Write summary.json, from rank 0."""

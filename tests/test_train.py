@@ -213,6 +213,21 @@ def test_a_stopped_run_resumes_to_the_bit(train_small, before_step, optimizer):
     assert "nothing to do" in out
 
 
+def test_a_finished_run_without_its_checkpoints_stays_as_it_is(train_small):
+    """As experiments.py leaves it, and as it is published."""
+    arguments = ("--tokens", 4 * 256, "--checkpoint-every", 2)
+    _, folder, _, _ = train_small("run", *arguments)
+    for path in folder.glob("checkpoint*.pt"):
+        path.unlink()
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    code, _, out, _ = train_small("run", *arguments, "--resume")
+    assert (code, out.splitlines()[-1]) == (0, f"{folder}: finished already; nothing to do")
+    code, _, _, err = train_small("run", *arguments, "--resume", "--lr", 0.5)
+    assert code == 2
+    assert "lr was" in err
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_a_resumed_run_takes_up_the_random_state_of_the_checkpoint(train_small, before_step):
     arguments = ("--tokens", 4 * 256, "--dropout", 0.1)
     take_back = before_step(1, ask_to_stop)
