@@ -10,6 +10,7 @@ never trained twice.
 """
 
 import math
+import shutil
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,9 @@ from suites.planner import NotYet, Planner, Selection, Unknown, unique
 from suites.scales import SCALES
 from suites.suite import MOST_GROWTH
 
+TOO_LITTLE = "; too little"  # said of free disk
+WEIGHTS_KEPT = 7  # times its weights: best.pt, and two checkpoints of weights and two moments
+
 
 @dataclass(frozen=True, kw_only=True)
 class ListArguments:
@@ -42,9 +46,11 @@ class RunArguments(Selection):
     """Train the missing runs of a suite, after those of the suites that it needs."""
 
     dry_run: bool = False
-    """Print what would be trained, what the seeds can show and the time, and stop."""
+    """Print what would be trained, what the seeds can show, time and disk, and stop."""
     retry: bool = False
     """Try failed runs again."""
+    keep_checkpoints: bool = False
+    """Keep the checkpoints of finished runs too, not only best.pt: up to seven times the disk."""
     jobs: Annotated[int, AT_LEAST_1] | None = None
     """Train so many runs at a time (default: one per free GPU, or one per core, each with one thread)."""
     submit: Literal["slurm", "local"] | None = None
@@ -94,7 +100,7 @@ def run(arguments: RunArguments) -> int:
     slots = free_slots(arguments.jobs) if arguments.submit is None and not arguments.dry_run else []
     seen: dict[str, Job] = {}
     if arguments.dry_run:
-        print_plan(planner, stages)
+        print_plan(planner, stages, arguments)
         return 0
     for number, stage in enumerate(stages):
         jobs = jobs_of(planner, stage)
@@ -154,15 +160,17 @@ def train_stage(
             job.forget()
     to_go = sum(job.state() not in OVER for job in jobs)
     print(f"{', '.join(stage)}: {len(jobs)} runs, {to_go} to go", flush=True)
+    if TOO_LITTLE in (disk := disk_needed(jobs, LaterStages(), arguments)):
+        print(disk, flush=True)
     if arguments.submit is not None:
-        submit(jobs, arguments.submit, arguments.partition, arguments.hours, later)
+        submit(jobs, arguments.submit, arguments.partition, arguments.hours, later, arguments.keep_checkpoints)
     else:
-        run_here(jobs, slots, later)
+        run_here(jobs, slots, later, arguments.keep_checkpoints)
 
 
-def print_plan(planner: Planner, stages: Sequence[Sequence[str]]) -> None:
+def print_plan(planner: Planner, stages: Sequence[Sequence[str]], arguments: RunArguments) -> None:
     """Seeds and grids of every suite, every run that can be planned, the size of the stages after them, what n can
-    show, and the time of it all."""
+    show, and the time and disk of it all."""
     seen: dict[str, Job] = {}
     later = LaterStages()
     for number, stage in enumerate(stages):
@@ -183,6 +191,7 @@ def print_plan(planner: Planner, stages: Sequence[Sequence[str]]) -> None:
     for line in power_table.table(planner):
         print(line)
     print(time_needed(planner, seen.values(), later))
+    print(disk_needed(seen.values(), later, arguments))
 
 
 def print_rules(planner: Planner, names: Sequence[str]) -> None:
@@ -205,6 +214,20 @@ def time_needed(planner: Planner, jobs: Collection[Job], later: LaterStages) -> 
         return f"{total}; no estimate of the time: no run of this scale was timed yet"
     slower = slowness()
     return f"{total}; about {whole * slower:.0f} minutes on {slots} idle cores, {to_go * slower:.0f} of them to go"
+
+
+def disk_needed(jobs: Collection[Job], later: LaterStages, arguments: RunArguments) -> str:
+    """Gigabytes that the runs to go will leave, those of later stages counted as the mean of the known ones, and what
+    is free; empty without runs."""
+    if not jobs:
+        return ""
+    files_each = WEIGHTS_KEPT if arguments.keep_checkpoints else 1
+    mean = files_each * sum(job.weight_bytes for job in jobs) / len(jobs)
+    needed = mean * (sum(job.state() not in OVER for job in jobs) + later.runs) / 1e9
+    folder = next(path for path in (arguments.folder, *arguments.folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(folder).free / 1e9
+    short = TOO_LITTLE if needed > free else ""
+    return f"disk: about {needed:.3g} GB for the runs to go, {free:.3g} GB free in {folder}{short}"
 
 
 def status(arguments: StatusArguments) -> None:

@@ -1,4 +1,4 @@
-"""How long a plan takes, from its settings alone: seconds of one core per run at nano scale.
+"""How long a plan takes, from its settings alone: seconds of one core per run at nano scale; and the disk it fills.
 
     minutes([run_seconds({"model": "nano", "tokens": 262_144, "batch_tokens": 2048})], slots=2)
 
@@ -13,7 +13,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
+from engine.cpu import prepare_cpu
 from engine.defaults import NANO, defaults_of
+from model import SIZES, ModelConfig, Transformer
 from settings import EVENTS_PER_RUN
 
 # Of a Zen 5: nano trains 26,500 tokens/s of 9.0 MFLOP on two cores, 120 GFLOP/s each. A sixth is left for what two runs
@@ -46,17 +50,20 @@ def run_seconds(fields: Mapping[str, Any], tokens: int | None = None) -> float:
 @functools.cache
 def _work(name: str, shape: tuple[tuple[str, Any], ...]) -> tuple[float, float]:
     """Operations per training token, and those of one spectra event at the same rate."""
-    import torch
-
-    import model
-
-    config = dataclasses.replace(model.SIZES[name], **dict(shape))
+    config = dataclasses.replace(SIZES[name], **dict(shape))
     with torch.device("meta"):
-        built = model.Transformer(config, VOCABULARY)
+        built = Transformer(config, VOCABULARY)
     sides = [sorted(projection.weight.shape) for projection in built.projections()]
     # Gram matrix and all eigenvectors of weight and update, in float64 at about a tenth of the rate.
     decomposition = sum(10 * 2 * (2 * a * a * b + 10 * a**3) for a, b in sides)
     return float(built.flops_per_token(config.seq_len)), float(decomposition)
+
+
+@functools.cache
+def weight_bytes(config: ModelConfig, vocabulary: int) -> int:
+    """fp32 weights of a model: what best.pt holds."""
+    with torch.device("meta"):
+        return 4 * Transformer(config, vocabulary).parameter_count()
 
 
 def minutes(seconds: Sequence[float], slots: int) -> float:
@@ -67,10 +74,6 @@ def minutes(seconds: Sequence[float], slots: int) -> float:
 def slowness() -> float:
     """How many times as long as `run_seconds` a run takes on this machine when it is idle: by the best of many fp32
     products of one thread, so short that a busy core makes some without a pause. 1 where they run at 220 GFLOP/s."""
-    import torch
-
-    from engine.cpu import prepare_cpu
-
     prepare_cpu()
     threads, side = torch.get_num_threads(), 256
     A, seconds = torch.ones(side, side), []

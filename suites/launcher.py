@@ -54,6 +54,7 @@ class Job:
     tokens: int
     runs_dir: Path
     seconds: float = math.nan  # on one idle core, as far as that is known
+    weight_bytes: int = 0  # of best.pt
 
     @property
     def folder(self) -> Path:
@@ -100,6 +101,12 @@ class Job:
             errors = [line for line in self._log_lines() if line.startswith("error: ")]
             return errors[-1].removeprefix("error: ") if errors else f"bad input; see {self.log}"
         return f"the process exited {len(self.deaths())} times without a summary; see {self.log}"
+
+    def drop_checkpoint(self) -> None:
+        """Delete the checkpoint of a finished run that has best.pt: nothing continues from it any more."""
+        if self.state() == "finished" and (self.folder / files.BEST).exists():
+            for name in (files.CHECKPOINT, files.PREVIOUS_CHECKPOINT):
+                (self.folder / name).unlink(missing_ok=True)
 
     def deaths(self) -> list[int]:
         """Exit codes of the run's processes that ended without a summary."""
@@ -203,7 +210,7 @@ def _free_gpus() -> list[str] | None:
     """The GPUs with at most a tenth of their memory in use, or those that CUDA_VISIBLE_DEVICES names; None if there are
     none. Runs nvidia-smi, which creates no CUDA context."""
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if shutil.which("nvidia-smi") is None or allowed == "":
+    if shutil.which("nvidia-smi") is None or allowed in ("", "-1"):
         return None
     if allowed is not None:
         return [name.strip() for name in allowed.split(",")]
@@ -232,20 +239,30 @@ class LaterStages:
     seconds: float = 0.0  # on one idle core
 
 
-def run_here(jobs: Sequence[Job], slots: Sequence[dict[str, str]], later: LaterStages = LaterStages()) -> None:
+def run_here(
+    jobs: Sequence[Job],
+    slots: Sequence[dict[str, str]],
+    later: LaterStages = LaterStages(),
+    keep_checkpoints: bool = True,
+) -> None:
     """Train every job that is not over, in order, one per slot at a time; Interrupted after Ctrl-C or SIGTERM, when
-    each run has written its checkpoint. A second signal kills the runs."""
+    each run has written its checkpoint. A second signal kills the runs. Without `keep_checkpoints` finished runs keep
+    best.pt alone."""
     waiting = [job for job in jobs if job.state() not in OVER]
     running: dict[int, tuple[Job, subprocess.Popen[bytes] | Fork]] = {}  # by slot
-    stops: list[int] = []  # signals that this process has received
     sent: set[tuple[int, signal.Signals]] = set()  # (process id, signal) passed on to the runs
-    before = {
-        number: signal.signal(number, lambda received, frame: stops.append(received))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    progress = SuiteProgress(jobs, later)
-    forks = Forks(TRAIN, ONE_THREAD) if waiting and ONE_THREAD in slots else None
-    try:
+    with contextlib.ExitStack() as stack:
+        stops = stack.enter_context(_received(signal.SIGINT, signal.SIGTERM))
+        progress = stack.enter_context(contextlib.closing(SuiteProgress(jobs, later)))
+        forks = None
+        if waiting and ONE_THREAD in slots:
+            forks = stack.enter_context(contextlib.closing(Forks(TRAIN, ONE_THREAD)))
+
+        def ended(job: Job) -> None:
+            if not keep_checkpoints:
+                job.drop_checkpoint()
+            progress.ended(job)
+
         while (waiting and not stops) or running:
             stop = signal.SIGKILL if len(stops) > 1 else signal.SIGTERM
             for slot, (job, process) in list(running.items()):
@@ -260,13 +277,13 @@ def run_here(jobs: Sequence[Job], slots: Sequence[dict[str, str]], later: LaterS
                     note_death(job, code)
                 if job.state() not in OVER and not stops:
                     waiting.insert(0, job)
-                progress.ended(job)
+                ended(job)
             elsewhere = []  # runs that another process trains: look again later
             for slot in range(len(slots)):
                 while slot not in running and waiting and not stops:
                     job = waiting.pop(0)
                     if job.state() in OVER:
-                        progress.ended(job)  # finished by a process that outlived an earlier launcher
+                        ended(job)  # finished by a process that outlived an earlier launcher
                     elif (process := start(job, slots[slot], forks)) is None:
                         elsewhere.append(job)
                     else:
@@ -274,14 +291,20 @@ def run_here(jobs: Sequence[Job], slots: Sequence[dict[str, str]], later: LaterS
             waiting += elsewhere
             progress.show(len(running))
             time.sleep(POLL_SECONDS)
-    finally:
-        progress.close()
-        if forks is not None:
-            forks.close()
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if stops:
         raise Interrupted
+
+
+@contextlib.contextmanager
+def _received(*signals: signal.Signals) -> Iterator[list[int]]:
+    """A list of these signals as they come, which do nothing else meanwhile."""
+    received: list[int] = []
+    before = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in signals}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class SuiteProgress:
@@ -336,20 +359,27 @@ class SuiteProgress:
             self.bar.close()
 
 
-def train_once(job: Job) -> int:
+def train_once(job: Job, keep_checkpoints: bool) -> int:
     """The job of a scheduler: train one run to its end, once no other process trains it; returns the exit code."""
     while job.state() not in OVER:
         process = start(job, {})
         if process is not None:
             code = process.wait()
             note_death(job, code)
+            if not keep_checkpoints:
+                job.drop_checkpoint()
             return code
         time.sleep(POLL_SECONDS)
     return 0
 
 
 def submit(
-    jobs: Sequence[Job], cluster: str, partition: str | None, hours: float, later: LaterStages = LaterStages()
+    jobs: Sequence[Job],
+    cluster: str,
+    partition: str | None,
+    hours: float,
+    later: LaterStages = LaterStages(),
+    keep_checkpoints: bool = True,
 ) -> None:
     """Hand every job that is not over to an existing scheduler, through submitit, and wait for all of them."""
     try:
@@ -368,7 +398,7 @@ def submit(
     slurm = {"slurm_partition": partition} if partition else {}
     executor.update_parameters(timeout_min=round(60 * hours), gpus_per_node=1 if cluster == "slurm" else 0, **slurm)
     with executor.batch():
-        submitted = [executor.submit(train_once, job) for job in waiting]
+        submitted = [executor.submit(train_once, job, keep_checkpoints) for job in waiting]
     print(
         f"{len(submitted)} jobs on {cluster}, the first is {submitted[0].job_id}; logs in {executor.folder}", flush=True
     )

@@ -24,7 +24,7 @@ from engine.own_optimizer import class_name
 from engine.ranks import Rank
 from settings import Settings, identity, resolve
 from suites.catalog import SUITES, with_needs
-from suites.cost import run_seconds
+from suites.cost import run_seconds, weight_bytes
 from suites.fair import FIGHT, TRIALS, chosen_fight
 from suites.launcher import OVER, Job, LaterStages
 from suites.results import Results
@@ -120,7 +120,7 @@ class Planner:
         if self.chosen.data is not None:
             given["data"] = self.chosen.data
         here = {"workers": 1, "threads": 1, "compile": "off"}  # the machine that trains chooses them
-        resolved, _, shards = resolve(Settings(**here | given), Rank())
+        resolved, config, shards = resolve(Settings(**here | given), Rank())
         # "auto" precision stays "auto" in the name, so that a login node without a GPU plans the same runs.
         values = identity(resolved, shards) | {"precision": given.get("precision", "auto")}
         defaults = {f.name: f.default for f in dataclasses.fields(Settings)}
@@ -132,6 +132,7 @@ class Planner:
             tokens=resolved.tokens,
             runs_dir=self.chosen.folder,
             seconds=run_seconds(given, resolved.tokens),
+            weight_bytes=weight_bytes(config, shards.vocab_size),
         )
 
     def plan(self, name: str) -> list[Planned]:

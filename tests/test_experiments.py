@@ -48,6 +48,7 @@ def assert_complete(tmp_path):
     for folder in folders:
         assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
         assert steps_logged(folder) == list(range(1, STEPS + 1)), folder
+        assert {path.name for path in folder.glob("*.pt")} == {"best.pt"}
 
 
 @pytest.mark.parametrize("runs_die_too", [False, True])
@@ -81,8 +82,9 @@ def test_an_interrupted_suite_stops_its_runs_and_can_be_continued(tmp_path, shar
     assert suite.returncode == 130
     assert "interrupted; run the same command to continue" in err
     for folder in (path.parent for path in tmp_path.glob("*/metrics.jsonl")):
-        assert (folder / "checkpoint.pt").exists()
-        assert json.loads((folder / "summary.json").read_text())["status"] in ("stopped", "finished")
+        status = json.loads((folder / "summary.json").read_text())["status"]
+        assert status in ("stopped", "finished")
+        assert (folder / "checkpoint.pt").exists() == (status == "stopped")
     again = subprocess.run(command(tmp_path, shards_folder), cwd=ROOT, check=False, stdout=subprocess.DEVNULL)
     assert again.returncode == 0
     assert_complete(tmp_path)
@@ -119,7 +121,7 @@ for name, change in (("config.json", settings), ("summary.json", {"final_val_los
 """
 
 
-def in_this_process(jobs, slots, later):
+def in_this_process(jobs, slots, later, keep_checkpoints):
     """As launcher.run_here, for hundreds of runs."""
     before = sys.argv
     for one in jobs:
@@ -283,6 +285,8 @@ def test_one_run_per_free_gpu(tmp_path, monkeypatch):
     assert len(launcher.free_slots(1)) == 1
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # the user's choice counts, even if the GPU is in use
     assert launcher.free_slots(None) == [{"CUDA_VISIBLE_DEVICES": "1"}]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")  # none
+    assert launcher.free_slots(1) == [launcher.ONE_THREAD]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     tool.write_text("#!/bin/sh\necho 'GPU-b, 20000, 24564'\n")
     with pytest.raises(BadInput, match="every GPU"):
@@ -299,6 +303,7 @@ def test_one_run_per_free_gpu(tmp_path, monkeypatch):
         (("report", "moe-clip"), "moe-lr-muon"),
         (("run", "lr-sensitivity", "--jobs", "0"), "--jobs 0: must be at least 1"),
         (("run", "lr-sensitivity", "--only", "sgd*"), "no condition of lr-sensitivity matches"),
+        (("run", "everything", "--only", "momentum*", "--dry-run"), "leaves no run of muon in moe-lr-muon"),
         (("run", "lr-sensitivity", "--seeds", "-1"), "--seed -1"),
         (("run", "lr-sensitivity", "--data", "nowhere"), "nowhere"),
         (("run", "lr-sensitivity", "--data", "nowhere", "--dry-run"), "nowhere"),

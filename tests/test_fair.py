@@ -83,7 +83,7 @@ def fight(tmp_path, shards_folder, run_main, monkeypatch):
     the runs that were trained."""
     trained = []
 
-    def run_here(jobs, slots, later):
+    def run_here(jobs, slots, later, keep_checkpoints):
         for job in jobs:
             if job.state() not in launcher.OVER:
                 trained.append(job.name)
@@ -323,7 +323,7 @@ def test_times_are_judged_where_the_runs_were_steady_and_unequal_ones_are_told(f
         "tokens to the loss",
     }
     said = fair_ways.fight_findings(results, {})[1:5]
-    assert ["not judged, the machine was busy" in line for line in said] == [False, True, False, True]
+    assert ["not judged, as the runs were not steady" in line for line in said] == [False, True, False, True]
     assert fair_ways.fight_findings(results, {})[0].startswith(
         "Muon wins in 2 of 4 ways; equal time and seconds to the loss are not judged. A model of"
     )

@@ -76,6 +76,12 @@ def test_what_a_number_of_seeds_can_show_follows_from_the_spread_seen(tmp_path):
     assert float(found["could"]["12"].split()[0]) < effect
 
 
+def parameters_of_nano(vocabulary):
+    """By hand: embedding; q, k, v and o, with k and v of half the heads; up and down; gains, of q and k per head."""
+    attention, ffn, gains = 2 * 128 * 128 + 2 * 64 * 128, 2 * 512 * 128, 2 * 128 + 2 * 32
+    return vocabulary * 128 + 4 * (attention + ffn + gains) + 128
+
+
 def test_a_dry_run_tells_what_the_seeds_can_show_and_the_time(tmp_path, shards_folder, run_main, monkeypatch):
     monkeypatch.setattr(experiments, "slowness", lambda: 2.0)
     results = results_of(tmp_path, "lr-sensitivity", {"muon lr 0.01": (3.0, 3.1), "muon lr 0.02": (3.0, 3.1)})
@@ -101,7 +107,13 @@ def test_a_dry_run_tells_what_the_seeds_can_show_and_the_time(tmp_path, shards_f
         in out.replace(f"on {len(experiments.own_cores())} idle", "on 2 idle")
         or len(experiments.own_cores()) != 2
     )
-    _, out, _ = run_main(experiments.main, "run", "lr-sensitivity", *where, "--seeds", 0, 1)
+    gigabytes = 90 * 4 * parameters_of_nano(vocabulary=320) / 1e9
+    assert f"disk: about {gigabytes:.3g} GB for the runs to go, " in out
+    assert "too little" not in out
+    nothing_free = types.SimpleNamespace(free=0)
+    monkeypatch.setattr(experiments.shutil, "disk_usage", lambda folder: nothing_free)
+    _, out, _ = run_main(experiments.main, "run", "lr-sensitivity", *where, "--seeds", 0, 1, "--keep-checkpoints")
+    assert f"about {7 * gigabytes / 3:.3g} GB for the runs to go, 0 GB free in {tmp_path / 'runs'}; too little" in out
     assert "no verdict below 3" in out
     _, out, _ = run_main(experiments.main, "run", "moe-final", *where)
     assert "cannot be planned yet" in out
