@@ -57,7 +57,7 @@ class CannotWrite(RunFailed):
 
 
 def exit_with_a_sentence(main: Callable[[], int | None]) -> Callable[[], int]:
-    """Wrap a command: `BadInput` becomes its sentence on stderr and exit code 2, `CannotWrite` its and 1, Ctrl-C 130.
+    """Wrap a command: `BadInput` becomes its sentence on stderr and exit code 2, `RunFailed` its and 1, Ctrl-C 130.
 
     A command continues when nobody reads its output; --help is at least `MIN_COLUMNS` wide.
     """
@@ -74,8 +74,8 @@ def exit_with_a_sentence(main: Callable[[], int | None]) -> Callable[[], int]:
         except BadInput as refusal:
             print(f"error: {refusal}", file=sys.stderr, flush=True)
             return 2
-        except CannotWrite as full:
-            print(f"error: {full}", file=sys.stderr, flush=True)
+        except RunFailed as failure:
+            print(f"error: {failure}", file=sys.stderr, flush=True)
             return 1
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, MaxNLocator
 
 from analysis.plots import OPTIMIZER_COLORS, WIDTH, captioned, legend_below
-from analysis.runs import OPTIMIZER_NAMES
+from analysis.runs import optimizer_name
 from analysis.stats import p_words
 from suites.arms import Axis, value_of
 from suites.fair import EQUAL_TIME, EQUAL_TOKENS
@@ -54,11 +54,7 @@ def arm_colors(arms: Sequence[str]) -> dict[str, str]:
 
 
 def _handles(colors: dict[str, str]) -> list[Line2D]:
-    return [Line2D([], [], color=color, linewidth=2, label=_name(arm)) for arm, color in colors.items()]
-
-
-def _name(arm: str) -> str:
-    return OPTIMIZER_NAMES.get(arm, arm)
+    return [Line2D([], [], color=color, linewidth=2, label=optimizer_name(arm)) for arm, color in colors.items()]
 
 
 @captioned(
@@ -111,7 +107,7 @@ def setting_effects(results: Results) -> Figure:
                 one = found[arm, setting]
                 title += f"\nρ = {one.rho:+.2f}, {p_words(one.p_holm)}"
             ax.set_title(title, fontsize=10)
-        row[0].set_ylabel(f"{_name(arm)}\nfinal loss (nats)")
+        row[0].set_ylabel(f"{optimizer_name(arm)}\nfinal loss (nats)")
         for ax in row[len(results.space(arm)) :]:
             ax.set_visible(False)
     legend_below(figure, _trial_handles(any(o.failed and not o.lost for o in results.outcomes)))
@@ -172,7 +168,7 @@ def trial_planes(results: Results) -> Figure:
             side.set_ticks([axis.value(place) for place in (0, 0.5, 1)])
             side.set_ticks([], minor=True)
             side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
-        ax.set_title(_name(arm))
+        ax.set_title(optimizer_name(arm))
         ax.set_xlabel(WORDS[PLANE[0]])
     axes[0, 0].set_ylabel(WORDS[PLANE[1]])
     figure.colorbar(plt.cm.ScalarMappable(**colors), ax=list(axes[0]), label="final loss (nats per token)")
@@ -224,5 +220,7 @@ def fight_curves(results: Results) -> Figure:
     axes[0].set_xlabel("training tokens")
     axes[0].xaxis.set_major_formatter(EngFormatter(sep=""))
     axes[1].set_xlabel("training time (s)")
-    legend_below(figure, [*_handles(colors), Line2D([], [], **DASHED, label=f"{_name(reference)}'s mean final loss")])
+    legend_below(
+        figure, [*_handles(colors), Line2D([], [], **DASHED, label=f"{optimizer_name(reference)}'s mean final loss")]
+    )
     return figure

@@ -15,7 +15,7 @@ import numpy as np
 
 from analysis.pages import Table, counted, number
 from analysis.plots_tokens import last_by_decile, with_deciles
-from analysis.runs import OPTIMIZER_NAMES
+from analysis.runs import optimizer_name
 from analysis.stats import STEADY, Contrast, Difference, difference, family, first_reaching, p_words
 from suites.fair import EQUAL_TIME, EQUAL_TOKENS, TRIALS
 from suites.results import Outcome, Results
@@ -84,10 +84,6 @@ class Way:
             return f"{abs(mean):{form}}{unit} {side}"
         low, high = sorted((sign * low, sign * high))
         return f"{abs(mean):{form}}{unit} {side} ({low:{form}} to {high:{form}})"
-
-
-def called(outcome: Outcome) -> str:
-    return OPTIMIZER_NAMES.get(outcome.arm, outcome.arm)
 
 
 def ways(results: Results) -> list[Way]:
@@ -174,14 +170,14 @@ def fight_findings(results: Results, known: Mapping[str, Results]) -> list[str]:
 def verdict(own: list[Way], trials: Results | None) -> str:
     """An arm's ways in one sentence for those who read no other."""
     first, won = own[0], {way.winner for way in own} - {"open"}
-    arm, reference = called(first.arm), called(first.reference)
+    arm, reference = optimizer_name(first.arm.arm), optimizer_name(first.reference.arm)
     wins = [way for way in own if way.winner != "open"]
     head = f"No clear winner between {arm} and {reference}."
     if len(won) == 1:
         share = "" if len(wins) == len(own) else f" in {len(wins)} of {len(own)} ways"
         if busy := [way.name for way in own if not way.judged]:
             share += f"; {' and '.join(busy)} {'is' if len(busy) == 1 else 'are'} not judged"
-        head = f"{called(wins[0].arm if won == {first.arm.arm} else first.reference)} wins{share}."
+        head = f"{optimizer_name((wins[0].arm if won == {first.arm.arm} else first.reference).arm)} wins{share}."
     if not first.test.tested:
         return head
     config = first.arm.finished()[0].config
@@ -207,13 +203,13 @@ def _short(count: float) -> str:
 
 
 def way_words(way: Way) -> str:
-    goal = f"{called(way.reference)}'s final loss"
+    goal = f"{optimizer_name(way.reference.arm)}'s final loss"
     return way.name.capitalize().replace("the loss", goal)
 
 
 def outcome_words(way: Way) -> str:
     """What a way to win found, after its name."""
-    arm, reference = called(way.arm), called(way.reference)
+    arm, reference = optimizer_name(way.arm.arm), optimizer_name(way.reference.arm)
     test = way.test
     if failed := way.arm.failed + way.reference.failed:
         return f": {counted(failed, 'run')} of {arm} and {reference} failed, so no test"
@@ -229,12 +225,12 @@ def outcome_words(way: Way) -> str:
         said += f", {p_words(test.p_holm)}{'' if test.excludes_zero else ', open: the interval holds 0'}"
     if way.name == EQUAL_TIME:
         said += f"; {longer(way)}{', so this stays open' if way.test.excludes_zero and way.with_more_time else ''}"
-    return said if way.judged else f"{said}; not judged, the machine was busy"
+    return said if way.judged else f"{said}; not judged, as the runs were not steady"
 
 
 def longer(way: Way) -> str:
     """How much longer the arm's runs of equal time took than the reference's."""
-    arm, reference = called(way.arm), called(way.reference)
+    arm, reference = optimizer_name(way.arm.arm), optimizer_name(way.reference.arm)
     mine, theirs = (mean_of(o, lambda run: run.train_seconds) for o in (way.arm, way.reference))
     share = 100 * (mine / theirs - 1)
     how = "as long as" if abs(share) < 0.05 else f"{abs(share):.1f} % {'longer' if share > 0 else 'less'} than"
@@ -256,7 +252,7 @@ def _log_seconds(way: Way) -> Difference:
 
 def time_sentences(results: Results) -> list[str]:
     """The speeds behind the equal-time budgets, the seconds they took, and whether they count."""
-    lines, slowdowns = [], []
+    lines = []
     if not any(o.name.endswith(EQUAL_TIME) for o in results.outcomes):
         lines.append(
             "No runs of equal time: their steps follow from the speeds at equal tokens, when these are over and each "
@@ -296,7 +292,7 @@ def lead_sentences(trials: Results) -> list[str]:
         if not {arm, reference} <= own.keys():
             continue
         found, n = lead(own[arm], own[reference]), min(len(own[arm]), len(own[reference]))
-        mine, theirs = (OPTIMIZER_NAMES.get(name, name) for name in (arm, reference))
+        mine, theirs = map(optimizer_name, (arm, reference))
         lines.append(
             f"Over draws of {n} trials: {theirs}'s best minus {mine}'s is {found.by_k[-1]:.3f} nats (95 % interval "
             f"{found.low:.3f} to {found.high:.3f}, bootstrap over trials); {mine}'s is lower with probability "
@@ -329,7 +325,7 @@ def decile_sentence(results: Results) -> list[str]:
             for test in tests
         )
         lines.append(
-            f"{called(both[0])} minus {called(both[1])}: on the rarest tenth of the text {rare}, on the most frequent "
-            f"tenth {frequent}; 95 % intervals, not corrected."
+            f"{' minus '.join(optimizer_name(o.arm) for o in both)}: on the rarest tenth of the text {rare}, "
+            f"on the most frequent tenth {frequent}; 95 % intervals, not corrected."
         )
     return lines

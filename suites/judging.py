@@ -49,11 +49,11 @@ class Finding:
 
 
 class Lacking(Exception):
-    """The runs that a claim needs are missing: says which, and is undecided unless a device is missing."""
+    """The runs that a claim needs are missing, so it is undecided; says which."""
 
-    def __init__(self, reason: str, verdict: str = UNDECIDED) -> None:
+    def __init__(self, reason: str) -> None:
         super().__init__(reason)
-        self.finding = Finding(verdict, reason)
+        self.finding = Finding(UNDECIDED, reason)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from suites.judging import (
 )
 from suites.launcher import diverged
 from suites.results import Outcome
+from suites.tables import accuracy
 
 Measure = Callable[[Context], Evidence | Sequence[Evidence] | Finding]
 Number = Callable[[Run], float]
@@ -70,10 +71,6 @@ HUNDREDTHS = Unit(" %", "+.2f", lambda share: 100 * share)
 
 def loss(run: Run) -> float:
     return run.final_loss
-
-
-def accuracy(run: Run) -> float:
-    return 100 * float(run.val["val_accuracy"][-1])
 
 
 def log_step_time(run: Run) -> float:
@@ -155,7 +152,7 @@ def best(name: str, among: Callable[[Outcome], bool] = lambda outcome: True) -> 
         own = c.outcome(name)
         others = [a for a, b in c.results.pairs() if b.name == name and among(a)]
         if not others:
-            raise Lacking(f"{name} has no such condition beside it")
+            raise Lacking(f"{name} has no condition to compare with")
         return against_all(c, own, others, 1)
 
     return measure
@@ -194,7 +191,7 @@ def timed(measure: Measure) -> Measure:
         if any(run.config.get("device") != "cuda" for run in c.results.runs()):
             return Finding(NOT_TESTABLE, f"{numbers}, on a CPU shared with other runs: needs a GPU", words)
         if any(outcome.busy for outcome in c.results.outcomes):
-            return Finding(UNDECIDED, f"{numbers}; the machine was busy", words)
+            return Finding(UNDECIDED, f"{numbers}; the steps of some seeds took longer than those of others", words)
         return found
 
     return judged

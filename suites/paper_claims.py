@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from analysis.plots_tokens import last_by_decile
 from analysis.runs import Run
 from analysis.stats import slope
 from suites.judging import Context, Evidence, Lacking, Unit
@@ -92,7 +93,7 @@ def rare_minus_frequent(run: Run) -> float:
 def _last_deciles(run: Run) -> np.ndarray:
     if "val_loss_by_decile" not in run.val:
         raise Lacking("the runs have not logged their losses by decile")
-    return run.val["val_loss_by_decile"][-1]
+    return last_by_decile(run)
 
 
 def _mean_of(deciles: np.ndarray) -> float:

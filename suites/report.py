@@ -15,7 +15,7 @@ from analysis import plots, plots_conditions
 from analysis.pages import Chapter, Page, Picture, Section, Table, counted, number, write_pages
 from analysis.plots import Drawing, drawing
 from analysis.questions import answers
-from analysis.runs import optimizer_name
+from analysis.runs import Run, optimizer_name
 from analysis.stats import Contrast, p_words
 from engine import files
 from engine.cli import BadInput, make_folder
@@ -221,35 +221,11 @@ def build_page(
     alone = len(results) == 1
     fair = alone and results[0].name in fair_page.FINDINGS
     told = list(known.values()) if fair else results  # the page of the fight shows its trials too
-    runs = {run.path: run for r in told for run in r.runs()}
-    finished = sum(run.status == "finished" for run in runs.values())
-    failed = {(r.name, o.name): o.lost if r.suite.one_seed else o.failed for r in results for o in r.outcomes}
-    hours = sum(run.train_seconds for run in runs.values()) / 3600
-    devices = sorted({str(run.config.get("device_name")) for run in runs.values()})
-    commits = sorted({str(run.config.get("git_commit"))[:10] for run in runs.values()})
-    to_go = sum(r.to_go for r in results)
+    runs = list({run.path: run for r in told for run in r.runs()}.values())
     headline = f"{counted(len(judged), 'claim')} tested {SCALE_WORDS[scale]}: " + ", ".join(
         f"{verdicts.count(verdict)} {verdict}" for verdict in (*DECIDED, UNDECIDED, NOT_TESTABLE)
     )
-    summary = Table.of(
-        [
-            {
-                "suite": r.name,
-                "source": r.suite.source,
-                "question": r.suite.question,
-                "runs": f"{r.finished()}/{r.planned}",
-                "finding": (findings(r, known) or ["no run has finished yet"])[0],
-            }
-            for r in results
-        ],
-        whole=len(results) > 1,
-    )
-    warnings = [*later, *([f"{counted(to_go, 'planned run')} to go."] if to_go else [])]
-    warnings += [
-        f"{suite}, {condition}: {counted(count, 'run')} failed."
-        for (suite, condition), count in failed.items()
-        if count
-    ]
+    warnings = [*later, *missing_words(results)]
     chapters = [Chapter("Claims and findings", [claims_table(judged)])] if judged else []
     if alone:
         warnings += busy_words(results[0])
@@ -257,25 +233,60 @@ def build_page(
         chapters += suite_chapters(results[0], known, pictures[results[0].name])
     suite = results[0].name if alone else results[0].suite.group
     flags = f" {fair_page.flags(results[0], known)}" if fair else ""
-    made = [
-        f"Runs: {finished} finished, {hours:.1f} hours of training in all on {', '.join(devices)}.",
-        f"Commits: {', '.join(commits)}. Each run's config.json has its settings, versions and data fingerprint.",
-        f"To repeat: python experiments.py run {suite} --scale {scale}{flags}",
-    ]
+    made = [*origin_words(runs), f"To repeat: python experiments.py run {suite} --scale {scale}{flags}"]
     chapters.append(Chapter("Provenance", [Section("Origin of these numbers", made)]))
     return Page(
         title=f"muon-speedrun experiments, {scale}",
         headline=headline if judged else f"{results[0].name}: {results[0].suite.question}",
         lead=[
             *_verdict_lists(judged),
-            f"Finished runs: {finished}, in {counted(len(told), 'suite')}; a run may belong to several conditions.",
+            f"Finished runs: {finished_of(runs)}, in {counted(len(told), 'suite')}; a run may belong to several "
+            "conditions.",
         ],
         tiles=[],
-        summary=summary,
+        summary=summary_table(results, known),
         notes=(*fair_page.NOTES, NOTES[-1]) if fair else NOTES,
         warnings=warnings,
         chapters=chapters,
     )
+
+
+def summary_table(results: Sequence[Results], known: Mapping[str, Results]) -> Table:
+    """A row for each suite, with its first finding."""
+    rows = [
+        {
+            "suite": r.name,
+            "source": r.suite.source,
+            "question": r.suite.question,
+            "runs": f"{r.finished()}/{r.planned}",
+            "finding": (findings(r, known) or ["no run has finished yet"])[0],
+        }
+        for r in results
+    ]
+    return Table.of(rows, whole=len(results) > 1)
+
+
+def missing_words(results: Sequence[Results]) -> list[str]:
+    """A sentence on the runs to go, and one for each condition with failed runs."""
+    to_go = sum(r.to_go for r in results)
+    failed = {(r.name, o.name): o.lost if r.suite.one_seed else o.failed for r in results for o in r.outcomes}
+    lines = [f"{counted(to_go, 'planned run')} to go."] if to_go else []
+    return lines + [f"{suite}, {name}: {counted(n, 'run')} failed." for (suite, name), n in failed.items() if n]
+
+
+def finished_of(runs: Sequence[Run]) -> int:
+    return sum(run.status == "finished" for run in runs)
+
+
+def origin_words(runs: Sequence[Run]) -> list[str]:
+    """How many runs, their time, devices and commits."""
+    hours = sum(run.train_seconds for run in runs) / 3600
+    devices = sorted({str(run.config.get("device_name")) for run in runs})
+    commits = sorted({str(run.config.get("git_commit"))[:10] for run in runs})
+    return [
+        f"Runs: {finished_of(runs)} finished, {hours:.1f} hours of training in all on {', '.join(devices)}.",
+        f"Commits: {', '.join(commits)}. Each run's config.json has its settings, versions and data fingerprint.",
+    ]
 
 
 def busy_words(results: Results) -> list[str]:
@@ -285,8 +296,8 @@ def busy_words(results: Results) -> list[str]:
         return []
     worst = max(busy, key=lambda outcome: outcome.slowdown)
     return [
-        f"Compare losses, not times: the machine was busy. A step of {worst.name} took {worst.slowdown:.1f} times as "
-        "long with one seed as with another."
+        f"Compare losses, not times: a step of {worst.name} took {worst.slowdown:.1f} times as long with one seed as "
+        "with another, as next to other work."
     ]
 
 
@@ -341,7 +352,8 @@ def _verdict_lists(judged: Sequence[tuple[Claim, Finding]]) -> list[str]:
 def write_suite_report(
     results: Sequence[Results], known: Mapping[str, Results], later: Sequence[str], scale: str, out: Path
 ) -> Path:
-    """report.html, report.md, findings.json and plots/ in `out`; BadInput where there is nothing to report."""
+    """Write report.html, report.md, findings.json, power.json and plots/ to `out`, for several suites also the page of
+    advice and one for each; returns the path of report.html. BadInput where there is nothing to report."""
     results = [r for r in results if r.finished()]
     if not results:
         raise BadInput(later[0] if later else "no run of this suite has finished yet: python experiments.py run")

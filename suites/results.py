@@ -89,12 +89,12 @@ class Outcome:
 
     @property
     def busy(self) -> bool:
-        """Whether its runs' times do not count: next to other work some seeds take longer than others."""
+        """Whether the step times of its seeds differ by more than STEADY, as they do next to other work."""
         return self.slowdown > STEADY
 
     @property
     def steady(self) -> bool:
-        """Whether they do; not before a run has finished."""
+        """Whether they differ by at most STEADY; False before a run has finished."""
         return self.slowdown <= STEADY
 
     @property
@@ -249,12 +249,14 @@ class Results:
         return lines
 
     def on_edge(self, best: Outcome) -> bool:
-        """Whether a condition has the least or greatest value tried."""
+        """Whether a condition has the least or greatest value tried, and another lies beyond it."""
         key = self.suite.varies
         tried = [o.condition.fields.get(key) for o in self.of_arm(best.arm)]
         if len(tried) < 3 or not all(isinstance(value, float | int) for value in tried):
             return False
-        return best.condition.fields[key] in (min(tried), max(tried))
+        tried = [math.inf if value == 0 and key == "grad_clip" else value for value in tried]  # there, 0 is no limit
+        own = math.inf if best.condition.fields[key] == 0 and key == "grad_clip" else best.condition.fields[key]
+        return own in (min(tried), max(tried)) and 0 < own < math.inf
 
 
 def _shared_settings(outcome: Outcome) -> dict[str, tuple[Any, ...]]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from model import SIZES
 from suites import documents
 from suites.arms import Axis
 from suites.scales import Fields, Scale
@@ -181,6 +182,4 @@ def width_scaled(scale: Scale, winners: Winners, size: Fields) -> Callable[[str]
 
 
 def width_of(fields: Fields) -> int:
-    import model
-
-    return fields.get("d_model") or model.SIZES[fields["model"]].d_model
+    return fields.get("d_model") or SIZES[fields["model"]].d_model

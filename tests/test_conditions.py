@@ -191,7 +191,7 @@ def test_times_of_a_busy_machine_are_not_compared(tmp_path):
     assert told(1.19) == ("+9.5 %", [])
     ((time, (words,)), name) = told(1.5), results.outcomes[0].name
     assert time == "-"
-    assert f"A step of {name} took 1.5 times as long with one seed" in words
+    assert f"a step of {name} took 1.5 times as long with one seed" in words
 
 
 def _cells(table, row):

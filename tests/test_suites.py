@@ -200,6 +200,23 @@ def results_of(tmp_path, name, finals, to_go=0, reason=DIVERGED, **settings):
     return Results.load(SUITES[name], planned)
 
 
+@pytest.mark.parametrize(
+    ("suite", "condition", "edge"),
+    [
+        ("moe-clip", "grad_clip 0.5", True),
+        ("moe-clip", "grad_clip 2", False),  # no clipping is beyond it
+        ("moe-clip", "no clipping", False),  # nothing is
+        ("moe-weight-decay", "weight_decay 0", False),
+        ("moe-weight-decay", "weight_decay 0.2", True),
+    ],
+)
+def test_an_edge_has_something_beyond_it(tmp_path, suite, condition, edge):
+    names = [c.name for c in SUITES[suite].plan(SCALES["nano"], winners)]
+    results = results_of(tmp_path, suite, {name: (3.0 if name == condition else 3.5,) for name in names})
+    assert results.best("muon").name == condition
+    assert results.on_edge(results.best("muon")) is edge
+
+
 def verdicts(results, *others):
     judged = judge_all({r.name: r for r in (results, *others)})
     return {claim.statement: finding for claim, finding in judged if claim.suite == results.name}
