@@ -192,7 +192,8 @@ def write_record(
         for name in KEPT:
             shutil.copyfile(folder / name, part / folder.name / name)
         if (folder / files.SPECTRA).exists():
-            files.pack(folder / files.SPECTRA, part / folder.name)
+            spectra = map(files.rounded, files.read_jsonl(folder / files.SPECTRA))
+            files.pack(spectra, part / folder.name / files.SPECTRA)
     runs = [load_run(part / folder.name) for folder in folders]
     write_report(part, runs)
     config = runs[0].config

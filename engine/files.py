@@ -5,13 +5,12 @@ Training writes through this file and reports read through it; importing it does
 
 import contextlib
 import fcntl
-import gzip
 import json
+import lzma
 import math
 import os
 import re
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ FINDINGS = "findings.json"  # of a report on suites: {suite: its sentences}
 METRICS, SPECTRA = "metrics.jsonl", "manifold_stats.jsonl"
 WANDB_ID = "wandb_id.txt"  # of the run in Weights & Biases that a resumed run continues
 TOKENIZER = "tokenizer.json"  # of an imported run; others read that of their shards
-PACKED, PACKED_DIGITS = ".gz", 5  # how a record keeps spectra
+PACKED, PACKED_DIGITS = ".xz", 5  # how a record keeps spectra
 SUBSPACE_RANK = 5  # dimension of the singular subspaces whose alignment manifold_stats.jsonl holds
 DECILES = 10  # of tokens by their frequency, whose losses metrics.jsonl holds
 CHECKPOINT, PREVIOUS_CHECKPOINT, BEST = "checkpoint.pt", "checkpoint.prev.pt", "best.pt"
@@ -119,16 +118,16 @@ def _no_number(word: str) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file or of its .gz, none if both are missing; a torn last line of a running run is left
+    """The objects of a JSONL file or of its .xz, none if both are missing; a torn last line of a running run is left
     out. BadInput names the line that is something else."""
     packed = path.with_name(path.name + PACKED)
     if not path.exists() and packed.exists():
         path = packed
     try:
-        lines = (gzip.decompress(path.read_bytes()) if path == packed else path.read_bytes()).decode().splitlines()
+        lines = (lzma.decompress(path.read_bytes()) if path == packed else path.read_bytes()).decode().splitlines()
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, EOFError, zlib.error) as error:
+    except (OSError, ValueError, lzma.LZMAError) as error:
         raise BadInput(f"{path}: not readable as text ({first_line(error)})") from None
     records = []
     for number, line in enumerate(lines, start=1):
@@ -173,20 +172,20 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, value
 
 
-def pack(source: Path, folder: Path, digits: int = PACKED_DIGITS) -> None:
-    """Write folder/<name of source>.gz: the lines of a JSONL file with rounded numbers, the same bytes whenever it is
-    done; a quarter of the file."""
-    lines = [json.dumps(_rounded(line, digits), allow_nan=False) for line in read_jsonl(source)]
-    content = gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0)
-    (folder / (source.name + PACKED)).write_bytes(content)
+def pack(records: Iterable[dict[str, Any]], path: Path) -> None:
+    """Write path.xz, JSONL of these records, the same bytes whenever it is done; with rounded numbers a fifth of the
+    unpacked file."""
+    content = "".join(f"{json.dumps(record, allow_nan=False)}\n" for record in records).encode()
+    path.with_name(path.name + PACKED).write_bytes(lzma.compress(content))
 
 
-def _rounded(value: Any, digits: int) -> Any:
+def rounded(value: Any, digits: int = PACKED_DIGITS) -> Any:
+    """A value, list or record with its fractions rounded to so many digits."""
     if isinstance(value, float):
         return float(f"{value:.{digits}g}")
     if isinstance(value, list):
-        return [_rounded(item, digits) for item in value]
-    return {key: _rounded(item, digits) for key, item in value.items()} if isinstance(value, dict) else value
+        return [rounded(item, digits) for item in value]
+    return {key: rounded(item, digits) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def load_json(path: Path, most_bytes: int = 2**24) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from analysis.runs import load_run
@@ -34,11 +35,17 @@ def test_published_runs_are_packed_and_read_like_the_originals(finished, tmp_pat
     assert code == 0, err
     assert f"{len(jobs) - 1} of {len(jobs)} runs" in out  # the last was not trained
     kept = sorted(path.name for path in (tmp_path / "out" / jobs[0].name).iterdir())
-    assert kept == ["config.json", "manifold_stats.jsonl.gz", "metrics.jsonl.gz", "summary.json"]
+    assert kept == ["config.json", "manifold_stats.jsonl.xz", "metrics.jsonl.xz", "summary.json"]
     before, after = load_run(jobs[0].folder), load_run(tmp_path / "out" / jobs[0].name)
     assert after.final_loss == pytest.approx(before.final_loss, rel=1e-6)
     assert after.final_loss != before.final_loss  # seven digits
     assert after.grid("q", "effective_rank")[1] == pytest.approx(before.grid("q", "effective_rank")[1], rel=1e-4)
+    (steps, ours), (_, exact) = (run.singular_values("q", 0) for run in (after, before))
+    assert len(steps) > 2
+    assert ours[[0, -1]] == pytest.approx(exact[[0, -1]], rel=1e-4)
+    assert ours[1:-1] == pytest.approx(exact[1:-1], rel=0.051)
+    between = np.array([float(f"{value:.1e}") for value in exact[1]], dtype=np.float32)  # two digits
+    assert np.array_equal(ours[1].astype(np.float32), between)
 
 
 def test_a_folder_that_is_too_large_is_refused(finished, run_main, monkeypatch):

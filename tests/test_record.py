@@ -100,7 +100,7 @@ def test_a_record_holds_what_counts_and_passes_its_check(made):
         *(f"nano-{optimizer}-{seed}" for optimizer in ("muon", "adamw") for seed in SEEDS),
     }
     kept = {path.name for path in (made / "nano-muon-0").iterdir()}
-    assert kept == {"config.json", "log.txt", "manifold_stats.jsonl.gz", "metrics.jsonl", "summary.json"}
+    assert kept == {"config.json", "log.txt", "manifold_stats.jsonl.xz", "metrics.jsonl", "summary.json"}
     found = json.loads((made / "record.json").read_text())
     assert found["command"].startswith("python -m bench.record make time-to-loss --model nano --tokens 1536 --data ")
     assert found["git_commit"] == head()
@@ -141,8 +141,8 @@ def test_packed_spectra_are_the_runs_to_five_digits(workplace, made):
         np.testing.assert_allclose(ours["singular_values"], exact["singular_values"], rtol=5.1e-5)
         assert ours["effective_rank"] == pytest.approx(exact["effective_rank"], rel=5.1e-5)
         assert (ours["step"], ours["proj"]) == (exact["step"], exact["proj"])
-    damaged = workplace / "damaged.jsonl.gz"
-    damaged.write_bytes((made / "nano-muon-0" / "manifold_stats.jsonl.gz").read_bytes()[:300])
+    damaged = workplace / "damaged.jsonl.xz"
+    damaged.write_bytes((made / "nano-muon-0" / "manifold_stats.jsonl.xz").read_bytes()[:300])
     with pytest.raises(BadInput, match="not readable"):
         files.read_jsonl(workplace / "damaged.jsonl")
 
@@ -153,7 +153,7 @@ def without(name):
 
 DAMAGES = {
     "no report": (without("report.md"), "report.md: is missing"),
-    "no spectra": (without("nano-muon-1/manifold_stats.jsonl.gz"), "manifold_stats.jsonl.gz: is missing"),
+    "no spectra": (without("nano-muon-1/manifold_stats.jsonl.xz"), "manifold_stats.jsonl.xz: is missing"),
     "no plot": (without("plots/loss_curves.png"), "loss_curves.png: is missing"),
     "no run": (lambda folder: shutil.rmtree(folder / "nano-adamw-2"), "nano-adamw-2/config.json: is missing"),
     "loss not finite": (
