@@ -19,6 +19,7 @@ from analysis.stats import MARGIN, SIGNIFICANT, Difference, best_rate, differenc
 from engine.norm_watch import NORM_WARNING
 from suites import documents
 from suites.figures import watched
+from suites.judging import FEWEST_SEEDS
 from suites.results import Outcome, Results
 
 HOLDS, NOT, OPEN = "holds", "does not hold", "open"
@@ -72,7 +73,7 @@ RECIPE = ("lr", "adamw_lr", "schedule", "warmup", "min_lr", "weight_decay", "gra
 MUON_RECIPE = (*RECIPE, "momentum", "nesterov", "ns_steps", "ns_coefficients")
 RATE_WORDS = {
     "speedrun-lr": "short run",
-    "lr-sensitivity": "constant schedule",
+    "lr-sensitivity": "search of the rate, constant schedule",
     "moe-lr-muon": "mixture of experts",
     "moe-lr-adam": "mixture of experts",
 }
@@ -197,11 +198,15 @@ def _setting(results: Results, choice: Choice) -> Advice | None:
         second = min((o for o in tried if o is not best), key=lambda o: o.loss)
         test = _against(results, best, second)
         evidence = f"{best.name} minus the next best, {second.name}: {_numbers(test, level)}"
-        return Advice(**row, evidence=evidence, n=min(test.n), holds=HOLDS, reason="it has the lowest mean loss")
+        few = min(test.n) < FEWEST_SEEDS
+        reason = f"{FEWEST_SEEDS} seeds are the least for a verdict" if few else "it has the lowest mean loss"
+        return Advice(**row, evidence=evidence, n=min(test.n), holds=OPEN if few else HOLDS, reason=reason)
     test = _against(results, theirs, best)
     evidence = f"the document's {theirs.name} minus {best.name}: {_numbers(test, level)}"
     holds, reason = OPEN, "neither a difference nor equality within 1 % is shown"
-    if theirs.name in alike:
+    if min(test.n) < FEWEST_SEEDS:
+        reason = f"{FEWEST_SEEDS} seeds are the least for a verdict"
+    elif theirs.name in alike:
         holds, reason = HOLDS, "within 1 % of the best"
     elif test.low > 0:
         holds, reason = NOT, f"{best.name} ends lower"
@@ -238,7 +243,11 @@ def _norms(results: Results) -> Advice | None:
         n=len(runs),
         document=f"{NORM_WORDS} (S0)",
         holds=NOT if harmless else OPEN,
-        reason="every run passes it and ends below AdamW all the same" if harmless else "the runs do not decide it",
+        reason="every run passes it and ends below AdamW all the same"
+        if harmless
+        else "the runs do not decide it"
+        if above
+        else f"no run passes {NORM_WARNING:g}",
         suite=results.name,
     )
 

@@ -61,7 +61,7 @@ DENSE_CLAIMS: tuple[Claim, ...] = (
             tests=1,
         ),
         Claim(
-            "AdamW needs far more tokens for Muon's loss: twice as many do not do",
+            "AdamW needs more than twice the tokens for Muon's loss",
             ("a validation loss that AdamW likely wouldn't reach for several more million tokens",),
             still_above("baseline"),
             tests=1,
@@ -213,9 +213,14 @@ DENSE_CLAIMS: tuple[Claim, ...] = (
         Claim("Muon is ahead at the second size", ("95.0%", "96.3%", "+1.4%"), accuracy_at(1, 1), tests=1),
         Claim("Muon is ahead at the third size", ("91.7%", "96.1%", "+4.8%"), accuracy_at(2, 1), tests=1),
         Claim("Muon is ahead at the largest size", ("28.4%", "94.6%", "+233%"), accuracy_at(3, 1), tests=1),
-        Claim("The lead grows with the model", ("Muon wins at scale", "+1.4%", "+4.8%", "+233%"), lead_grows, tests=1),
         Claim(
-            "AdamW breaks down at the largest size",
+            "The lead in loss grows with the model",
+            ("Muon wins at scale", "+1.4%", "+4.8%", "+233%"),
+            lead_grows,
+            tests=1,
+        ),
+        Claim(
+            "AdamW breaks down at the largest size: it loses half of its accuracy",
             ("fails catastrophically at scale", "AdamW crashes at 108M parameters"),
             largest_breaks_down,
             tests=1,

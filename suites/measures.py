@@ -35,7 +35,8 @@ from suites.judging import (
 )
 from suites.launcher import diverged
 from suites.results import Outcome
-from suites.tables import accuracy
+from suites.suite import AS_WRITTEN
+from suites.tables import accuracy, mean_of
 
 Measure = Callable[[Context], Evidence | Sequence[Evidence] | Finding]
 Number = Callable[[Run], float]
@@ -75,6 +76,10 @@ def loss(run: Run) -> float:
 
 def log_step_time(run: Run) -> float:
     return math.log(run.step_ms)
+
+
+def log_accuracy(run: Run) -> float:
+    return math.log(max(accuracy(run), 1e-3))
 
 
 def log_memory(run: Run) -> float:
@@ -337,7 +342,11 @@ def accuracy_at(place: int, expected: int) -> Measure:
         muon, adamw = sizes(c)[place]
         ahead, behind = (muon, adamw) if expected > 0 else (adamw, muon)
         c.ready(ahead)
-        return broken_down(c.over(behind)) or compare(c, muon, adamw, accuracy, expected, POINTS)
+        written = [c.results.outcome(f"{outcome.name} {AS_WRITTEN}") for outcome in (muon, adamw)]
+        means = [mean_of(outcome, accuracy) for outcome in written if outcome is not None]
+        known = len(means) == 2 and np.isfinite(means).all()
+        remark = f"; {AS_WRITTEN}: {POINTS(means[0] - means[1])}" if known else ""
+        return broken_down(c.over(behind)) or compare(c, muon, adamw, accuracy, expected, POINTS, remark=remark)
 
     return measure
 
@@ -348,7 +357,9 @@ def at_largest(c: Context) -> tuple[Outcome, Outcome]:
 
 def smoother(c: Context) -> Evidence:
     """Muon's training loss deviates less from its trend at the end of the runs of the largest size."""
-    return compare(c, *sizes(c)[-1], unsteadiness, -1, NATS)
+    muon, adamw = sizes(c)[-1]
+    found = compare(c, muon, adamw, unsteadiness, -1, NATS)
+    return replace(found, what=f"unsteadiness of {muon.name} - of {adamw.name}")
 
 
 def _leads(c: Context, along: str) -> dict[float, dict[int, float]]:
@@ -396,22 +407,16 @@ def lead_lasts(along: str, words: str) -> Measure:
 
 
 def largest_breaks_down(c: Context) -> Evidence | Finding:
-    """How much AdamW falls behind Muon from the second largest size to the largest.
-
-    Sizes have different token budgets, so their losses do not compare directly.
-    """
-    muon, largest = sizes(c)[-1]
+    """AdamW's accuracy at the largest size is less than half of that at the size before."""
+    *smaller, (muon, largest) = sizes(c)
     c.ready(muon)
     if finding := broken_down(c.over(largest)):
         return finding
-    c.ready(largest)
-    leads = list(_leads(c, "params").values())
-    if len(leads) < 2:
-        raise Lacking("needs two sizes at which no run diverged")
-    small, large = leads[-2:]
-    behind = {seed: small[seed] - large[seed] for seed in small.keys() & large.keys()}
-    method, remark = "difference of differences", _budgets(c)
-    return per_seed("AdamW falls behind Muon from the size before by", behind, 1, NATS, method=method, remark=remark)
+    if not smaller:
+        raise Lacking("needs two sizes")
+    before = smaller[-1][1]
+    found = ratio_below(*map(c.ready, (largest, before)), log_accuracy, math.log(0.5), TIMES, "accuracy")
+    return replace(found, remark=_budgets(c))
 
 
 def none_diverges(source: str) -> Measure:

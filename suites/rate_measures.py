@@ -95,7 +95,8 @@ def range_ratio(adamw: str, theirs: float, share: float = 0.05) -> Measure:
     def width(rates: Sequence[float], losses: Sequence[float]) -> float:
         found = learning_rate_tolerance(rates, losses, share)
         if found is None or found.open_low or found.open_high or found.high == found.low:
-            raise Lacking(f"a grid ends, or its neighbours diverge, within {100 * share:g} % of the best loss")
+            words = f"a range within {100 * share:g} % reaches the end of a grid, or rates that diverge"
+            raise Lacking(f"{words}: its width is unknown")
         return found.high - found.low
 
     return _ratio(f"width of the range within {100 * share:g} %, Muon over AdamW", width, adamw, theirs)

@@ -49,7 +49,7 @@ def findings(results: Results, known: Mapping[str, Results]) -> list[str]:
             for test in unclear
             if test.name_b == reference
         )
-        sentences.append(f"Not significantly different from {reference}: {names}.")
+        sentences.append(f"Not shown to differ from {reference}, as the corrected interval holds 0: {names}.")
     for test in tests:
         if min(test.n) == 0:
             sentences.append(f"{test.name_a} - {test.name_b}: no finished run on one side.")

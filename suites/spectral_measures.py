@@ -148,7 +148,7 @@ def flat(**keys: str) -> Measure:
         found = []
         for key, words in keys.items():
             drifts = c.outcome("muon").values(lambda run, key=key: drift(run, key))
-            what = f"Muon's {words} over the run"
+            what = f"trend of Muon's {words} over the run"
             found.append(per_seed(what, drifts, 0, HUNDREDTHS, margin=MARGIN, method="trend"))
         return found
 
@@ -183,8 +183,8 @@ def key_band(c: Context) -> Evidence:
         inside = list(range(low, high + 1))
         per_layer = np.nanmean(values[:, 1:], axis=1)  # no update before the first step
         gaps[run.config["seed"]] = float(np.nanmean(per_layer[inside]) - np.nanmean(np.delete(per_layer, inside)))
-    layers = f"{inside[0]} to {inside[-1]}" if inside else "?"
-    return per_seed(f"alignment of K, layers {layers} minus the others", gaps, 1, Unit(""))
+    layers = " to ".join(map(str, dict.fromkeys((inside[0], inside[-1])))) if inside else "?"
+    return per_seed(f"alignment of K in layers {layers} minus the others", gaps, 1, Unit(""))
 
 
 def same_signature(c: Context) -> Evidence:

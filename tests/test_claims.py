@@ -159,7 +159,7 @@ def test_how_soon_and_how_far_ahead_by_hand(tmp_path):
 
 def test_twice_the_tokens_count_at_the_end_of_a_schedule_alone(tmp_path):
     short = results_of(tmp_path / "a", "speedrun-2m", {"muon": (3.9, 3.91, 3.89), "adamw": HIGH}, steps=10)
-    claim = "AdamW needs far more tokens for Muon's loss: twice as many do not do"
+    claim = "AdamW needs more than twice the tokens for Muon's loss"
     for end, verdict in (((4.1, 4.12, 4.08), CONFIRMED), ((3.5, 3.52, 3.48), REFUTED)):
         longer = results_of(tmp_path / f"{end[0]}", "baseline", {"muon": LOW, "adamw": end}, steps=20)
         finding = verdicts(short, longer)[claim]
@@ -270,7 +270,7 @@ def test_the_ratio_of_the_best_rates(tmp_path):
         times = float(re.search(r"Muon over AdamW: ([\d.]+) times", finding.numbers)[1])
         assert times == pytest.approx(0.07 / best, rel=0.35)
     flat = rate_results(tmp_path / "flat", "moe-lr-adam-short", "", [(5.0, 5.1, 5.2)] * len(rates["moe-lr-adam"]))
-    assert "a grid ends" in verdicts(sharp[0], flat)["Muon's range is 30 times as wide"].numbers
+    assert "reaches the end of a grid" in verdicts(sharp[0], flat)["Muon's range is 30 times as wide"].numbers
 
 
 def test_a_range_that_widens_with_the_run(tmp_path):
