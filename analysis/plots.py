@@ -264,15 +264,16 @@ def whole_steps(ax: plt.Axes) -> None:
 
 @captioned(
     "Loss and accuracy",
-    "Lower loss and higher accuracy are better. The left column compares at equal tokens, the right column at equal "
-    "training time, which excludes compilation, validation and checkpoints. A band spans the seeds. Dotted: the loss "
-    "of a model that knows how frequent each token is in the training text, and nothing else.",
+    "Lower loss and higher accuracy are better. The left column compares at equal steps, the right column at equal "
+    "training time, which excludes compilation, validation and checkpoints. A band spans the seeds. Dotted where the "
+    "axis reaches it: the loss of a model that knows how frequent each token is in the training text, and nothing "
+    "else.",
 )
 def loss_curves(runs: Sequence[Run]) -> Figure:
     """Validation loss and accuracy against steps and against training seconds.
 
     A group's mean over seeds, with a band from the lowest to the highest; where there are few groups, the training loss
-    as a thin line.
+    of the first seed as a thin line. The axis is chosen for validation.
     """
     groups = group_seeds([run for run in runs if run.val])
     figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 6.6), sharey="row", sharex="col")
@@ -304,7 +305,7 @@ def loss_curves(runs: Sequence[Run]) -> Figure:
     axes[0, 0].set_title("against steps")
     axes[0, 1].set_title("against training time")
     if len(tops) == len(groups) and np.isfinite(tops).all():
-        lowest = min(float(np.nanmin(line.get_ydata())) for line in axes[0, 0].lines)
+        lowest = min(float(np.min(group.curve("val_loss")[1])) for group in groups)
         axes[0, 0].set_ylim(lowest - 0.06 * (max(tops) - lowest), max(tops))  # the first steps would hide the rest
     for level in unigram_levels(runs):
         unigram_line(axes[0, 0], level)
@@ -321,7 +322,7 @@ def loss_curves(runs: Sequence[Run]) -> Figure:
     words = "Validation loss and accuracy"
     if seeds > 1:
         words += ": mean over seeds, band from the lowest to the highest"
-    figure.suptitle(words + ("; thin: training loss" if len(groups) <= FEW_GROUPS else ""))
+    figure.suptitle(words + ("; thin: training loss of one seed" if len(groups) <= FEW_GROUPS else ""))
     return figure
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -103,11 +104,16 @@ def _seed_lines(
         ax.fill_between(steps, values.min(axis=0), values.max(axis=0), **shade)
 
 
+DIFFERENCES = (
+    "Second panels show the loss minus the reference's, seed by seed, which removes what the seeds share; below zero "
+    "is better."
+)
+
+
 @captioned(
     "Training curves",
-    "Validation loss; the axis is chosen for what comes after a fifth of the run. A thick line is the mean over seeds, "
-    "thin lines are the seeds, a band spans them where there are few conditions. Second panels show the loss minus the "
-    "reference's, seed by seed, which removes what the seeds share; below zero is better.",
+    "Validation loss; the axes are chosen for what comes after a fifth of the run. A thick line is the mean over "
+    "seeds, thin lines are the seeds, a band spans them where there are few conditions.",
 )
 def training_curves(series: Sequence[Series]) -> Figure:
     """Validation loss against steps, a panel for each `Series.panel`, and the difference from each one's reference."""
@@ -119,19 +125,16 @@ def training_curves(series: Sequence[Series]) -> Figure:
     figure, axes = plt.subplots(*shape, figsize=size, sharex="col", squeeze=False, sharey=False)
     grid = axes.T if len(panels) == 1 else axes  # rows: loss, difference
     by_label = {one.label: one for one in series}
-    styles = looks(series)
+    styles, shown = looks(series), []
     for column, panel in enumerate(panels):
-        upper, shown = grid[0, column], []
+        upper = grid[0, column]
         bands = sum(one.panel == panel for one in series) <= FEW_BANDS
         for one in (one for one in series if one.panel == panel):
             steps, losses = one.curves()
             if losses:
                 _seed_lines(upper, steps, losses, styles[one.label], bands)
                 shown.append(np.concatenate([line[steps >= 0.2 * steps[-1]] for line in losses.values()]))
-        if shown:
-            low, high = (float(f([f(values) for values in shown])) for f in (np.nanmin, np.nanmax))
-            upper.set_ylim(low - 0.04 * (high - low), high + 0.02 * (high - low))
-            _yardsticks(upper, [run for one in series if one.panel == panel for run in one.runs], len(panels))
+                upper.set_xlim(left=0.15 * steps[-1])
         for one in compared if rows == 2 else ():
             if one.panel == panel:
                 steps, gaps = _gaps(one, by_label[one.versus])
@@ -139,6 +142,11 @@ def training_curves(series: Sequence[Series]) -> Figure:
                     _seed_lines(grid[1, column], steps, gaps, styles[one.label], bands)
         if panel:
             upper.set_title(panel)
+    if shown:  # one scale for all panels
+        low, high = (float(f([f(values) for values in shown])) for f in (np.nanmin, np.nanmax))
+        for ax, panel in zip(grid[0], panels, strict=True):
+            ax.set_ylim(low - 0.04 * (high - low), high + 0.02 * (high - low))
+            _yardsticks(ax, [run for one in series if one.panel == panel for run in one.runs], ax is grid[0, -1])
     for ax in grid.flat:
         whole_steps(ax)
         if rows == 2 and ax in grid[1]:
@@ -157,11 +165,11 @@ def training_curves(series: Sequence[Series]) -> Figure:
     return figure
 
 
-def _yardsticks(ax: plt.Axes, runs: Sequence[Run], panels: int) -> None:
-    """The loss of token frequencies alone, and bits per byte."""
+def _yardsticks(ax: plt.Axes, runs: Sequence[Run], last: bool) -> None:
+    """The loss of token frequencies alone, and, at the last panel of a row, bits per byte."""
     for level in unigram_levels(runs):
         unigram_line(ax, level, words=False)
-    if panels < 3:  # more are too narrow for a second axis each
+    if last:
         bits_axis(ax, runs)
 
 
@@ -195,9 +203,8 @@ def _panel_legends(
     for ax, panel in zip(axes, panels, strict=True):
         members = [one for one in series if one.panel == panel]
         handles = [Line2D([], [], linewidth=1.8, label=f"{one.value:g}", **styles[one.label]) for one in members]
-        columns = 1 + (len(handles) > 6)
-        style = {"fontsize": 8, "title_fontsize": 8, "frameon": True, "edgecolor": "none", "framealpha": 0.85}
-        ax.legend(handles=handles, title="learning rate", loc="upper right", ncols=columns, **style)
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": -(-len(handles) // 2)}
+        ax.legend(handles=handles, title="learning rate", fontsize=8, title_fontsize=8, frameon=False, **below)
 
 
 def _handles(series: Sequence[Series], styles: Mapping[str, Mapping[str, Any]]) -> list[Line2D]:
@@ -332,51 +339,49 @@ def effects(found: Sequence[Effect]) -> Figure:
 
 @captioned(
     "Use of the experts, every seed",
-    "The share of tokens that each expert receives: a row for each seed, a column for each layer, one colour scale. "
-    "Beside each row stand the final figures: evenness (entropy of the shares over its maximum, 1 = even), the busiest "
-    "expert's share over an even one, and the number of dead experts (below a tenth of an even share).",
+    "The share of tokens that each expert receives: a row for each seed, a column for each layer; white is an even "
+    "share, and the conditions of a suite have one colour scale. Above each panel stand the final figures of its "
+    "layer: evenness (entropy of the shares over its maximum, 1 = even), the busiest expert's share over an even one, "
+    "and the number of dead experts (below a tenth of an even share).",
 )
-def experts_by_seed(runs: Sequence[Run], name: str = "") -> Figure:
-    """Shares of the routed tokens against steps of every seed of a condition, with the balance at the end."""
+def experts_by_seed(runs: Sequence[Run], name: str = "", highest: float | None = None) -> Figure:
+    """Shares of the routed tokens against steps of every seed of a condition, with the balance at the end; colours
+    reach to the share `highest` (default: the highest of these runs)."""
     layers = sorted({line["layer"] for line in runs[0].experts})
-    size = (min(12.0, 3.2 + 2.6 * len(layers)), 1.3 + 1.15 * len(runs))
+    size = (min(12.0, 3.2 + 2.6 * len(layers)), 1.3 + 1.3 * len(runs))
     figure, axes = plt.subplots(len(runs), len(layers), figsize=size, sharex=True, sharey=True, squeeze=False)
     grids = [[expert_shares(run, layer) for layer in layers] for run in runs]
-    highest = max(float(shares.max()) for row in grids for _, shares in row)
+    even = 1 / len(grids[0][0][1])
+    highest = max(highest or highest_share(runs), 1.01 * even)
     for place, (run, row, panels) in enumerate(zip(runs, grids, axes, strict=True)):
         for ax, layer, (steps, shares) in zip(panels, layers, row, strict=True):
             mesh = ax.pcolormesh(
                 steps,
                 np.arange(len(shares)),
                 shares,
-                vmin=0,
-                vmax=highest,
-                cmap="cividis",
+                norm=TwoSlopeNorm(even, 0, highest),
+                cmap="PuOr_r",
                 shading="nearest",
                 rasterized=True,
             )
             ax.grid(False)
             ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
             ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-            if place == 0:
-                ax.set_title(f"layer {layer}")
-        last = [balance(shares[:, -1]) for _, shares in row]
-        words = (
-            f"evenness {np.mean([one.evenness for one in last]):.3f}\n"
-            f"max / mean {max(one.max_over_mean for one in last):.2f}\n"
-            f"dead {sum(one.dead for one in last)}"
-        )
-        panels[-1].annotate(
-            words, (1.04, 0.5), xycoords="axes fraction", va="center", fontsize=9, annotation_clip=False
-        )
+            end = balance(shares[:, -1])
+            words = f"evenness {end.evenness:.3f}, max / mean {end.max_over_mean:.2f}, dead {end.dead}"
+            ax.set_title(f"layer {layer}\n{words}" if place == 0 else words, fontsize=8)
         panels[0].set_ylabel(f"seed {run.config['seed']}\nexpert")
     for ax in axes[-1]:
         ax.set_xlabel("step")
     bar = figure.colorbar(mesh, ax=axes, label="share of tokens", pad=0.02, aspect=30)
-    even = 1 / len(grids[0][0][1])
-    bar.ax.axhline(even, color="white", linewidth=3.0)
     bar.ax.axhline(even, color="black", linewidth=1.4)
     figure.suptitle(
         f"{name or optimizer_name(runs[0].optimizer)}: tokens of each expert (line on the bar: an even share)"
     )
     return figure
+
+
+def highest_share(runs: Sequence[Run]) -> float:
+    """Of the tokens that an expert received at any step, in any layer."""
+    layers = {line["layer"] for run in runs for line in run.experts}
+    return max(float(expert_shares(run, layer)[1].max()) for run in runs for layer in layers)

@@ -24,13 +24,19 @@ from analysis.runs import Group, Run, optimizer_name
 
 _HOW = (
     "A column for each projection, layers upwards, steps to the right. The first four rows are two seeds of each "
-    "optimizer on one scale; the last three are differences on another one around zero: between seeds of Muon, between "
-    "seeds of AdamW, and between the optimizers, as a mean over seeds. Where the last row is strong and the two above "
-    "it are pale, the optimizer made the structure and not the seed."
+    "optimizer; the last three are differences: between the two seeds of Muon, between those of AdamW, and between the "
+    "optimizers, as a mean over all seeds. Each projection has one scale for values and one for differences. Where the "
+    "last row is strong and the two above it are pale, the optimizer made the structure and not the seed."
 )
 CAPTIONS = {
-    "entropy": Caption("Two seeds, entropy of the singular values", _HOW),
-    "left_alignment": Caption("Two seeds, alignment of update and weight", _HOW),
+    "entropy": Caption(
+        "Two seeds, entropy of the singular values",
+        "In nats, of the shares s / Σs, as S3 defines it; the spectral entropy of other figures is of s² / Σs². "
+        f"{_HOW}",
+    ),
+    "left_alignment": Caption(
+        "Two seeds, alignment of update and weight", f"{_HOW} Before the first step there is no update."
+    ),
     "effective_rank": Caption("Two seeds, effective rank", _HOW),
 }
 
@@ -47,7 +53,9 @@ def seed_grid(muon: Group, adamw: Group, key: str) -> Figure:
     names = muon.runs[0].projections()
     sides = ((optimizer_name(muon.optimizer), muon.runs), (optimizer_name(adamw.optimizer), adamw.runs))
     rows = [(f"{name}\nseed {run.config['seed']}", (run,), None) for name, runs in sides for run in runs[:2]]
-    rows += [(f"{name}\nseed − seed", runs[:1], runs[1:2]) for name, runs in sides]
+    for name, runs in sides:
+        first, second = (run.config["seed"] for run in runs[:2])
+        rows.append((f"{name}\n{first} − {second}", runs[:1], runs[1:2]))
     rows.append((f"{sides[0][0]} −\n{sides[1][0]}", sides[0][1], sides[1][1]))
     figure, axes = plt.subplots(7, len(names), figsize=(12, 8.6), sharex=True, sharey=True, squeeze=False)
     for column, name in enumerate(names):

@@ -13,10 +13,13 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
+from scipy import stats as scipy_stats
 
 from analysis.plots import WIDTH, Caption, bits_axis, captioned, group_labels, legend_below, optimizer_color
 from analysis.runs import Group, Run, group_seeds, optimizer_name
 from analysis.stats import largest_spike, learning_rate_tolerance, t_interval
+
+PERPLEXITY = "perplexity, exp of the loss"
 
 
 def _by_rate(groups: Sequence[Group]) -> dict[str, list[Group]]:
@@ -34,7 +37,7 @@ def has_rates(runs: Sequence[Run]) -> bool:
 
 def _ticks_at(ax: plt.Axes, ticks: Sequence[float], words: Sequence[str]) -> None:
     """Labels at these values of a log axis; those too close to the one before are left out."""
-    least = 0.06 * np.log(ticks[-1] / ticks[0])
+    least = 0.045 * np.log(ticks[-1] / ticks[0])
     kept: list[int] = []
     for i, tick in enumerate(ticks):
         if not kept or np.log(tick / ticks[kept[-1]]) >= least:
@@ -49,19 +52,19 @@ def _ticks_at(ax: plt.Axes, ticks: Sequence[float], words: Sequence[str]) -> Non
     "The bars at the bottom of the first panel span the rates whose loss is at most 1 % (dark) and 5 % (light) above "
     "the best one: the wider, the easier to tune. Between grid points the loss is taken as linear in the logarithm of "
     "the rate. A best rate at the edge of its line means that the grid was too narrow. Crosses at the top edge are "
-    "runs without a final loss; the last panel shows how unsteady training was.",
+    "runs without a final loss. The last panel shows how far the training loss rose above its least value so far.",
 )
 def learning_rate_sensitivity(runs: Sequence[Run]) -> Figure:
     """Final loss, accuracy and perplexity against the learning rate, and the largest spike of the training loss.
 
-    Where several groups share a rate, the line joins the best of them and the others are dots. Bars at the bottom: the
-    rates whose loss is at most 1 % (dark) and 5 % (light) above the best. Crosses at the top edge: runs that failed.
+    Where several groups share a rate, the line joins the means of the best and the others are dots. Bars at the bottom:
+    the rates whose loss is at most 1 % (dark) and 5 % (light) above the best. Crosses at the top: runs that failed.
     """
     figure, axes = plt.subplots(2, 2, figsize=(WIDTH, 6.6), sharex=True)
     panels: tuple[tuple[str, Callable[[Group], list[float]]], ...] = (
         ("final validation loss (nats per token)", lambda g: g.losses()),
         ("next-token accuracy (%)", lambda g: [100 * float(run.val["val_accuracy"][-1]) for run in g.samples()]),
-        ("perplexity, exp of the loss", lambda g: [float(np.exp(loss)) for loss in g.losses()]),
+        (PERPLEXITY, lambda g: [float(np.exp(loss)) for loss in g.losses()]),
         ("largest rise of training loss (nats)", lambda g: [largest_spike(run) for run in g.runs if run.train]),
     )
     handles = []
@@ -93,7 +96,8 @@ def learning_rate_sensitivity(runs: Sequence[Run]) -> Figure:
                 if len(values) < len(group.runs) and ax is axes[0, 0]:
                     at_top = {"transform": ax.get_xaxis_transform(), "clip_on": False}
                     ax.plot([group.config["lr"]], [1.0], "x", color=color, markersize=7, **at_top)
-            shown = {rate: np.mean(values_of(group)) for rate, group in best.items() if values_of(group)}
+            mean = scipy_stats.gmean if words == PERPLEXITY else np.mean  # exp of the mean loss
+            shown = {rate: mean(values_of(group)) for rate, group in best.items() if values_of(group)}
             ax.plot(list(shown), list(shown.values()), color=color, linewidth=1.8)
         handles.append(Line2D([], [], color=color, linewidth=1.8, label=label))
     ticks = sorted({group.config["lr"] for group in group_seeds(runs) if group.config.get("lr")})
@@ -104,7 +108,7 @@ def learning_rate_sensitivity(runs: Sequence[Run]) -> Figure:
     low, high = axes[0, 0].get_ylim()
     axes[0, 0].set_ylim(low - 0.1 * (high - low), high)  # room for the bars
     bits_axis(axes[0, 0], runs)
-    figure.suptitle("Sensitivity to the learning rate: dots are runs, lines join the best at each rate")
+    figure.suptitle("Sensitivity to the learning rate: dots are runs, lines join their means")
     figure.legend(handles=handles, loc="outside lower center", ncols=1)
     return figure
 

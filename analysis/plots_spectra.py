@@ -193,7 +193,8 @@ _OVER_TIME = (
 OVER_TIME_CAPTIONS = {
     "spectral_entropy": Caption(
         "Spectral entropy over time",
-        f"1 means that all singular values are equal. {_OVER_TIME} A line that falls is rank collapse.",
+        f"1 means that all singular values are equal. {_OVER_TIME} A line that falls far below the dotted one is rank "
+        "collapse.",
     ),
 }
 
@@ -369,8 +370,8 @@ def metric_heatmap(runs: Sequence[Run], key: str) -> Figure:
 
 @captioned(
     "Quick scan",
-    "Each strip is one run and shows all its matrices; a matrix that loses rank shows as a dark line. One colour scale "
-    "for all.",
+    "Each strip is one run and shows all its matrices; one that loses rank darkens to the right, and some are dark "
+    "from the start, by their shape. One colour scale for all.",
 )
 def quick_scan(runs: Sequence[Run]) -> Figure:
     """Effective rank of every matrix of up to six runs at a glance: a strip of scans on one colour scale.

@@ -132,7 +132,7 @@ def _optimizer(results: Results) -> Advice | None:
         evidence=f"Muon minus AdamW, both tuned: {_numbers(test, adamw.loss)}",
         n=min(test.n),
         document=f"Muon ({source}: {words})" if words else ahead,
-        holds=(HOLDS if better is muon else NOT) if clear else OPEN,
+        holds=((HOLDS if better is muon else NOT) if clear else OPEN) if words else "-",
         reason="" if clear else "the interval holds zero",
         suite=results.name,
     )

@@ -136,7 +136,7 @@ def figures(results: Results) -> list[Drawing]:
         words = SETTING_WORDS[varies], ZERO_WORDS.get(varies, "0")
         found.append(of_suite("sensitivity", plots_conditions.sensitivity, numeric, *words))
     if any(len(run.val["step"]) > 1 for one in conditions for run in one.runs):
-        caption = curves_caption([run for one in conditions for run in one.runs])
+        caption = curves_caption([run for one in conditions for run in one.runs], any(one.versus for one in conditions))
         found.append(of_suite("curves", plots_conditions.training_curves, conditions, caption=caption))
     if crosses and varies not in PAIR_EACH:
         found.append(of_suite("losses", plots.loss_curves, fair_runs(results)))
@@ -146,11 +146,13 @@ def figures(results: Results) -> list[Drawing]:
     if varies == "schedule":
         found.append(of_suite("schedules", plots.learning_rate_schedules, results.runs()))
     found += deciles(results)
+    shares = [run for outcome in routed(results) for run in outcome.finished() if run.experts]
+    highest = plots_conditions.highest_share(shares) if shares else 0.0
     for outcome in routed(results):
         runs = [run for run in outcome.finished() if run.experts]
         about = condition_name(outcome.name, outcome.optimizer)
         kind = f"experts_{stem_of(outcome.name)}"
-        found.append(of_suite(kind, plots_conditions.experts_by_seed, runs, about, about=about))
+        found.append(of_suite(kind, plots_conditions.experts_by_seed, runs, about, highest, about=about))
     if runs := watched(results):
         found += spectra(runs, functools.partial(of_suite, about=shared))
         muon, adamw = (Group(tuple(o.finished())) for o in crosses[-1])
@@ -168,22 +170,28 @@ def deciles(results: Results) -> list[Drawing]:
     return [drawing(plots_tokens.loss_by_decile, logged, stem=stem, about=about)] if logged else []
 
 
-def curves_caption(runs: list[Run]) -> Caption:
-    """With the loss of token frequencies alone, which the axis may not reach."""
+def curves_caption(runs: list[Run], compared: bool) -> Caption:
+    """With second panels where conditions are compared, and the loss of token frequencies alone, which the axis may not
+    reach."""
     caption = plots_conditions.training_curves.caption
-    if not (levels := plots.unigram_levels(runs)):
-        return caption
-    words = " or ".join(f"{level:.2f}" for level in levels)
-    more = f"Dotted where the axis reaches it: what token frequencies alone give, {words} nats."
-    return Caption(caption.title, f"{caption.how_to_read} {more}")
+    how = [caption.how_to_read, *([plots_conditions.DIFFERENCES] if compared else [])]
+    if levels := plots.unigram_levels(runs):
+        words = " or ".join(f"{level:.2f}" for level in levels)
+        how.append(f"Dotted where the axis reaches it: what token frequencies alone give, {words} nats.")
+    return Caption(caption.title, " ".join(how))
+
+
+def scan_caption() -> Caption:
+    caption = plots_spectra.quick_scan.caption
+    return Caption(caption.title, f"{caption.how_to_read} Here: the first {SCANNED} seeds of each optimizer.")
 
 
 def spectra(runs: list[Run], of_suite: Callable[..., Drawing]) -> list[Drawing]:
     """The rank of every run, the documents' four figures of the weights, and what the updates are made of."""
     captions, over_time = plots_spectra.OVER_TIME_CAPTIONS, plots_spectra.metric_over_time
-    groups = group_seeds(runs)
+    first_seeds = [run for group in group_seeds(runs) for run in group.runs[:SCANNED]]
     found = [
-        of_suite("scan", plots_spectra.quick_scan, [run for group in groups for run in group.runs[:SCANNED]]),
+        of_suite("scan", plots_spectra.quick_scan, first_seeds, caption=scan_caption()),
         of_suite("rank_grid", plots_spectra.rank_grid, runs),
         of_suite("norm", plots_spectra.spectral_norm_by_depth, runs),
         of_suite("entropy", over_time, runs, "spectral_entropy", caption=captions["spectral_entropy"]),

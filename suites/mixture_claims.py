@@ -238,6 +238,11 @@ MIXTURE_CLAIMS: tuple[Claim, ...] = (
         Claim("AdamW is better constant, without warm-up", ("5.5477", "5.7521"), lower(CONSTANT, ADAM_DEFAULT)),
         Claim("AdamW is better without warm-up", ("5.5887", "5.7521"), lower("no warm-up", ADAM_DEFAULT)),
         Claim(
+            "AdamW is better with a warm-up of 10 % than of 5 %",
+            ("5.7280", "5.7521"),
+            lower("warm-up 0.1", ADAM_DEFAULT),
+        ),
+        Claim(
             "Other weight decays do not help AdamW",
             ("Weight decay variations don't help",),
             no_better(ADAM_DEFAULT, "decay 0.05", "decay 0.2"),

@@ -3,6 +3,8 @@
 plots.save(condition_bars(results), folder, "moe-momentum_bars")
 """
 
+from collections.abc import Mapping
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
@@ -17,17 +19,17 @@ from suites.results import Outcome, Results
 
 @captioned(
     "Final loss of every condition",
-    "Dots are runs, diamonds means, whiskers 95 % t-intervals, the dashed line the condition that the others are "
-    "tested against. Bold names differ from it significantly: their corrected interval excludes zero.",
+    "Dots are runs, diamonds means, whiskers 95 % t-intervals of each condition by itself. A dashed line is the mean "
+    "of the reference that the rows along it are tested against, seed by seed. Bold: significantly lower (↓) or "
+    "higher (↑) than it, the corrected interval of the difference excludes zero.",
 )
 def condition_bars(results: Results) -> Figure:
     """Final loss of every condition, in the plan's order."""
     shown = [outcome for outcome in results.outcomes if outcome.losses()]
-    apart = {test.name_a for test in results.tests() if test.excludes_zero}
+    apart = {test.name_a: "↓" if test.difference < 0 else "↑" for test in results.tests() if test.excludes_zero}
     references = {outcome.condition.versus for outcome in shown}
     figure, ax = plt.subplots(figsize=(WIDTH, 1.6 + 0.34 * len(shown)))
-    values = [loss for outcome in shown for loss in outcome.losses().values()]
-    spread = max(max(values) - min(values), 0.01)
+    seen = [loss for outcome in shown for loss in outcome.losses().values()]
     for place, outcome in enumerate(shown):
         color = optimizer_color(outcome.optimizer)
         losses = list(outcome.losses().values())
@@ -36,23 +38,29 @@ def condition_bars(results: Results) -> Figure:
         ax.plot(mean, place, "D", color=color, markersize=6)
         if np.isfinite(low):
             ax.errorbar(mean, place, xerr=high - mean, color=color, capsize=3, linewidth=1.3)
-        if outcome.name in references:
-            ax.axvline(mean, color=color, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-    ax.set_yticks(range(len(shown)), [_label(outcome, references) for outcome in shown])
+            seen += [low, high]
+        if rows := [row for row, other in enumerate(shown) if other.condition.versus == outcome.name]:
+            ends = min(place, *rows) - 0.4, max(place, *rows) + 0.4
+            ax.plot([mean, mean], ends, color=color, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+    most = max(len(outcome.losses()) for outcome in shown)
+    ax.set_yticks(range(len(shown)), [_label(outcome, references, most, apart) for outcome in shown])
     for tick, outcome in zip(ax.get_yticklabels(), shown, strict=True):
         tick.set_fontweight("bold" if outcome.name in apart else "normal")
     ax.invert_yaxis()
     ax.set_ylim(len(shown) - 0.4, -0.6)
-    ax.set_xlim(min(values) - 0.35 * spread, max(values) + 0.35 * spread)  # a wide interval may leave the panel
+    pad = 0.05 * max(max(seen) - min(seen), 0.01)
+    ax.set_xlim(min(seen) - pad, max(seen) + pad)
     ax.set_xlabel("final validation loss (nats per token): runs, mean, 95 % interval")
     bits_axis(ax, [run for outcome in shown for run in outcome.finished()], "top")
-    ax.set_title(results.suite.question)
+    figure.suptitle(results.suite.question)
     return figure
 
 
-def _label(outcome: Outcome, references: set[str | None]) -> str:
+def _label(outcome: Outcome, references: set[str | None], most: int, apart: Mapping[str, str]) -> str:
     words = condition_name(outcome.name, outcome.optimizer) + (" (reference)" if outcome.name in references else "")
-    return words + (f", {outcome.failed} failed" if outcome.failed else "")
+    words += f" (n = {len(outcome.losses())})" if len(outcome.losses()) < most else ""
+    words += f", {outcome.failed} failed" if outcome.failed else ""
+    return f"{words} {apart.get(outcome.name, '')}".rstrip()
 
 
 @captioned(
@@ -63,10 +71,11 @@ def _label(outcome: Outcome, references: set[str | None]) -> str:
 def time_to_loss(results: Results, a: Outcome, b: Outcome) -> Figure:
     """Training tokens and seconds to each validation loss."""
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.7), sharey=True)
-    finals = [loss for outcome in (a, b) for loss in outcome.losses().values()]
     runs = [run for outcome in (a, b) for run in outcome.finished()]
     highest = max(float(run.val["val_loss"][min(1, len(run.val["step"]) - 1)]) for run in runs)
-    targets = np.linspace(highest, min(finals), 60)
+    lowest = [float(np.min(run.val["val_loss"])) for run in runs]
+    levels = {*np.linspace(highest, min(lowest), 60), *lowest, a.loss, b.loss}
+    targets = np.array(sorted((level for level in levels if level <= highest), reverse=True))
     for ax, column, words in zip(
         axes, ("tokens", "train_seconds"), ("training tokens", "training time (s)"), strict=True
     ):

@@ -169,8 +169,8 @@ def advice_page(rows: Sequence[Advice], recipes: Sequence[str], scale: str, pict
     lead = [f"Does not hold here: {'; '.join(failing)}."] if failing else []
     return Page(
         title=f"muon-speedrun experiments, {scale}: advice",
-        headline=f"What to use {SCALE_WORDS[scale]}: of {len(rows)} pieces of the documents' advice {counts[HOLDS]} "
-        f"hold, {counts[NOT]} do not, {counts[OPEN]} are open",
+        headline=f"What to use {SCALE_WORDS[scale]}: of {sum(counts.values())} pieces of advice in the documents and "
+        f"their code {counts[HOLDS]} hold, {counts[NOT]} do not, {counts[OPEN]} are open",
         lead=[*lead, *recipes],
         tiles=[],
         summary=table,
@@ -182,14 +182,17 @@ def advice_page(rows: Sequence[Advice], recipes: Sequence[str], scale: str, pict
 
 NOTES = (
     "A verdict needs three seeds a side and an interval, corrected for all tests of its suite. Confirmed: the whole "
-    "interval is where the claim puts the number. Refuted: none of it is. Equivalent: two settings differ by less than "
-    "1 % of the loss, shown by two one-sided tests. Otherwise a claim is undecided, and the row tells how many seeds "
-    "would decide if the effect is as large as it looks.",
+    "interval is where the claim's sentence puts the number, which is about a direction or a limit; the document's "
+    "own figure stands beside it and is not what is confirmed. Refuted: none of it is. Equivalent: the interval holds "
+    "zero, and two settings differ by less than 1 % of the loss, shown by two one-sided tests. Otherwise a claim is "
+    "undecided, and the row tells how many seeds would decide if the effect is as large as it looks.",
+    "Where a claim calls one of several settings the best, each other one is compared with it: confirmed if all are "
+    "worse, refuted if one is better.",
     "'Could show' is the smallest effect that the test finds with a probability of 80 % at this n and spread; for "
     "claims of equality, the narrowest margin that equal sides would hold.",
     "Runs that share a seed are paired: they share batches and initial weights. We report the paired t-test, and "
-    "Welch's for reference and where seeds differ. p values are corrected by Holm within a suite, intervals by "
-    "Bonferroni so that all of a suite hold together.",
+    "Welch's for reference and where seeds differ. Within a suite, p values of conditions are corrected by Holm, "
+    "those of claims and all intervals by Bonferroni, so that they hold together.",
     "A learning rate's tolerance is the width in decades around the best rate where the loss is within 1 % or 5 % of "
     "the best, linear in the logarithm of the rate between grid points; 'at least': the grid ended first.",
     "Unsteadiness is the spread of the last tenth of the training losses around their linear trend, in nats.",

@@ -98,13 +98,15 @@ def test_experts_of_every_seed_with_their_balance(tmp_path):
     runs = runs_of(tmp_path, (3.0, 3.1, 3.2), experts=4, layers=2)
     figure = plots_conditions.experts_by_seed(runs)
     panels = figure.axes[:6]
-    assert [ax.get_title() for ax in panels] == ["layer 0", "layer 1", "", "", "", ""]
     np.testing.assert_allclose(np.asarray(panels[0].collections[0].get_array())[:, 0], [0.4, 0.2, 0.2, 0.2])
     assert len({ax.collections[0].get_clim() for ax in panels}) == 1
     p = np.array([0.4, 0.2, 0.2, 0.2])
     evenness = -(p * np.log(p)).sum() / np.log(4)
-    (words,) = [text.get_text() for text in panels[1].texts]
-    assert words == f"evenness {evenness:.3f}\nmax / mean 1.60\ndead 0"
+    words = f"evenness {evenness:.3f}, max / mean 1.60, dead 0"
+    assert [ax.get_title() for ax in panels] == [f"layer 0\n{words}", f"layer 1\n{words}", *[words] * 4]
+    assert panels[0].collections[0].norm.vcenter == 0.25
+    wider = plots_conditions.experts_by_seed(runs, highest=0.9)
+    assert wider.axes[0].collections[0].get_clim() == (0, 0.9)
 
 
 def test_seeds_and_optimizers_share_a_scale_and_so_do_their_differences(tmp_path):
@@ -124,7 +126,7 @@ def test_seeds_and_optimizers_share_a_scale_and_so_do_their_differences(tmp_path
     np.testing.assert_allclose(np.asarray(values[6].get_array()), of[0] - of[1])
     np.testing.assert_allclose(np.asarray(values[4].get_array()), 0, atol=1e-12)  # decay makes no seed differ
     assert np.asarray(values[6].get_array())[:, -1].min() > 0.1
-    assert [row[0].get_ylabel() for row in rows][5:] == ["AdamW\nseed − seed", "Muon −\nAdamW"]
+    assert [row[0].get_ylabel() for row in rows][5:] == ["AdamW\n0 − 1", "Muon −\nAdamW"]
 
 
 def test_effects_are_filled_where_the_interval_excludes_zero():
@@ -365,7 +367,7 @@ def test_advice_names_where_it_comes_from(tmp_path):
     made.append(results_of(tmp_path, "moe-muon-on", blocks, spectra=False))
     said = [(row.suite, row.document, row.holds) for row in advice.advice({r.name: r for r in made})]
     assert said == [
-        ("baseline", "no advice in S3; Muon is ahead in the author's stored runs", advice.HOLDS),
+        ("baseline", "no advice in S3; Muon is ahead in the author's stored runs", "-"),
         ("moe-final", "Muon (S4: 7% better validation loss than optimized Adam)", advice.HOLDS),
         ("lr-sensitivity", "0.01 (the author's code for S2)", advice.NOT),
         ("moe-muon-on", "Muon for high-dimensional parameters (attention, FFN) (S4)", advice.HOLDS),
