@@ -124,13 +124,20 @@ TEMPLATES = jinja2.Environment(
 TEMPLATES.filters |= {"slug": _slug, "plain": _plain, "cell": lambda text: _plain(text).replace("|", "\\|")}
 
 
+def _shown_width(png: bytes) -> int:
+    """CSS pixels of a PNG file, 100 to an inch of the figure; half of its own where it does not tell its resolution."""
+    pixels, place = int.from_bytes(png[16:20], "big"), png.find(b"pHYs", 0, png.find(b"IDAT"))
+    per_metre = int.from_bytes(png[place + 4 : place + 8], "big") if place > 0 else 0
+    return round(pixels * 100 / (0.0254 * per_metre)) if per_metre else pixels // 2
+
+
 def html_page(page: Page, plots: Path, refresh_seconds: float | None = None, linked: bool = False) -> str:
     """The whole file; with `refresh_seconds` a browser reloads it that often; `linked` leaves pictures in plots/."""
 
     def source(stem: str) -> tuple[int, str]:
         """Width in CSS pixels and an address: of the PNG file, or the content of PNG or SVG, whichever is smaller."""
         png = (plots / f"{stem}.png").read_bytes()
-        width = int.from_bytes(png[16:20], "big") // 2  # PNG files are drawn at twice the size at which they are shown
+        width = _shown_width(png)
         if linked:
             return width, f"plots/{stem}.png"
         svg = (plots / f"{stem}.svg").read_bytes()

@@ -94,7 +94,9 @@ def drawing(
     return Drawing(picture, functools.partial(plot, *arguments))
 
 
-def save_all(drawings: Sequence[Drawing], folder: Path, formats: Sequence[str] = ("png", "svg")) -> list[Picture]:
+def save_all(
+    drawings: Sequence[Drawing], folder: Path, formats: Sequence[str] = ("png", "svg"), png_dpi: int = PNG_DPI
+) -> list[Picture]:
     """Draw and save all, on every free core; returns what a page needs to show them.
 
     A process that runs threads, as a training does, is not forked: it draws alone.
@@ -102,7 +104,7 @@ def save_all(drawings: Sequence[Drawing], folder: Path, formats: Sequence[str] =
 
     def draw(some: Sequence[Drawing]) -> None:
         for one in some:
-            save(one.draw(), folder, one.picture.stem, formats)
+            save(one.draw(), folder, one.picture.stem, formats, png_dpi)
 
     def draw_in_child(some: Sequence[Drawing]) -> None:
         try:
@@ -125,19 +127,21 @@ def save_all(drawings: Sequence[Drawing], folder: Path, formats: Sequence[str] =
     return [one.picture for one in drawings]
 
 
-def save(figure: Figure, folder: Path, stem: str, formats: Sequence[str] = ("png", "svg")) -> None:
-    """Write folder/stem.png at twice the screen's resolution and folder/stem.svg, and close the figure.
+def save(
+    figure: Figure, folder: Path, stem: str, formats: Sequence[str] = ("png", "svg"), png_dpi: int = PNG_DPI
+) -> None:
+    """Write folder/stem.png, by default at twice the screen's resolution, and folder/stem.svg, and close the figure.
 
     Laid out once and drawn once per file; `savefig` lays out and draws each file twice.
     """
     figure.get_layout_engine().execute(figure)
     figure.set_layout_engine("none")
     if "png" in formats:
-        figure.set_dpi(PNG_DPI)
+        figure.set_dpi(png_dpi)
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-        _with_a_palette(drawn).save(folder / f"{stem}.png", optimize=True)
+        _with_a_palette(drawn).save(folder / f"{stem}.png", optimize=True, dpi=(png_dpi, png_dpi))
     if "svg" in formats:
         figure.set_dpi(SVG_DPI)
         FigureCanvasSVG(figure).print_svg(folder / f"{stem}.svg", metadata={"Date": None})

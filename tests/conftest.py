@@ -79,7 +79,7 @@ def ask_to_stop():
 def no_drawing(monkeypatch):
     """Figures are made but written as stubs: drawing them takes most of a report's time."""
 
-    def save(figure, folder, stem, formats=("png", "svg")):
+    def save(figure, folder, stem, formats=("png", "svg"), png_dpi=plots.PNG_DPI):
         for suffix in formats:
             (folder / f"{stem}.{suffix}").write_bytes(b"\x89PNG" + 60 * b"\0")
         plots.plt.close(figure)

@@ -10,7 +10,16 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from analysis import plots, plots_layer, plots_momentum, plots_settings, plots_spectra, plots_tokens, report_figures
+from analysis import (
+    pages,
+    plots,
+    plots_layer,
+    plots_momentum,
+    plots_settings,
+    plots_spectra,
+    plots_tokens,
+    report_figures,
+)
 from analysis.runs import group_seeds, load_run
 from analysis.stats import chance_spread
 from bench.synthetic import write_run
@@ -346,3 +355,12 @@ def test_figures_are_drawn_the_same_whatever_matplotlib_is_told(tmp_path):
         subprocess.run(words, cwd=ROOT, env=environment, check=True, timeout=60)
         drawn.append((tmp_path / name / "curves.png").read_bytes())
     assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("dpi", [150, 200])
+def test_a_page_shows_a_picture_at_the_size_of_its_figure(tmp_path, dpi):
+    figure, _ = plots.plt.subplots(figsize=(8, 1))
+    plots.save(figure, tmp_path, "wide", ("png",), dpi)
+    chapters = [pages.Chapter("c", [pages.Picture("wide", "t", "h")])]
+    page = pages.Page("", "", [], [], pages.Table.of([{"a": "b"}]), [], [], chapters)
+    assert 'style="width:800px"' in pages.html_page(page, tmp_path, linked=True)
