@@ -35,10 +35,11 @@ def test_runs_are_named_by_what_they_train_and_shared_between_suites(tmp_path, s
     assert plan.job((("model", "nano"), ("spectra_every", 0)), 0).name != plan.job((("model", "nano"),), 0).name
 
 
-def test_published_runs_keep_their_names():
+@pytest.mark.parametrize(("record", "count"), [("nano-fight", 82), ("nano-suites", 708)])
+def test_published_runs_keep_their_names(record, count):
     """So an experiment that continues after an update trains no run again: PUBLISHED_WITHOUT must name new settings."""
-    folders = [path.parent for path in (files.ROOT / "runs" / "records" / "nano-fight").glob("*/config.json")]
-    assert len(folders) == 82
+    folders = [path.parent for path in (files.ROOT / "runs" / "records" / record).glob("*/config.json")]
+    assert len(folders) == count
     new = {f.name: f.default for f in dataclasses.fields(Settings) if f.name != "init_fingerprint"}
     for folder in folders:
         config = files.load_json(folder / "config.json")
