@@ -263,6 +263,9 @@ def run_here(
                 job.drop_checkpoint()
             progress.ended(job)
 
+        if not keep_checkpoints:
+            for job in jobs:  # some finished under an earlier launcher
+                job.drop_checkpoint()
         while (waiting and not stops) or running:
             stop = signal.SIGKILL if len(stops) > 1 else signal.SIGTERM
             for slot, (job, process) in list(running.items()):

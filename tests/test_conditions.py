@@ -379,7 +379,7 @@ def test_advice_names_where_it_comes_from(tmp_path):
 def test_a_report_on_several_suites_has_a_page_for_each_and_one_of_advice(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        plots, "save", lambda figure, folder, stem, formats: drawn.append(stem) or save_stub(folder, stem)
+        plots, "save", lambda figure, folder, stem, *rest: drawn.append(stem) or save_stub(folder, stem)
     )
     momentum = {f"momentum {value}": (3.0 + rise, 3.01 + rise, 2.99 + rise) for value, rise in RISES.items()}
     made = [

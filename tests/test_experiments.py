@@ -303,7 +303,7 @@ def test_one_run_per_free_gpu(tmp_path, monkeypatch):
         (("report", "moe-clip"), "moe-lr-muon"),
         (("run", "lr-sensitivity", "--jobs", "0"), "--jobs 0: must be at least 1"),
         (("run", "lr-sensitivity", "--only", "sgd*"), "no condition of lr-sensitivity matches"),
-        (("run", "everything", "--only", "momentum*", "--dry-run"), "leaves no run of muon in moe-lr-muon"),
+        (("run", "everything", "--only", "momentum*", "--dry-run"), "leaves no run of muon in speedrun-lr"),
         (("run", "lr-sensitivity", "--seeds", "-1"), "--seed -1"),
         (("run", "lr-sensitivity", "--data", "nowhere"), "nowhere"),
         (("run", "lr-sensitivity", "--data", "nowhere", "--dry-run"), "nowhere"),
