@@ -27,7 +27,7 @@ def speedrun_lr(scale: Scale, winners: Winners) -> list[Condition]:
     varies="optimizer",
     confirms=True,
     needs=("speedrun-lr",),
-    extra_tests=8,
+    extra_tests=9,
     beside=("baseline",),
 )
 def speedrun_2m(scale: Scale, winners: Winners) -> list[Condition]:
@@ -67,7 +67,7 @@ def lr_sensitivity(scale: Scale, winners: Winners) -> list[Condition]:
     varies="params",
     confirms=True,
     needs=("lr-sensitivity",),
-    extra_tests=9,
+    extra_tests=10,
 )
 def model_size(scale: Scale, winners: Winners) -> list[Condition]:
     conditions = []

@@ -271,11 +271,12 @@ def spent_until(column: str, share: float, muon: Outcome, adamw: Outcome) -> tup
     return ratios, never
 
 
-def until(column: str, share: float) -> Measure:
-    """How soon Muon reaches the loss that AdamW has after a share of its run, seed by seed (`spent_until`)."""
+def until(column: str, share: float, at: Callable[[Context], tuple[Outcome, Outcome]] | None = None) -> Measure:
+    """How soon Muon reaches the loss that AdamW has after a share of its run, seed by seed (`spent_until`), for the
+    pair of conditions `at` (default: the suite's only one)."""
 
     def measure(c: Context) -> Evidence:
-        ratios, never = spent_until(column, share, *muon_and_adamw(c))
+        ratios, never = spent_until(column, share, *(at or muon_and_adamw)(c))
         remark = f", never in {never} of {len(ratios)} runs" if never else ""
         what = f"{column.replace('train_', '')} to AdamW's loss after {100 * share:g} % of its run, Muon over AdamW"
         return per_seed(what, ratios, -1, TIMES, method=LOG_RATIO, remark=remark)

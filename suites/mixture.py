@@ -27,7 +27,7 @@ def moe_lr_muon(scale: Scale, winners: Winners) -> list[Condition]:
     "Does Muon's range of good rates depend on the length of the run?",
     source="S4",
     varies="lr",
-    extra_tests=3,
+    extra_tests=4,
     beside=("moe-lr-adam-short",),
 )
 def moe_lr_muon_short(scale: Scale, winners: Winners) -> list[Condition]:
@@ -280,7 +280,7 @@ MUON_ABLATIONS = (
     varies="optimizer",
     confirms=True,
     needs=("moe-lr-muon", "moe-lr-adam", *MUON_ABLATIONS, "moe-adam"),
-    extra_tests=9,
+    extra_tests=10,
 )
 def moe_final(scale: Scale, winners: Winners) -> list[Condition]:
     """Muon with the winner of each ablation against AdamW with the winners of its own sweeps. So weight decay and

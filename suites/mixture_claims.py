@@ -4,8 +4,10 @@ from suites.measures import (
     LOG_RATIO,
     NATS,
     PERCENT,
+    POINTS,
     Claim,
     about,
+    accuracy,
     as_good,
     best,
     best_of,
@@ -29,6 +31,7 @@ from suites.measures import (
     versus,
 )
 from suites.rate_measures import (
+    best_between,
     deviation_in,
     outside,
     range_ratio,
@@ -63,6 +66,16 @@ MIXTURE_CLAIMS: tuple[Claim, ...] = (
             tests=1,
         ),
         Claim(
+            "Rates from 0.01 to 0.1 are all reasonable, and 0.005 is decent",
+            ("0.01-0.1 all reasonable", "Even 0.005 achieves decent results"),
+            unclear("the document does not say which loss is reasonable or decent"),
+        ),
+        Claim(
+            "Muon forgives poor choices and needs fewer trials",
+            ("More forgiving to suboptimal choices", "Fewer iterations required to find good settings"),
+            unclear("the document counts no trials; the fair fight does, on a dense model"),
+        ),
+        Claim(
             "No run of this document's suites diverges, under either optimizer",
             ("All experiments completed successfully without divergence",),
             none_diverges("S4"),
@@ -73,6 +86,12 @@ MIXTURE_CLAIMS: tuple[Claim, ...] = (
         "moe-lr-muon-short",
         "S4",
         Claim("Muon's best rate is 0.07", ("Optimal LR: **0.07** (loss: 5.7239)",), best("muon lr 0.07")),
+        Claim(
+            "Muon's best rate is between 0.05 and 0.09",
+            ("Sweet spot: 0.05-0.09 range",),
+            best_between(0.05, 0.09),
+            tests=1,
+        ),
         Claim(
             "Muon's loss degrades outside 0.03 to 0.1",
             ("Performance degrades sharply below 0.03 and above 0.1",),
@@ -289,6 +308,7 @@ MIXTURE_CLAIMS: tuple[Claim, ...] = (
     *about(
         "moe-final",
         "S4",
+        Claim("Muon predicts more tokens rightly", ("0.2489", "0.2212"), versus(accuracy, 1, POINTS), tests=1),
         Claim("The best Muon beats the best AdamW", ("5.158", "5.548", "7.0% better"), lower()),
         Claim(
             "Muon is ahead after a fifth of the run",

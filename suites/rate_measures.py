@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from analysis.stats import Tolerance, best_rate, learning_rate_tolerance
-from suites.judging import CONFIRMED, REFUTED, UNDECIDED, Context, Evidence, Finding, Lacking
+from suites.judging import CONFIRMED, REFUTED, UNDECIDED, Context, Evidence, Finding, Lacking, Unit
 from suites.measures import DECADES, HUNDREDTHS, LOG_RATIO, TIMES, Measure, best, per_seed
 
 
@@ -69,6 +69,19 @@ def wider(share: float, muon: str, adamw: str) -> Measure:
 def wider_when_longer(shorter: str, share: float = 0.05) -> Measure:
     """Muon's range of rates is wider in this suite's runs than in the shorter ones of another."""
     return lambda c: _wider(c, share, ("here", c, "muon"), (shorter, c.suite(shorter), "muon"))
+
+
+def best_between(low: float, high: float) -> Measure:
+    """Muon's best rate is inside a range, in the logarithm."""
+    middle, half = math.sqrt(low * high), math.log(high / low) / 2
+
+    def measure(c: Context) -> Evidence:
+        logs = {seed: math.log(best_rate(*grid) / middle) for seed, grid in _by_seed(c, "muon").items()}
+        show = Unit("", ".3g", lambda log: middle * math.exp(log))
+        what = f"Muon's best rate, limits {low:g} and {high:g}"
+        return per_seed(what, logs, 0, show, margin=half, method=LOG_RATIO)
+
+    return measure
 
 
 def _ratio(what: str, number: Callable[..., float], adamw: str, theirs: float, factor: float = 2.0) -> Measure:

@@ -114,6 +114,21 @@ def mean_tail(run: Run) -> float:
     return float(np.nanmean([tail_index(line["singular_values"]) for line in run.spectra if line["step"] == end]))
 
 
+def energy_in_few(run: Run) -> float:
+    """Share of the sum of s² in the largest tenth of a matrix's singular values at the last event, a mean over
+    matrices."""
+    end = watched(run).spectra[-1]["step"]
+    squares = [np.square(line["singular_values"]) for line in run.spectra if line["step"] == end]
+    return float(np.mean([s[: max(1, round(len(s) / 10))].sum() / s.sum() for s in squares]))
+
+
+def concentrated(c: Context) -> Evidence:
+    """More than half of the energy of AdamW's matrices is in a tenth of their singular values."""
+    shares = {seed: share - 0.5 for seed, share in c.outcome("adamw").values(energy_in_few).items()}
+    what = "share of Σ s² in the largest tenth of AdamW's singular values, limit 50 %"
+    return per_seed(what, shares, 1, Unit(" %", ".1f", lambda share: 100 * share), against=0.5)
+
+
 def drift(run: Run, key: str) -> float:
     """Change over the run along the regression line through all events, as a share of the initial value."""
     grids = [watched(run).grid(name, key) for name in run.projections()]

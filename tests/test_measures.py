@@ -400,6 +400,35 @@ def test_who_is_ahead_at_a_size_in_points_of_accuracy(muon, adamw, ahead):
     assert judged(accuracy_at(0, -1), known).verdict == UNDECIDED
 
 
+@pytest.mark.parametrize(("tenth", "verdict"), [(9.0, CONFIRMED), (1.1, REFUTED)])
+def test_energy_in_a_few_singular_values(tenth, verdict):
+    """Two of twenty are `tenth`, the others 1: 2 t² of 2 t² + 18."""
+
+    def spectrum(t):
+        return [{"step": 10, "layer": 0, "proj": "q", "singular_values": [t, t, *[1.0] * 18]}]
+
+    names = ("muon", "adamw")
+    conditions = {n: [run(n, s, spectra=spectrum(tenth * (1 + e))) for s, e in enumerate(NOISE)] for n in names}
+    statement = "Most of AdamW's energy is in a few singular values: half of it in a tenth of them"
+    finding = row(statement, results("speedrun-2m", conditions))
+    assert finding.verdict == verdict
+    assert f"{100 * tenth**2 / (tenth**2 + 9):.0f}." in finding.numbers
+
+
+@pytest.mark.parametrize(("best", "verdict"), [(0.067, CONFIRMED), (0.12, REFUTED), (0.09, UNDECIDED)])
+def test_a_best_rate_inside_a_range(best, verdict):
+    rates = [best * 2.0**k for k in (-2, -1, 0, 1, 2)]
+    conditions = {
+        f"muon lr {rate}": [
+            run("muon", s, (5.0, 3 + math.log(rate / best / (1 + e)) ** 2), lr=rate) for s, e in enumerate(NOISE)
+        ]
+        for rate in rates
+    }
+    finding = row("Muon's best rate is between 0.05 and 0.09", results("moe-lr-muon-short", conditions))
+    assert finding.verdict == verdict
+    assert f"limits 0.05 and 0.09: {best:.3g} " in finding.numbers
+
+
 def test_accuracy_as_written_is_told_beside_the_fair_one():
     fair = {
         "muon 64 wide": 0.40,
