@@ -126,7 +126,8 @@ def broken_down(worse: Outcome) -> Finding | None:
 
 
 def prevents_divergence(without: str, prevented: str) -> Measure:
-    """Every run of the first condition diverges and none of the second does: counted, not tested."""
+    """Every run of the first condition diverges and none of the second does: counted, not tested. Undecided where fewer
+    or none of the first does."""
 
     def measure(c: Context) -> Finding:
         bare, safe = c.ended(without), c.ended(prevented)
@@ -134,7 +135,8 @@ def prevents_divergence(without: str, prevented: str) -> Measure:
         least = min(bare.planned, safe.planned)
         if least < FEWEST_SEEDS:
             raise Lacking(f"{numbers}; {FEWEST_SEEDS} seeds are the least for a verdict")
-        verdict = REFUTED if safe.diverged or not bare.diverged else CONFIRMED if broken_down(bare) else UNDECIDED
+        verdict = REFUTED if safe.diverged else CONFIRMED if broken_down(bare) else UNDECIDED
+        numbers += "" if bare.diverged else ": there was nothing to prevent"
         return Finding(verdict, numbers, f"count, n = {least}")
 
     return measure
@@ -183,6 +185,16 @@ def versus(
 ) -> Measure:
     """A number of each run, a minus b."""
     return lambda c: compare(c, c.outcome(a), c.outcome(b), number, expected, show, method=method, margin=margin)
+
+
+def named(words: str, measure: Callable[[Context], Evidence]) -> Measure:
+    """A measure with words on what its number is."""
+
+    def told(c: Context) -> Evidence:
+        found = measure(c)
+        return replace(found, what=f"{words}, {found.what}")
+
+    return told
 
 
 def timed(measure: Measure) -> Measure:

@@ -189,7 +189,8 @@ NOTES = (
     "zero, and two settings differ by less than 1 % of the loss, shown by two one-sided tests. Otherwise a claim is "
     "undecided, and the row tells how many seeds would decide if the effect is as large as it looks.",
     "Where a claim calls one of several settings the best, each other one is compared with it: confirmed if all are "
-    "worse, refuted if one is better.",
+    "worse, refuted if one is better, equivalent if some are as good and the others worse. Divergence is counted, not "
+    "tested.",
     "'Could show' is the smallest effect that the test finds with a probability of 80 % at this n and spread; for "
     "claims of equality, the narrowest margin that equal sides would hold.",
     "Runs that share a seed are paired: they share batches and initial weights. We report the paired t-test, and "
@@ -205,7 +206,9 @@ ADVICE_NOTES = (
     "'Use' is the condition with the lowest mean loss, or the range of rates within 1 % of the best loss. Conditions "
     "named behind it are as good within 1 %, shown by two one-sided tests: choose the cheapest of them.",
     "A document's advice holds if its choice has the lowest mean loss or is as good within 1 %; it does not hold if "
-    "another ends lower and the interval, corrected for all tests of the suite, excludes zero; else it is open.",
+    "another ends lower and the interval, corrected for all tests of the suite, excludes zero; else it is open. A rate "
+    "holds if it is shown to cost less than 1 % over the best rate of each seed, linear in the logarithm between the "
+    "rates tried; it does not hold if it is shown to cost more.",
     "The best of several conditions looks better than it is: the choice favours luck. moe-final trains the choices on "
     "fresh seeds. A rate's interval is over seeds, each with the vertex of a parabola through its best rates.",
     "These are short runs of small models. What they say about larger ones is for the suites at full scale.",
