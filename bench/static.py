@@ -3,7 +3,7 @@
     python -m bench.static [--capability 89] [--json FILE]
 
 Compiles each kernel with each tile that kernels/configs.py can choose, aligned and masked, with Triton's own compiler,
-and reads the machine code. Exits 1 on a spill, on missing tensor-core or asynchronous-copy instructions, or on a
+and reads its code. Exits 1 on a spill, on missing tensor-core or asynchronous-copy instructions, or on a
 configuration that does not fit. About a second per variant and core, once; Triton caches the results.
 """
 
@@ -202,7 +202,7 @@ def _variant(name: str, capability: int, dtype: torch.dtype, constants: dict, un
 
 
 def compile_variant(variant: Variant) -> Result:
-    """Compile, and read registers and stack from the cubin, instructions from the SASS."""
+    """Compile, and read registers and stack from the machine code, tensor-core and copy instructions from the PTX."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -226,7 +226,6 @@ def compile_variant(variant: Variant) -> Result:
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", variant.capability, 32), options=options)
     registers, stack = registers_and_stack(compiled.asm["cubin"])
-    sass = _cuobjdump(compiled.asm["cubin"], "-sass")
     return Result(
         variant.kernel,
         variant.config,
@@ -235,14 +234,20 @@ def compile_variant(variant: Variant) -> Result:
         compiled.metadata.shared,
         stack,
         ctas_per_sm(variant.capability, registers, compiled.metadata.shared, variant.num_warps),
-        len(re.findall(r"\bH?G?MMA\.|\bHGMMA|\bQGMMA", sass)),
-        len(re.findall(r"\bLDGSTS|\bUTMALDG", sass)),
+        len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", compiled.asm["ptx"])),
+        len(re.findall(r"\bcp\.async\.(?:ca|cg|bulk)\b", compiled.asm["ptx"])),
     )
 
 
 def registers_and_stack(cubin: bytes) -> tuple[int, int]:
     """Registers and bytes of stack of each thread; the stack holds what is spilled."""
-    usage = _cuobjdump(cubin, "-res-usage")
+    import triton.backends.nvidia
+
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     return tuple(int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
 
 
@@ -256,16 +261,6 @@ def ctas_per_sm(capability: int, registers: int, shared_bytes: int, num_warps: i
         limits.sm_threads // (32 * num_warps),
         limits.sm_blocks,
     )
-
-
-def _cuobjdump(cubin: bytes, option: str) -> str:
-    import triton.backends.nvidia
-
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def compile_all(work: list[Variant]) -> list[Result]:
