@@ -167,7 +167,11 @@ def setting(key: str, value: Any) -> str:
 
 
 def group_labels(groups: Sequence[Group]) -> list[str]:
-    """The optimizer, with as many of the settings that differ as tell the groups apart, model and rate first."""
+    """The names of a suite's conditions, else the optimizer, with as many of the settings that differ as tell the
+    groups apart, model and rate first."""
+    conditions = [group.runs[0].condition for group in groups]
+    if all(conditions) and len(set(conditions)) == len(groups):
+        return conditions
     names: list[tuple] = [(optimizer_name(group.optimizer),) for group in groups]
     experiments = [group.runs[0].experiment() for group in groups]
     keys = list(dict.fromkeys(key for experiment in experiments for key in experiment))
@@ -261,8 +265,8 @@ def label_ends(ax: plt.Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     ax.set_ylim(low, high)
 
 
-def whole_steps(ax: plt.Axes) -> None:
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+def whole_steps(ax: plt.Axes, most: int = 6) -> None:
+    ax.xaxis.set_major_locator(MaxNLocator(most, integer=True))
     ax.set_xlabel("step")
 
 
@@ -317,7 +321,8 @@ def loss_curves(runs: Sequence[Run]) -> Figure:
     whole_steps(axes[1, 0])
     axes[1, 1].set_xlabel("training time (s)")
     axes[1, 0].set_ylim(bottom=0)
-    if sum(style.strong for style in line_styles(groups)) <= DIRECT_LABELS and len(groups) <= FEW_GROUPS:
+    strong = [style.color for style in line_styles(groups) if style.strong]
+    if len(strong) == len(set(strong)) <= DIRECT_LABELS and len(groups) <= FEW_GROUPS:  # colours tell which is which
         for ax, labels in zip(axes[:, 1], ends, strict=True):
             label_ends(ax, labels)
     else:

@@ -116,7 +116,8 @@ DIFFERENCES = (
     "seeds, thin lines are the seeds, a band spans them where there are few conditions.",
 )
 def training_curves(series: Sequence[Series]) -> Figure:
-    """Validation loss against steps, a panel for each `Series.panel`, and the difference from each one's reference."""
+    """Validation loss against steps, a panel for each `Series.panel`, and the difference from the panel's reference: of
+    a condition that is compared with one that is compared in turn, from the last of them."""
     panels = list(dict.fromkeys(one.panel for one in series))
     compared = [one for one in series if any(one.versus == other.label for other in series)]
     rows = 1 + bool(compared)
@@ -134,21 +135,24 @@ def training_curves(series: Sequence[Series]) -> Figure:
             if losses:
                 _seed_lines(upper, steps, losses, styles[one.label], bands)
                 shown.append(np.concatenate([line[steps >= 0.2 * steps[-1]] for line in losses.values()]))
-                upper.set_xlim(left=0.15 * steps[-1])
         for one in compared if rows == 2 else ():
             if one.panel == panel:
-                steps, gaps = _gaps(one, by_label[one.versus])
+                steps, gaps = _gaps(one, by_label[_reference(one, by_label)])
                 if gaps:
                     _seed_lines(grid[1, column], steps, gaps, styles[one.label], bands)
+        for ax in grid[:, column]:
+            if ax.lines:
+                ax.set_xlim(left=0.15 * max(line.get_xdata()[-1] for line in ax.lines))
         if panel:
             upper.set_title(panel)
-    if shown:  # one scale for all panels
+    if shown:  # one scale for all panels; what is worse than an untrained model is off it
         low, high = (float(f([f(values) for values in shown])) for f in (np.nanmin, np.nanmax))
+        high = min(high, max(float(run.val["val_loss"][0]) for one in series for run in one.runs if run.val))
         for ax, panel in zip(grid[0], panels, strict=True):
             ax.set_ylim(low - 0.04 * (high - low), high + 0.02 * (high - low))
             _yardsticks(ax, [run for one in series if one.panel == panel for run in one.runs], ax is grid[0, -1])
     for ax in grid.flat:
-        whole_steps(ax)
+        whole_steps(ax, 6 if len(panels) < 4 else 3)
         if rows == 2 and ax in grid[1]:
             ax.axhline(0, color=REFERENCE_COLOR, linewidth=1.0)
     for ax in axes[:-1].flat:
@@ -163,6 +167,13 @@ def training_curves(series: Sequence[Series]) -> Figure:
         legend_below(figure, _handles(series, styles))
     figure.suptitle("Validation loss: mean over seeds (thick), every seed (thin)")
     return figure
+
+
+def _reference(one: Series, by_label: Mapping[str, Series]) -> str:
+    """The label of the last in the chain of conditions that it is compared with."""
+    while by_label[one.versus].versus in by_label:
+        one = by_label[one.versus]
+    return one.versus
 
 
 def _yardsticks(ax: plt.Axes, runs: Sequence[Run], last: bool) -> None:
@@ -209,7 +220,8 @@ def _panel_legends(
 
 def _handles(series: Sequence[Series], styles: Mapping[str, Mapping[str, Any]]) -> list[Line2D]:
     """The legend: by optimizer and place where panels repeat them, else a line for each condition."""
-    references = {one.versus for one in series}
+    by_label = {one.label: one for one in series}
+    references = {_reference(one, by_label) for one in series if one.versus in by_label}
     panels = {one.panel for one in series}
     entries: dict[str, Mapping[str, Any]] = {}
     for one in series:

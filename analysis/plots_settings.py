@@ -5,7 +5,7 @@
 The style is that of plots.py; a figure's caption is written above its function.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from analysis.runs import Group, Run, group_seeds, optimizer_name
 from analysis.stats import largest_spike, learning_rate_tolerance, t_interval
 
 PERPLEXITY = "perplexity, exp of the loss"
+ARM_COLUMNS = 4
 
 
 def _by_rate(groups: Sequence[Group]) -> dict[str, list[Group]]:
@@ -114,6 +115,35 @@ def learning_rate_sensitivity(runs: Sequence[Run]) -> Figure:
 
 
 @captioned(
+    "Sensitivity of every arm to the learning rate",
+    "Lower is better; one scale for all panels. Dots are runs, lines join their means, and a ring is around the best "
+    "rate, which the panel's title names. On the edge of its line it means that the grid was too narrow.",
+)
+def rates_of_arms(arms: Mapping[str, Sequence[Run]]) -> Figure:
+    """Final loss against the learning rate, a panel for each arm of its runs."""
+    rows = -(-len(arms) // ARM_COLUMNS)
+    size = (WIDTH, 0.9 + 1.9 * rows)
+    figure, axes = plt.subplots(rows, ARM_COLUMNS, figsize=size, sharey=True, squeeze=False)
+    for ax, (arm, runs) in zip(axes.flat, arms.items(), strict=False):
+        groups = sorted((g for g in group_seeds(runs) if g.losses()), key=lambda g: g.config["lr"])
+        color, best = optimizer_color(groups[0].optimizer), min(groups, key=lambda g: g.loss)
+        for group in groups:
+            losses = group.losses()
+            ax.plot([group.config["lr"]] * len(losses), losses, "o", color=color, alpha=0.45, markersize=3.5)
+        rates = [group.config["lr"] for group in groups]
+        ax.plot(rates, [group.loss for group in groups], color=color, linewidth=1.8)
+        ax.plot(best.config["lr"], best.loss, "o", color=color, markersize=9, fillstyle="none")
+        ax.set_title(f"{arm}: {best.config['lr']:g}")
+        ax.set_xscale("log")
+        _ticks_at(ax, rates, [f"{rate:g}" for rate in rates])
+    for ax in list(axes.flat)[len(arms) :]:
+        ax.set_visible(False)
+    figure.supxlabel("peak learning rate of the block matrices", fontsize="medium")
+    figure.supylabel("final validation loss (nats per token)", fontsize="medium")
+    return figure
+
+
+@captioned(
     "Every setting, best first",
     "Final validation loss of each setting; whiskers are 95 % intervals over seeds, dots single runs. Settings whose "
     "whiskers overlap widely cannot be told apart by these runs.",
@@ -162,12 +192,14 @@ class Scaled:
     unit: float = 1.0
 
 
-_SCALED = "The best setting of each optimizer at each value: mean over seeds with its 95 % interval."
+_SCALED = "Each optimizer at each value, at its best setting where several were tried: mean with its 95 % interval."
 _BUDGETS = "Sizes trained on different token budgets do not share one curve: see the table of runs."
 SCALED = {
     "params": Scaled(Caption("Model size", f"{_SCALED} {_BUDGETS}"), "parameters (millions)", 1e6),
     "tokens": Scaled(Caption("Length of training", _SCALED), "training tokens (millions)", 1e6),
-    "batch_tokens": Scaled(Caption("Batch size", f"{_SCALED} All train on as many tokens."), "tokens in a batch"),
+    "batch_tokens": Scaled(
+        Caption("Batch size", f"{_SCALED} All train on the same number of tokens."), "tokens in a batch"
+    ),
 }
 
 
@@ -194,9 +226,9 @@ def model_scaling(runs: Sequence[Run], key: str = "params") -> Figure:
         for ax, (words, value_of) in zip(axes.flat, panels, strict=True):
             values = [[value_of(run) for run in best[size].samples()] for size in sizes]
             intervals = np.array([t_interval(row) for row in values])
-            ax.plot(sizes, intervals[:, 0], color=color, linewidth=1.8, marker="o", markersize=4)
-            for size, row, (_, low, high) in zip(sizes, values, intervals, strict=True):
-                aside = size * 1.02 ** (2 * len(handles) - 1)  # the optimizers' intervals do not hide each other
+            places = [size * 1.02 ** (2 * len(handles) - 1) for size in sizes]  # no interval hides another optimizer's
+            ax.plot(places, intervals[:, 0], color=color, linewidth=1.8, marker="o", markersize=4)
+            for aside, row, (_, low, high) in zip(places, values, intervals, strict=True):
                 ax.plot([aside] * len(row), row, "o", color=color, alpha=0.45, markersize=3.5)
                 if np.isfinite(low):
                     ax.plot([aside, aside], [low, high], color=color, linewidth=1.1)
@@ -209,7 +241,7 @@ def model_scaling(runs: Sequence[Run], key: str = "params") -> Figure:
         _ticks_at(ax, ticks, [f"{tick / SCALED[key].unit:.4g}" for tick in ticks])
     bits_axis(axes[0, 0], runs)
     figure.suptitle(
-        f"{SCALED[key].caption.title}: best setting of each optimizer, mean over seeds with its 95 % interval"
+        f"{SCALED[key].caption.title}: each optimizer at each value, mean over seeds with its 95 % interval"
     )
     legend_below(figure, handles)
     return figure

@@ -163,7 +163,7 @@ def read_samples(path: Path) -> tuple[str, list[tuple[str, str]]]:
 @dataclass(frozen=True)
 class Run:
     """One run's folder in memory; columns are float arrays with NaN where the file says null, val_loss_by_decile one
-    of (validations, 10)."""
+    of (validations, 10). `condition` is what a suite calls it, and figures too."""
 
     path: Path
     config: dict[str, Any]
@@ -172,6 +172,7 @@ class Run:
     val: dict[str, np.ndarray] = field(repr=False)
     spectra: list[dict[str, Any]] = field(repr=False)
     experts: list[dict[str, Any]] = field(repr=False)
+    condition: str = ""
 
     @property
     def name(self) -> str:

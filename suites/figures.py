@@ -6,6 +6,7 @@ pictures = analysis.plots.save_all(figures(results), folder, ("png",))
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -25,7 +26,7 @@ from analysis.plots_conditions import Series
 from analysis.runs import Group, Run, condition_name, group_seeds, optimizer_name, stem_of
 from suites import plots as suite_plots
 from suites.results import Outcome, Results
-from suites.suite import AS_WRITTEN
+from suites.suite import AS_WRITTEN, OPTIMIZERS
 
 # What the axis of a sensitivity curve says; a value of 0 that means "off" is drawn beyond the largest.
 SETTING_WORDS = {
@@ -75,15 +76,20 @@ def series(results: Results) -> list[Series]:
     return found
 
 
-def swept(results: Results) -> dict[str, list[Run]]:
-    """The runs of a sweep that share a figure: all, or those of one arm where arms share an optimizer."""
-    arms = {outcome.arm for outcome in results.outcomes} - {outcome.optimizer for outcome in results.outcomes}
-    found = {arm: [run for o in results.of_arm(arm) for run in o.runs] for arm in results.arms() if arm in arms}
-    return {arm: runs for arm, runs in (found or {"": results.runs()}).items() if plots_settings.has_rates(runs)}
+def arms_of(results: Results) -> dict[str, list[Run]]:
+    """The finished runs by arm, where arms share an optimizer: they need panels of their own."""
+    found = {arm: [run for o in results.of_arm(arm) for run in o.finished()] for arm in results.arms()}
+    return {arm: runs for arm, runs in found.items() if runs} if len(found) > len(OPTIMIZERS) else {}
+
+
+def named(outcome: Outcome, varies: str) -> list[Run]:
+    """The finished runs under their condition's name; those of a pair at each value under their optimizer's."""
+    name = "" if varies in PAIR_EACH else condition_name(outcome.name, outcome.optimizer)
+    return [replace(run, condition=name) for run in outcome.finished()]
 
 
 def fair_runs(results: Results) -> list[Run]:
-    return [run for outcome in results.outcomes if not outcome.as_written for run in outcome.finished()]
+    return [run for o in results.outcomes if not o.as_written for run in named(o, results.suite.varies)]
 
 
 def comparable(results: Results) -> list[Outcome]:
@@ -97,7 +103,7 @@ def comparable(results: Results) -> list[Outcome]:
 
 def watched(results: Results) -> list[Run]:
     """The comparable runs that have logged spectra."""
-    return [run for outcome in comparable(results) for run in outcome.finished() if run.projections()]
+    return [run for o in comparable(results) for run in named(o, results.suite.varies) if run.projections()]
 
 
 def shared_name(results: Results) -> str:
@@ -123,26 +129,29 @@ def figures(results: Results) -> list[Drawing]:
 
     found = []
     if varies == "lr":
-        for arm, runs in swept(results).items():
-            kind = f"rates_{stem_of(arm)}" if arm else "rates"
-            found.append(of_suite(kind, plots_settings.learning_rate_sensitivity, runs, about=arm))
+        if arms := arms_of(results):
+            found.append(of_suite("rates", plots_settings.rates_of_arms, arms))
+        elif plots_settings.has_rates(results.runs()):
+            found.append(of_suite("rates", plots_settings.learning_rate_sensitivity, results.runs()))
     else:
         found.append(of_suite("bars", suite_plots.condition_bars, results))
     if varies in PAIR_EACH:
         caption = plots_settings.SCALED[varies].caption
         found.append(of_suite("sizes", plots_settings.model_scaling, fair_runs(results), varies, caption=caption))
-    elif varies in SETTING_WORDS and sum(one.value is not None for one in conditions) > 2:
-        numeric = [one for one in conditions if one.value is not None]
+    numeric = [one for one in conditions if one.value is not None]
+    if varies in SETTING_WORDS and len({one.value for one in numeric}) == len(numeric) > 2:  # one at each value
         words = SETTING_WORDS[varies], ZERO_WORDS.get(varies, "0")
         found.append(of_suite("sensitivity", plots_conditions.sensitivity, numeric, *words))
-    if any(len(run.val["step"]) > 1 for one in conditions for run in one.runs):
+    if not arms_of(results) and any(len(run.val["step"]) > 1 for one in conditions for run in one.runs):
         caption = curves_caption([run for one in conditions for run in one.runs], any(one.versus for one in conditions))
         found.append(of_suite("curves", plots_conditions.training_curves, conditions, caption=caption))
     if crosses and varies not in PAIR_EACH:
         found.append(of_suite("losses", plots.loss_curves, fair_runs(results)))
     if crosses and all(len(run.val["step"]) > 2 for one in conditions for run in one.runs):
-        pair = crosses[-1 if varies in PAIR_EACH else 0]
-        found.append(of_suite("time_to_loss", suite_plots.time_to_loss, results, *pair, about=shared))
+        adamw = crosses[-1 if varies in PAIR_EACH else 0][1]
+        compared, by_name = [a for a, b in crosses if b is adamw], varies not in PAIR_EACH
+        timed = suite_plots.time_to_loss, results, compared, adamw, by_name
+        found.append(of_suite("time_to_loss", *timed, about=shared))
     if varies == "schedule":
         found.append(of_suite("schedules", plots.learning_rate_schedules, results.runs()))
     found += deciles(results)
@@ -165,9 +174,12 @@ def figures(results: Results) -> list[Drawing]:
 
 def deciles(results: Results) -> list[Drawing]:
     """The losses of frequent and rare tokens of a suite that compares optimizers."""
-    logged = plots_tokens.with_deciles([run for outcome in comparable(results) for run in outcome.finished()])
-    stem, about = f"{results.name}_deciles", shared_name(results)
-    return [drawing(plots_tokens.loss_by_decile, logged, stem=stem, about=about)] if logged else []
+    runs = [run for outcome in comparable(results) for run in named(outcome, results.suite.varies)]
+    if not (logged := plots_tokens.with_deciles(runs)):
+        return []
+    stem, about, (_, adamw) = f"{results.name}_deciles", shared_name(results), results.crosses()[0]
+    behind = named(adamw, results.suite.varies)[0].condition
+    return [drawing(plots_tokens.loss_by_decile, logged, behind, stem=stem, about=about)]
 
 
 def curves_caption(runs: list[Run], compared: bool) -> Caption:

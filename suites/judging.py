@@ -157,11 +157,13 @@ class Evidence:
         low, high = self.test.interval(1 - (alpha if self.expected else 2 * alpha)) if min(self.test.n) > 1 else (0, 0)
         if min(self.test.n) < 2 or math.isnan(low):
             return f"{words}, single seed{self.remark}" if min(self.test.n) == 1 else f"{words}, no spread{self.remark}"
-        words += (
-            f" (corrected interval {self.show.number(low + self.against)} to {self.show.number(high + self.against)}"
-        )
+        level = "" if self.expected else "90 % "
+        ends = " to ".join(self.show.number(bound + self.against) for bound in (low, high))
+        words += f" (corrected {level}interval {ends}"
         if self.expected and not math.isnan(self.test.p_value):
             words += f", {p_words(min(1.0, tests * self.test.p_value))}"
+        if not self.expected and max(-low, high) < self.margin and (low > 0 or high < 0):
+            words += ", not zero but within the margin"
         return f"{words}){self.remark}"
 
     def test_words(self, tests: int) -> str:

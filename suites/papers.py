@@ -74,7 +74,7 @@ def arm_at(scale: Scale, winners: Winners, arm: str, factor: float = 1.0) -> Fie
     return {**fields, "lr": three_digits(rate * factor)}
 
 
-@sweep("retest-lr", "Which rate suits each arm of the retests?", "ours")
+@sweep("retest-lr", "Which rate suits each arm of the retests?", "several papers")
 def retest_lr(scale: Scale, winners: Winners) -> list[Condition]:
     arms = {arm: [arm_at(scale, winners, arm, factor) for factor in (1 / 2, 1, 2)] for arm in ARMS}
     return [Condition(f"{arm} lr {fields['lr']:g}", fields, arm=arm) for arm, tried in arms.items() for fields in tried]

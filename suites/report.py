@@ -186,11 +186,12 @@ NOTES = (
     "A verdict needs three seeds a side and an interval, corrected for all tests of its suite. Confirmed: the whole "
     "interval is where the claim's sentence puts the number, which is about a direction or a limit; the document's "
     "own figure stands beside it and is not what is confirmed. Refuted: none of it is. Equivalent: the interval holds "
-    "zero, and two settings differ by less than 1 % of the loss, shown by two one-sided tests. Otherwise a claim is "
+    "zero, and two settings differ by less than 1 % of the loss, shown by two one-sided tests, as a 90 % interval "
+    "inside that margin shows. Otherwise a claim is "
     "undecided, and the row tells how many seeds would decide if the effect is as large as it looks.",
     "Where a claim calls one of several settings the best, each other one is compared with it: confirmed if all are "
-    "worse, refuted if one is better, equivalent if some are as good and the others worse. Divergence is counted, not "
-    "tested.",
+    "worse, refuted if one is better, equivalent if some are as good and the others worse. 'No better' is confirmed "
+    "where one is better by less than 1 % of the loss, if at all. Divergence is counted, not tested.",
     "'Could show' is the smallest effect that the test finds with a probability of 80 % at this n and spread; for "
     "claims of equality, the narrowest margin that equal sides would hold.",
     "Runs that share a seed are paired: they share batches and initial weights. We report the paired t-test, and "
@@ -250,6 +251,7 @@ def build_page(
             *_verdict_lists(judged),
             f"Finished runs: {finished_of(runs)}, in {counted(len(told), 'suite')}; a run may belong to several "
             "conditions.",
+            *size_words(runs),
         ],
         tiles=[],
         summary=summary_table(results, known),
@@ -257,6 +259,23 @@ def build_page(
         warnings=warnings,
         chapters=chapters,
     )
+
+
+def size_words(runs: Sequence[Run]) -> list[str]:
+    """How large the models and runs are that a page's sentences are about."""
+
+    def spread(key: str) -> str:
+        values = sorted({run.config[key] for run in runs})
+        return " to ".join(f"{value:,}" for value in dict.fromkeys((values[0], values[-1])))
+
+    keys = ("params", "tokens", "steps", "vocab_size", "eval_tokens")
+    if not runs or any(run.config.get(key) is None for run in runs for key in keys):
+        return []
+    return [
+        f"Every sentence is about these runs alone: models of {spread('params')} parameters, {spread('tokens')} "
+        f"training tokens in {spread('steps')} steps, a vocabulary of {spread('vocab_size')}, validation on "
+        f"{spread('eval_tokens')} tokens, the same for every seed."
+    ]
 
 
 def summary_table(results: Sequence[Results], known: Mapping[str, Results]) -> Table:

@@ -57,6 +57,11 @@ def test_equality_is_refuted_beyond_the_margin_and_a_small_difference_is_equival
     assert evidence(small, expected=0, margin=0.005).verdict(2) == REFUTED
     assert evidence(small, expected=0, margin=0.0115).verdict(2) == UNDECIDED
     unclear = [0.01, -0.01, 0.02, -0.015]
+    told = [
+        evidence(v, expected=0, margin=0.05, one_sided=True).numbers(2) for v in (small, [-x for x in small], unclear)
+    ]
+    assert ["not zero but within the margin" in words for words in told] == [True, True, False]
+    assert "not zero" not in evidence(small, expected=0, margin=0.005).numbers(2)
     assert evidence(unclear, margin=0.1).verdict(2) == EQUIVALENT
     assert evidence(unclear, margin=0.01).verdict(2) == UNDECIDED
     assert evidence(unclear).verdict(2) == UNDECIDED

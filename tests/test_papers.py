@@ -8,8 +8,10 @@ import torch
 
 import model
 from settings import Settings
+from suites import papers
 from suites.catalog import SUITES
 from suites.judging import CONFIRMED, REFUTED, UNDECIDED
+from suites.paper_claims import AT_MOST, CONTROL
 from suites.planner import Selection
 from suites.scales import SCALES
 from suites.suite import RETESTS
@@ -21,7 +23,7 @@ NAMES = [name for name, suite in SUITES.items() if suite.group == RETESTS]
 def test_retests_are_on_six_seeds_that_chose_nothing():
     assert Selection(suite="retests").suites() == NAMES
     sweeps = [name for name in NAMES if SUITES[name].varies == "lr"]
-    assert (len(NAMES), sweeps) == (10, ["muon-momentum-lr", "batch-size-lr"])
+    assert (len(NAMES), sweeps) == (10, ["retest-lr", "batch-size-lr"])
     for scale in SCALES.values():
         assert all(SUITES[name].seeds_at(scale) == FRESH_SEEDS for name in NAMES if name not in sweeps)
         assert all(SUITES[name].seeds_at(scale) == (0, 1, 2) for name in sweeps)
@@ -36,7 +38,7 @@ def test_a_plan_is_valid(name, scale):
     assert len(set(names)) == len(names)
     assert {c.versus for c in conditions} - {None} <= set(names)
     assert all(Settings(**c.fields).optimizer in ("muon", "adamw") for c in conditions)
-    different = {tuple(sorted((k, str(v)) for k, v in c.fields.items())) for c in conditions}
+    different = {(c.arm, *sorted((k, str(v)) for k, v in c.fields.items())) for c in conditions}
     assert len(different) == len(conditions)
 
 
@@ -62,20 +64,39 @@ def test_both_optimizers_train_as_their_best_trial_did():
     assert {fields.get("eval_every") for fields in full} & {1} == set()  # a trial validates once, at its end
 
 
-def test_what_muon_leaves_trains_at_adamws_rate_of_the_blocks_and_with_its_betas():
+def test_parts_of_muon_differ_from_each_other_and_from_adamw_in_nothing_else():
     def best(suite, arm):
-        return winners(suite, arm) | ({"beta1": 0.6} if arm == "adamw" else {"beta1": 0.8})
+        mine = {"lr": 0.5 if arm == "Muon" else 0.4} if suite == "retest-lr" else {}
+        return winners(suite, arm) | ({"beta1": 0.6} if arm == "adamw" else {"beta1": 0.8}) | mine
 
-    parts = {c.name: c.fields for c in SUITES["muon-parts"].plan(SCALES["nano"], best)}
-    assert {fields["beta1"] for fields in parts.values()} == {0.6}
-    rates = {name: (fields["lr"], fields.get("left_lr")) for name, fields in parts.items()}
-    whole, part = (0.02, None), (0.02, 0.003)
-    assert list(rates.values()) == [(0.003, None), whole, part, part]
+    parts = {c.name: dict(c.fields) for c in SUITES["muon-parts"].plan(SCALES["nano"], best)}
+    differ = ("optimizer", "lr", "left_lr", "muon_on")
+    parts[CONTROL].pop("muon_on"), parts["Muon on every projection"].pop("muon_on")  # the default
+    found = [tuple(fields.pop(key, None) for key in differ) for fields in parts.values()]
+    part = ("muon", 0.5, 0.4)
+    assert found == [("adamw", 0.4, None, None), ("muon", 0.5, None, None), (*part, "v,o,up,down"), (*part, "q,k")]
+    assert len({tuple(sorted(fields.items())) for fields in parts.values()}) == 1
+    assert parts["Muon on q, k"]["beta1"] == 0.8  # Muon's
 
 
-def test_rates_that_a_variant_needs_are_swept_around_the_best():
-    rates = {c.name: c.fields["lr"] for c in SUITES["muon-momentum-lr"].plan(SCALES["nano"], winners)}
-    assert [rate for name, rate in rates.items() if "without momentum" in name] == [0.005, 0.01, 0.02, 0.04]
+def test_every_arm_of_a_retest_has_a_sweep_around_the_rate_of_its_optimizers_best_trial():
+    found = {}
+    for c in SUITES["retest-lr"].plan(SCALES["nano"], winners):
+        found.setdefault(c.arm, []).append(c.fields["lr"])
+    assert set(found) == set(papers.ARMS)
+    for arm, rates in found.items():
+        assert rates == ([0.0015, 0.003, 0.006] if arm.startswith("AdamW") else [0.01, 0.02, 0.04])
+
+    def marked(suite, arm):
+        return winners(suite, arm) | ({"lr": 1 + list(papers.ARMS).index(arm)} if suite == "retest-lr" else {})
+
+    for name in set(NAMES) - {"retest-lr", "batch-size-lr", "tokens-per-parameter"}:
+        for c in SUITES[name].plan(SCALES["nano"], marked):
+            if c.fields["batch_tokens"] == 2048:
+                assert c.fields["lr"] >= 1, (name, c.name)
+
+
+def test_rates_of_the_large_batch_are_swept_around_the_best():
     conditions = SUITES["batch-size-lr"].plan(SCALES["nano"], winners)
     assert [c.fields["lr"] for c in conditions] == [0.02, 0.04, 0.08, 0.003, 0.006, 0.012]
     assert {(c.fields["batch_tokens"], c.fields["tokens"]) for c in conditions} == {(8192, 128 * 2048)}
@@ -85,8 +106,6 @@ def test_rates_that_a_variant_needs_are_swept_around_the_best():
 
     large = {c.name: c.fields["lr"] for c in SUITES["batch-size"].plan(SCALES["nano"], swept)}
     assert [rate for name, rate in large.items() if "8,192" in name] == [0.5, 0.5]
-    halves = {c.name: c.fields["lr"] for c in SUITES["muon-momentum"].plan(SCALES["nano"], swept)}
-    assert list(halves.values()) == [0.003, 0.02, 0.5, 0.5]
     sizes = {c.name: c.fields["lr"] for c in SUITES["tokens-per-parameter"].plan(SCALES["nano"], winners)}
     assert (sizes["muon, 8 a parameter"], sizes["adamw, 8 a parameter"]) == (0.02, 0.006)  # half as wide
 
@@ -97,12 +116,12 @@ def test_rates_that_a_variant_needs_are_swept_around_the_best():
 )
 def test_a_part_of_the_matrices_makes_a_share_of_the_gain(tmp_path, share, nearly, little):
     noise = (0.0, 0.002, -0.001)
-    finals = {"AdamW": [4.0 + x for x in noise], "Muon on every projection": [3.0 - x for x in noise]}
+    finals = {CONTROL: [4.0 + x for x in noise], "Muon on every projection": [3.0 - x for x in noise]}
     finals |= {name: [4.0 - share + x / 2 for x in noise] for name in ("Muon on v, o, up, down", "Muon on q, k")}
     found = [f for words, f in verdicts(results_of(tmp_path, "muon-parts", finals)).items() if "alone" in words]
     assert [f.verdict for f in found] == [nearly, little]
     assert all(f"it makes {100 * share:.0f} % of the gain" in f.numbers for f in found)
-    finals["AdamW"], finals["Muon on every projection"] = finals["Muon on every projection"], finals["AdamW"]
+    finals[CONTROL], finals["Muon on every projection"] = finals["Muon on every projection"], finals[CONTROL]
     none = verdicts(results_of(tmp_path / "no gain", "muon-parts", finals))
     assert {f.verdict for words, f in none.items() if "alone" in words} == {REFUTED}
 
@@ -115,7 +134,7 @@ def test_no_better_is_not_refuted_by_what_is_worse(tmp_path, svd, verdict):
     plain = (3.001, 3.009, 2.992)
     finals = {"Polar Express, 5 steps": plain, "exact, by SVD": svd, "cubic, 5 steps": plain, "quintic, 5 steps": plain}
     found = verdicts(results_of(tmp_path, "muon-exactness", finals))
-    assert found["An exact polar factor is no better than Polar Express"].verdict == verdict
+    assert found[f"An exact polar factor beats Polar Express {AT_MOST}"].verdict == verdict
 
 
 def with_leads(tmp_path, name, setting, leads):
