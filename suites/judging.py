@@ -162,8 +162,8 @@ class Evidence:
         words += f" (corrected {level}interval {ends}"
         if self.expected and not math.isnan(self.test.p_value):
             words += f", {p_words(min(1.0, tests * self.test.p_value))}"
-        if not self.expected and max(-low, high) < self.margin and (low > 0 or high < 0):
-            words += ", not zero but within the margin"
+        if self.one_sided and -self.margin < low and high < 0:
+            words += ", below zero by less than the margin"
         return f"{words}){self.remark}"
 
     def test_words(self, tests: int) -> str:
