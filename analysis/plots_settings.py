@@ -20,7 +20,7 @@ from analysis.runs import Group, Run, group_seeds, optimizer_name
 from analysis.stats import largest_spike, learning_rate_tolerance, t_interval
 
 PERPLEXITY = "perplexity, exp of the loss"
-ARM_COLUMNS = 4
+ARM_COLUMNS = 3
 
 
 def _by_rate(groups: Sequence[Group]) -> dict[str, list[Group]]:
@@ -116,8 +116,9 @@ def learning_rate_sensitivity(runs: Sequence[Run]) -> Figure:
 
 @captioned(
     "Sensitivity of every arm to the learning rate",
-    "Lower is better; one scale for all panels. Dots are runs, lines join their means, and a ring is around the best "
-    "rate, which the panel's title names. On the edge of its line it means that the grid was too narrow.",
+    "Lower is better; one scale for all panels, up to an eighth above the lowest loss. Dots are runs, lines join their "
+    "means, and a ring is around the best rate, which the panel's title names. On the edge of its line it means that "
+    "the grid was too narrow.",
 )
 def rates_of_arms(arms: Mapping[str, Sequence[Run]]) -> Figure:
     """Final loss against the learning rate, a panel for each arm of its runs."""
@@ -136,6 +137,8 @@ def rates_of_arms(arms: Mapping[str, Sequence[Run]]) -> Figure:
         ax.set_title(f"{arm}: {best.config['lr']:g}")
         ax.set_xscale("log")
         _ticks_at(ax, rates, [f"{rate:g}" for rate in rates])
+    lowest = min(run.final_loss for runs in arms.values() for run in runs)
+    axes[0, 0].set_ylim(0.99 * lowest, 1.125 * lowest)
     for ax in list(axes.flat)[len(arms) :]:
         ax.set_visible(False)
     figure.supxlabel("peak learning rate of the block matrices", fontsize="medium")

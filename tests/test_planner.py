@@ -35,7 +35,7 @@ def test_runs_are_named_by_what_they_train_and_shared_between_suites(tmp_path, s
     assert plan.job((("model", "nano"), ("spectra_every", 0)), 0).name != plan.job((("model", "nano"),), 0).name
 
 
-@pytest.mark.parametrize(("record", "count"), [("nano-fight", 82), ("nano-suites", 708)])
+@pytest.mark.parametrize(("record", "count"), [("nano-fight", 82), ("nano-suites", 708), ("nano-retests", 391)])
 def test_published_runs_keep_their_names(record, count):
     """So an experiment that continues after an update trains no run again: PUBLISHED_WITHOUT must name new settings."""
     folders = [path.parent for path in (files.ROOT / "runs" / "records" / record).glob("*/config.json")]
