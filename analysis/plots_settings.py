@@ -137,7 +137,7 @@ def rates_of_arms(arms: Mapping[str, Sequence[Run]]) -> Figure:
         ax.set_title(f"{arm}: {best.config['lr']:g}")
         ax.set_xscale("log")
         _ticks_at(ax, rates, [f"{rate:g}" for rate in rates])
-    lowest = min(run.final_loss for runs in arms.values() for run in runs)
+    lowest = min(loss for runs in arms.values() for group in group_seeds(runs) for loss in group.losses())
     axes[0, 0].set_ylim(0.99 * lowest, 1.125 * lowest)
     for ax in list(axes.flat)[len(arms) :]:
         ax.set_visible(False)

@@ -82,10 +82,14 @@ def arms_of(results: Results) -> dict[str, list[Run]]:
     return {arm: runs for arm, runs in found.items() if runs} if len(found) > len(OPTIMIZERS) else {}
 
 
+def label_of(outcome: Outcome, varies: str) -> str:
+    """What figures call a condition; nothing, so that they name the optimizer, of a pair at each value."""
+    return "" if varies in PAIR_EACH else condition_name(outcome.name, outcome.optimizer)
+
+
 def named(outcome: Outcome, varies: str) -> list[Run]:
-    """The finished runs under their condition's name; those of a pair at each value under their optimizer's."""
-    name = "" if varies in PAIR_EACH else condition_name(outcome.name, outcome.optimizer)
-    return [replace(run, condition=name) for run in outcome.finished()]
+    """The finished runs under their condition's name."""
+    return [replace(run, condition=label_of(outcome, varies)) for run in outcome.finished()]
 
 
 def fair_runs(results: Results) -> list[Run]:
@@ -127,9 +131,9 @@ def figures(results: Results) -> list[Drawing]:
     def of_suite(kind: str, plot: Callable[..., Figure], *arguments: Any, about: str = "", **more: Any) -> Drawing:
         return drawing(plot, *arguments, stem=f"{results.name}_{kind}", about=about, **more)
 
-    found = []
+    found, arms = [], arms_of(results) if varies == "lr" else {}
     if varies == "lr":
-        if arms := arms_of(results):
+        if arms:
             found.append(of_suite("rates", plots_settings.rates_of_arms, arms))
         elif plots_settings.has_rates(results.runs()):
             found.append(of_suite("rates", plots_settings.learning_rate_sensitivity, results.runs()))
@@ -142,7 +146,7 @@ def figures(results: Results) -> list[Drawing]:
     if varies in SETTING_WORDS and len({one.value for one in numeric}) == len(numeric) > 2:  # one at each value
         words = SETTING_WORDS[varies], ZERO_WORDS.get(varies, "0")
         found.append(of_suite("sensitivity", plots_conditions.sensitivity, numeric, *words))
-    if not arms_of(results) and any(len(run.val["step"]) > 1 for one in conditions for run in one.runs):
+    if not arms and any(len(run.val["step"]) > 1 for one in conditions for run in one.runs):
         caption = curves_caption([run for one in conditions for run in one.runs], any(one.versus for one in conditions))
         found.append(of_suite("curves", plots_conditions.training_curves, conditions, caption=caption))
     if crosses and varies not in PAIR_EACH:
@@ -178,7 +182,7 @@ def deciles(results: Results) -> list[Drawing]:
     if not (logged := plots_tokens.with_deciles(runs)):
         return []
     stem, about, (_, adamw) = f"{results.name}_deciles", shared_name(results), results.crosses()[0]
-    behind = named(adamw, results.suite.varies)[0].condition
+    behind = label_of(adamw, results.suite.varies)
     return [drawing(plots_tokens.loss_by_decile, logged, behind, stem=stem, about=about)]
 
 

@@ -1,6 +1,7 @@
 """Figures, tables and advice of conditions: made-up runs whose numbers are known."""
 
 import json
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -15,7 +16,7 @@ from suites import advice, tables
 from suites.catalog import SUITES
 from suites.figures import figures, series, watched
 from suites.papers import ARMS
-from suites.report import suite_chapters, suite_page, write_suite_report
+from suites.report import size_words, suite_chapters, suite_page, write_suite_report
 from suites.scales import SCALES
 from tests.test_suites import results_of, winners
 
@@ -300,6 +301,36 @@ def test_arms_of_one_optimizer_have_panels_of_their_own(tmp_path):
     (drawn,) = figures(results)
     titles = [ax.get_title() for ax in drawn.draw().axes if ax.get_visible()]
     assert titles == [f"{arm}: {0.006 if arm.startswith('AdamW') else 0.02:g}" for arm in ARMS]
+
+
+def test_conditions_of_one_optimizer_keep_their_names_and_one_reference(tmp_path):
+    """Of a chain of comparisons: momentum without orthogonalisation against Muon, Muon against AdamW."""
+    level = {"AdamW": 3.5, "Muon": 3.0, "Muon without momentum": 3.1, "momentum, not orthogonalised": 3.6}
+    finals = {name: (loss, loss + 0.1) for name, loss in level.items()}
+    rates = {name: 0.01 * place for place, name in enumerate(level, start=1)}
+    results = results_of(tmp_path, "muon-momentum", finals, lr=rates.get, by_token=True, spectra=False)
+    found = {drawing.picture.stem.removeprefix("muon-momentum_"): drawing for drawing in figures(results)}
+    assert "sensitivity" not in found  # two of them have the same momentum
+    curves = found["curves"].draw()
+    names = [text.get_text() for text in curves.legends[0].get_texts()]
+    assert names == ["AdamW (reference)", *list(level)[1:]]
+    ends = [line.get_ydata()[-1] for line in curves.axes[1].lines if line.get_linewidth() > 1.5]
+    np.testing.assert_allclose(ends, [loss - 3.5 for loss in list(level.values())[1:]], atol=1e-6)
+    timed = found["time_to_loss"].draw()
+    assert [text.get_text() for text in timed.legends[0].get_texts()][:3] == ["Muon", "Muon without momentum", "AdamW"]
+    start = min(float(run.val["val_loss"][:2].min()) for run in results.runs())
+    assert max(max(line.get_ydata()) for line in timed.axes[0].lines) <= start  # which no run has before it trains
+    deciles = found["deciles"].draw()
+    assert deciles.axes[1].get_title() == "ahead of AdamW by"
+    assert [text.get_text() for text in deciles.legends[0].get_texts()] == list(level)
+
+
+def test_the_front_page_says_how_large_its_models_and_runs_are():
+    sizes = {"params": 1000, "tokens": 4096, "steps": 2, "vocab_size": 320, "eval_tokens": 512}
+    runs = [SimpleNamespace(config=sizes | {"params": params, "steps": 8}) for params in (1000, 250, 2000)]
+    (words,) = size_words(runs)
+    assert "models of 250 to 2,000 parameters, 4,096 training tokens in 8 steps, a vocabulary of 320" in words
+    assert size_words([*runs, SimpleNamespace(config={})]) == []
 
 
 def test_all_heads_together_are_drawn_beyond_the_largest_group_of_heads(tmp_path):

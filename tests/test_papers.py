@@ -71,10 +71,10 @@ def test_parts_of_muon_differ_from_each_other_and_from_adamw_in_nothing_else():
 
     parts = {c.name: dict(c.fields) for c in SUITES["muon-parts"].plan(SCALES["nano"], best)}
     differ = ("optimizer", "lr", "left_lr", "muon_on")
-    parts[CONTROL].pop("muon_on"), parts["Muon on every projection"].pop("muon_on")  # the default
     found = [tuple(fields.pop(key, None) for key in differ) for fields in parts.values()]
     part = ("muon", 0.5, 0.4)
-    assert found == [("adamw", 0.4, None, None), ("muon", 0.5, None, None), (*part, "v,o,up,down"), (*part, "q,k")]
+    wholes = [("adamw", 0.4, None, "blocks"), ("muon", 0.5, None, "blocks")]
+    assert found == [*wholes, (*part, "v,o,up,down"), (*part, "q,k")]
     assert len({tuple(sorted(fields.items())) for fields in parts.values()}) == 1
     assert parts["Muon on q, k"]["beta1"] == 0.8  # Muon's
 

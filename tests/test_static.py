@@ -32,6 +32,9 @@ def test_a_spill_a_misfit_and_a_missing_instruction_are_faults():
     assert "does not fit shared memory" in result.faults()
     lame = dataclasses.replace(result, tensor_core_instructions=0, asynchronous_copies=0)
     assert {"no tensor cores", "no asynchronous copies"} <= set(lame.faults())
+    assert min(result.tensor_core_instructions, result.asynchronous_copies) > 0
+    other = static.compile_variant(next(v for v in static.variants(89) if v.kernel == "momentum"))
+    assert (other.tensor_core_instructions, other.asynchronous_copies) == (0, 0)
 
 
 def test_every_tile_of_the_table_is_covered():
